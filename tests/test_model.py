@@ -1,0 +1,939 @@
+"""model.py against the reference implementations: T5 live, DETR through golden fixtures.
+
+The DETR fixtures were made once by make_fixtures.py (its docstring has the command): timm needs a
+torchvision that fits torch, and there is none for the CPU build.
+"""
+
+import json
+import os
+import pickle
+from types import SimpleNamespace
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import ATOL
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import model
+from model import DETR, T5, DETRConfig, T5Config
+
+VERSIONS = ("v1.0", "v1.1")
+V1_1 = oracle.V1_1
+
+
+def close(ours, theirs, atol=ATOL):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def file_names(table, module):
+    """{name in a Hub file: shape} of one of our modules."""
+    return {table.to_file(name): tuple(t.shape) for name, t in module.state_dict().items()}
+
+
+# ---- T5: fixtures -------------------------------------------------------------------------------
+
+
+def make_t5(folder, version, **overrides):
+    config, hf = oracle.tiny_t5(version, **overrides)
+    oracle.write_checkpoint(folder, config, oracle.t5_stored(hf))
+    return SimpleNamespace(
+        folder=folder, config=config, hf=hf, t5=T5.from_pretrained(folder), version=version
+    )
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def pair(request, tmp_path_factory):
+    return make_t5(tmp_path_factory.mktemp("t5"), request.param)
+
+
+# Seeds and vocabularies for which some rows end early and others never do.
+SPEAKERS = {"v1.0": dict(vocab_size=30, seed=9), "v1.1": dict(vocab_size=20, seed=11)}
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def speaker(request, tmp_path_factory):
+    """A pair that generates, and a padded batch of six. (The reference's own cache breaks where
+    the decoder is deeper than the encoder, so here it is shallower.)"""
+    chosen = SPEAKERS[request.param]
+    folder = tmp_path_factory.mktemp("t5")
+    made = make_t5(folder, request.param, num_layers=3, num_decoder_layers=2, **chosen)
+    ids, mask, _ = oracle.t5_batch(6, 12, 3, chosen["vocab_size"], chosen["seed"])
+    made.ids, made.mask = ids, mask
+    return made
+
+
+@torch.no_grad()
+def t5_logits(hf, ids, mask, decoder_ids):
+    return hf(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
+
+
+@torch.no_grad()
+def assert_same_logits(folder, hf, batch=None, atol=ATOL):
+    batch = batch or oracle.t5_batch(vocab=hf.config.vocab_size)
+    theirs = t5_logits(hf, *batch)
+    assert theirs.std() > 0.5  # else the tolerance would mean nothing
+    close(T5.from_pretrained(folder)(*batch), theirs, atol)
+
+
+# ---- T5: forward --------------------------------------------------------------------------------
+
+
+def test_t5_logits_with_padded_rows(pair):
+    batch = oracle.t5_batch()
+    assert batch[1].sum(1).unique().numel() == len(batch[1])  # every row padded differently
+    assert_same_logits(pair.folder, pair.hf, batch)
+
+
+def test_t5_positions_beyond_the_last_bucket(pair):
+    assert_same_logits(pair.folder, pair.hf, oracle.t5_batch(2, 300, 200))
+
+
+def test_t5_padding_is_invisible(pair):
+    ids, mask, decoder_ids = oracle.t5_batch()
+    with torch.no_grad():
+        before = pair.t5(ids, mask, decoder_ids)
+        other_pads = torch.where(mask == 0, 7, ids)
+        assert torch.equal(pair.t5(other_pads, mask, decoder_ids), before)
+        longer = F.pad(ids, (0, 5)), F.pad(mask, (0, 5))
+        close(pair.t5(*longer, decoder_ids), before)
+
+
+def test_t5_decoder_is_causal(pair):
+    ids, mask, decoder_ids = oracle.t5_batch()
+    changed = decoder_ids.clone()
+    changed[:, 4:] = (changed[:, 4:] + 9) % 90 + 2
+    with torch.no_grad():
+        a, b = pair.t5(ids, mask, decoder_ids), pair.t5(ids, mask, changed)
+    close(a[:, :4], b[:, :4], 1e-5)
+    assert (a[:, 4:] - b[:, 4:]).abs().max() > 0.1
+
+
+def test_t5_dropout_is_where_the_reference_has_it(pair):
+    """Same seed, same random numbers in the same order: only equal sites give equal logits."""
+    ours, hf, batch = T5.from_pretrained(pair.folder).train(), pair.hf, oracle.t5_batch()
+    quiet = t5_logits(hf, *batch)
+    hf.train()
+    try:
+        torch.manual_seed(0)
+        theirs = t5_logits(hf, *batch)
+    finally:
+        hf.eval()
+    torch.manual_seed(0)
+    close(ours(*batch).detach(), theirs)
+    assert (theirs - quiet).abs().mean() > 0.1
+
+
+def test_t5_gradients(pair):
+    ids, mask, decoder_ids = oracle.t5_batch()
+    labels = torch.randint(1, 100, decoder_ids.shape, generator=torch.Generator().manual_seed(1))
+    labels[1, 3:] = -100
+    t5 = T5.from_pretrained(pair.folder)
+    for module, logits in (
+        (t5, t5(ids, mask, decoder_ids)),
+        (pair.hf, pair.hf(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids)[0]),
+    ):
+        module.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    theirs = {n: p.grad for n, p in oracle.t5_stored_parameters(pair.hf).items()}
+    ours = {model.T5_KEYS.to_file(n): p.grad for n, p in t5.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for name, grad in ours.items():
+        assert grad.abs().max() > 0, name
+        close(grad, theirs[name])
+
+
+def test_relative_buckets_golden_table():
+    distances = torch.tensor([-8, -9, -10, -15, -16, -20, -30, -64, -127, 0, 1, 8, 64, 128])
+    encoder = [8, 8, 8, 9, 10, 10, 11, 14, 15, 0, 17, 24, 30, 31]
+    decoder = [8, 9, 10, 15, 16, 17, 20, 26, 31, 0, 0, 0, 0, 0]
+    assert model.relative_bucket(distances, True).tolist() == encoder
+    assert model.relative_bucket(distances, False).tolist() == decoder
+    for far in (-128, -129, -1000):
+        assert model.relative_bucket(torch.tensor(far), True) == 15
+        assert model.relative_bucket(torch.tensor(far), False) == 31
+
+
+def test_relative_buckets_equal_the_reference():
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distances = torch.arange(-600, 600)
+    for both in (True, False):
+        for buckets, furthest in ((32, 128), (16, 40), (8, 20)):
+            theirs = T5Attention._relative_position_bucket(distances, both, buckets, furthest)
+            assert torch.equal(model.relative_bucket(distances, both, buckets, furthest), theirs)
+
+
+# ---- T5: configs --------------------------------------------------------------------------------
+
+
+def test_t5_defaults_are_the_familys():
+    from transformers import T5Config as HFConfig
+
+    hf, ours = HFConfig(), T5Config()
+    for name in vars(ours):
+        if name not in ("tie_word_embeddings", "scale_decoder_outputs", "num_decoder_layers"):
+            expected = 0 if name == "decoder_start_token_id" else getattr(hf, name)
+            assert getattr(ours, name) == expected, name
+    assert ours.decoder_layers == ours.num_layers
+    assert ours.scaled
+
+
+def test_t5_absent_and_null_fields(tmp_path):
+    """The old files' way: no num_decoder_layers, feed_forward_proj, tie_word_embeddings ..."""
+    config, hf = oracle.tiny_t5("v1.0", num_decoder_layers=None)
+    del config["num_decoder_layers"], config["decoder_start_token_id"]
+    config["feed_forward_proj"] = None
+    oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(hf))
+    assert T5.from_pretrained(tmp_path).config.decoder_layers == 2
+    assert_same_logits(tmp_path, hf)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_t5_unusual_sizes_come_from_the_config(version, tmp_path):
+    unusual = dict(
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=40,
+        layer_norm_epsilon=0.3,
+        num_layers=3,
+        num_decoder_layers=1,
+    )
+    made = make_t5(tmp_path, version, **unusual)
+    assert_same_logits(tmp_path, made.hf, oracle.t5_batch(2, 70, 60))
+
+
+def test_t5_unknown_feed_forward_is_refused(tmp_path):
+    config, hf = oracle.tiny_t5("v1.1")
+    config["feed_forward_proj"] = "gated-silu"
+    oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(hf))
+    with pytest.raises(ValueError, match="gated-silu.*not known"):
+        T5.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_t5_starts_from_scratch_as_the_reference_does(version):
+    from transformers import T5Config as HFConfig
+    from transformers import T5ForConditionalGeneration
+
+    sizes = dict(vocab_size=300, d_model=96, d_kv=20, d_ff=130, num_layers=2, num_heads=8)
+    config = sizes | (V1_1 if version == "v1.1" else {})
+    torch.manual_seed(0)
+    hf = T5ForConditionalGeneration(HFConfig.from_dict(config)).state_dict()
+    ours = T5(model.from_config(T5Config, config))
+    ours.init_weights(torch.Generator().manual_seed(0))
+    for name, p in ours.named_parameters():
+        theirs = hf[model.T5_KEYS.to_file(name)]
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+        else:  # 256 numbers or more: a sampling error of 4 % a side
+            assert p.std().item() == pytest.approx(theirs.std().item(), rel=0.2), name
+            assert p.mean().abs() < 0.2 * p.std(), name
+
+
+# full shapes: (config, tensors stored, unique parameters), SPEC's table
+T5_BASE = dict(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
+T5_LARGE = dict(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16)
+T5_SIZES = {
+    "t5-base": (T5_BASE, 257, 222_903_552),
+    "t5-large": (T5_LARGE, 509, 737_668_096),
+    "flan-t5-base": (T5_BASE | V1_1 | {"d_ff": 2048}, 282, 247_577_856),
+    "flan-t5-large": (T5_LARGE | V1_1 | {"d_ff": 2816}, 558, 783_150_080),
+}
+
+
+@pytest.mark.parametrize("size", T5_SIZES)
+def test_t5_full_shapes_by_key(size):
+    from transformers import T5Config as HFConfig
+    from transformers import T5ForConditionalGeneration
+
+    config, tensors, parameters = T5_SIZES[size]
+    with torch.device("meta"):
+        ours = T5(model.from_config(T5Config, config))
+        hf = T5ForConditionalGeneration(HFConfig.from_dict({"vocab_size": 32128} | config))
+    theirs = {name: tuple(t.shape) for name, t in hf.state_dict().items()}
+    del theirs["encoder.embed_tokens.weight"], theirs["decoder.embed_tokens.weight"]
+    if size.startswith("t5"):
+        del theirs["lm_head.weight"]
+    assert file_names(model.T5_KEYS, ours) == theirs
+    assert len(theirs) == tensors
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["t5-base", "flan-t5-base"])
+def test_t5_full_shape_logits(size, tmp_path):
+    from transformers import T5Config as HFConfig
+    from transformers import T5ForConditionalGeneration
+
+    config = T5_SIZES[size][0] | {"model_type": "t5", "vocab_size": 32128}
+    torch.manual_seed(0)
+    hf = T5ForConditionalGeneration._from_config(HFConfig.from_dict(config))
+    if size != "t5-base":
+        hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(hf.shared.weight) / 10)
+    oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(hf))
+    assert_same_logits(tmp_path, hf.eval(), oracle.t5_batch(2, 200, 40, 32100))
+    (tmp_path / "model.safetensors").unlink()  # 0.9 GB that pytest would keep for three runs
+
+
+# ---- T5: every file layout ----------------------------------------------------------------------
+
+
+def hub_file(folder, config, hf):
+    """A: as transformers 4 wrote it."""
+    oracle.write_checkpoint(folder, config, oracle.t5_stored(hf))
+
+
+def file_of_transformers_5(folder, config, hf):
+    """B: its config says tie_word_embeddings=true even for v1.1, and scale_decoder_outputs."""
+    hf.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["tie_word_embeddings"] is True
+    assert written["scale_decoder_outputs"] is (config.get("tie_word_embeddings") is not False)
+
+
+def state_dict_of_transformers_5(folder, config, hf):
+    """C: with every alias of the embedding spelled out."""
+    state = hf.state_dict()
+    assert {"encoder.embed_tokens.weight", "lm_head.weight"} <= state.keys()
+    oracle.write_checkpoint(folder, config, state)
+
+
+def old_file(folder, config, hf):
+    """Tensors that old versions stored and that must not be used."""
+    stored = dict(oracle.t5_stored(hf))
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    stored[name] = 5 * torch.ones(32, config["num_heads"])
+    stored["encoder.position_ids"] = torch.arange(9)
+    stored["encoder.embed_tokens.weight"] = hf.shared.weight
+    oracle.write_checkpoint(folder, config, stored)
+
+
+def sharded(folder, config, hf):
+    stored = oracle.t5_stored(hf)
+    names, weight_map = sorted(stored), {}
+    for shard in range(3):
+        file = f"model-{shard + 1:05d}-of-00003.safetensors"
+        part = {n: stored[n].detach().clone() for n in names[shard::3]}
+        save_file(part, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def pytorch_bin(folder, config, hf):
+    """UnifiedQA's only file: a pickle, its aliases sharing storage."""
+    torch.save(hf.state_dict(), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def old_zipless_bin(folder, config, hf):
+    state = {name: t.detach() for name, t in hf.state_dict().items()}
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def bin_with_an_alias_first(folder, config, hf):
+    state = hf.state_dict()
+    first = ("decoder.embed_tokens.weight", "lm_head.weight", "encoder.embed_tokens.weight")
+    state = {name: state[name] for name in first} | dict(state)
+    assert next(iter(state)) == first[0]
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+LAYOUTS = (
+    hub_file,
+    file_of_transformers_5,
+    state_dict_of_transformers_5,
+    old_file,
+    sharded,
+    pytorch_bin,
+    old_zipless_bin,
+    bin_with_an_alias_first,
+)
+
+
+@pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
+def test_t5_layouts(pair, write, tmp_path):
+    write(tmp_path, pair.config, pair.hf)
+    assert_same_logits(tmp_path, pair.hf)
+
+
+@pytest.mark.parametrize("write", (file_of_transformers_5, state_dict_of_transformers_5))
+def test_t5_saves_hub_layout_whatever_it_read(pair, write, tmp_path):
+    write(tmp_path, pair.config, pair.hf)
+    T5.from_pretrained(tmp_path).save_pretrained(tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored.keys() == oracle.t5_stored(pair.hf).keys()
+    assert_same_logits(tmp_path / "out", pair.hf)
+
+
+def test_t5_round_trip_through_the_reference(pair, tmp_path):
+    from transformers import T5ForConditionalGeneration
+
+    pair.t5.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    back, info = T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    batch = oracle.t5_batch()
+    close(t5_logits(back.eval(), *batch), t5_logits(pair.hf, *batch))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["tie_word_embeddings"] is (pair.version == "v1.0")  # what 4.x goes by
+
+
+def test_saving_over_a_loaded_checkpoint(tmp_path):
+    """Weights are memory-mapped: overwriting their own file must not change them midway."""
+    made = make_t5(tmp_path, "v1.0")
+    made.t5.save_pretrained(tmp_path)
+    made.t5.save_pretrained(tmp_path)
+    assert_same_logits(tmp_path, made.hf)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_loaded_weights_do_not_write_into_their_file(tmp_path):
+    made = make_t5(tmp_path, "v1.0")
+    with torch.no_grad():
+        for p in made.t5.parameters():
+            p.zero_()
+    assert_same_logits(tmp_path, made.hf)
+
+
+# ---- T5: pickles --------------------------------------------------------------------------------
+
+
+def test_bin_is_converted_once(pair, tmp_path):
+    pytorch_bin(tmp_path, pair.config, pair.hf)
+    assert_same_logits(tmp_path, pair.hf)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    stamp = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no longer read")
+    assert_same_logits(tmp_path, pair.hf)
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_a_pickle_with_code_is_refused(modern, tmp_path):
+    config, hf = oracle.tiny_t5()
+    state = dict(oracle.t5_stored(hf)) | {"payload": Payload(str(tmp_path / "pwned"))}
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(state, path, _use_new_zipfile_serialization=modern)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="pytorch_model.bin is not a plain file of tensors.*refus"):
+        T5.from_pretrained(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+    torch.load(path, weights_only=False)  # the payload is live: the test could have failed
+    assert (tmp_path / "pwned").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("content", [b"", b"\x80\x04not a pickle", pickle.dumps([1, 2])])
+def test_a_bin_that_is_no_state_dict_is_refused(content, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps(oracle.TINY_T5))
+    with pytest.raises(ValueError, match="pytorch_model.bin (is not a plain|does not hold)"):
+        T5.from_pretrained(tmp_path)
+
+
+# ---- T5: dtype ----------------------------------------------------------------------------------
+
+
+def test_fp16_is_refused_and_bf16_is_close(pair):
+    with pytest.raises(ValueError, match="float16 is refused.*bfloat16"):
+        T5.from_pretrained(pair.folder, dtype=torch.float16)
+    half = T5.from_pretrained(pair.folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    batch = oracle.t5_batch()
+    with torch.no_grad():
+        theirs = t5_logits(pair.hf, *batch)
+        assert (half(*batch).float() - theirs).abs().mean() < 0.15
+
+
+# ---- decoding -----------------------------------------------------------------------------------
+
+
+def padded(rows, length):
+    return F.pad(rows, (0, length - rows.shape[1]))
+
+
+def lengths(rows, eos=1):
+    """Tokens per row up to and including EOS; the row's width where there is none."""
+    return [row.index(eos) + 1 if eos in row else len(row) for row in rows.tolist()]
+
+
+def recompute(t5, ids, mask, steps):
+    """Greedy decoding without a cache and without dropping rows."""
+    out = torch.zeros(len(ids), 1, dtype=torch.long)
+    ended = torch.zeros(len(ids), dtype=torch.bool)
+    for _ in range(steps):
+        with torch.no_grad():
+            best = t5(ids, mask, out)[:, -1].argmax(-1)
+        best = best.masked_fill(ended, 0)
+        ended = ended | (best == 1)
+        out = torch.cat((out, best[:, None]), 1)
+    return out[:, 1:]
+
+
+def test_greedy_ids_equal_the_reference(speaker):
+    theirs = speaker.hf.generate(
+        input_ids=speaker.ids, attention_mask=speaker.mask, max_new_tokens=20, do_sample=False
+    )[:, 1:]
+    ours = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
+    assert min(lengths(theirs)) < 10 and max(lengths(theirs)) == 20  # some end, some do not
+    assert theirs.unique().numel() > 5
+    assert torch.equal(ours, theirs)
+
+
+def test_cached_equals_recomputed(speaker):
+    ours = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
+    assert torch.equal(padded(ours, 20), recompute(speaker.t5, speaker.ids, speaker.mask, 20))
+
+
+def test_cached_equals_recomputed_beyond_the_last_bucket(speaker):
+    """150 steps: query positions in the cache count on, and distances pass 128."""
+    no_end = T5.from_pretrained(speaker.folder)
+    no_end.config = model.from_config(T5Config, vars(no_end.config) | {"eos_token_id": -1})
+    ids, mask = speaker.ids[:2], speaker.mask[:2]
+    ours = no_end.generate(ids, mask, max_new_tokens=150)
+    assert ours.shape == (2, 150)
+    start = torch.zeros(2, 1, dtype=torch.long)
+    with torch.no_grad():
+        logits = no_end(ids, mask, torch.cat((start, ours[:, :-1]), 1))
+    assert torch.equal(logits.argmax(-1), ours)
+
+
+def test_deeper_decoder_generates(pair):
+    ids, mask, _ = oracle.t5_batch()
+    ours = pair.t5.generate(ids, mask, max_new_tokens=8)
+    assert torch.equal(padded(ours, 8), recompute(pair.t5, ids, mask, 8))
+
+
+def test_batched_equals_single(speaker):
+    batched = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
+    for i in range(len(speaker.ids)):
+        keep = int(speaker.mask[i].sum())
+        one = speaker.t5.generate(
+            speaker.ids[i : i + 1, :keep], speaker.mask[i : i + 1, :keep], max_new_tokens=20
+        )
+        assert torch.equal(padded(one, 20)[0], padded(batched, 20)[i])
+
+
+def test_rows_that_finish_leave_the_batch(speaker, monkeypatch):
+    """Live rows only go through the decoder; the answers stay in their rows."""
+    sizes = []
+    forward = model.T5Stack.forward
+
+    def spy(self, x, *args, **kwargs):
+        if self.is_decoder:
+            sizes.append(len(x))
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(model.T5Stack, "forward", spy)
+    out = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
+    ends = lengths(padded(out, 20))
+    assert sizes == [sum(end > step for end in ends) for step in range(len(sizes))]
+    assert sizes[-1] < sizes[0]
+    longest = [i for i, end in enumerate(ends) if end == 20]
+    without = speaker.t5.generate(speaker.ids[longest], speaker.mask[longest], max_new_tokens=20)
+    assert torch.equal(without, out[longest])
+
+
+def test_generation_stops_when_all_rows_have(speaker):
+    out = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
+    short = [i for i, end in enumerate(lengths(out)) if end < 20]
+    alone = speaker.t5.generate(speaker.ids[short], speaker.mask[short], max_new_tokens=20)
+    assert alone.shape[1] == max(lengths(out[short]))
+    for row, end in zip(alone, lengths(alone), strict=True):
+        assert row[end - 1] == 1  # EOS is part of the answer ...
+        assert (row[end:] == 0).all()  # ... and padding follows it
+
+
+def test_max_new_tokens_is_a_limit(speaker):
+    full = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
+    for n in (1, 3):
+        assert torch.equal(
+            speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=n), full[:, :n]
+        )
+
+
+def test_sampling_follows_the_generator_and_the_temperature(speaker):
+    def sample(seed, temperature):
+        return padded(
+            speaker.t5.generate(
+                speaker.ids,
+                speaker.mask,
+                max_new_tokens=20,
+                temperature=temperature,
+                generator=torch.Generator().manual_seed(seed),
+            ),
+            20,
+        )
+
+    assert torch.equal(sample(1, 1.0), sample(1, 1.0))
+    assert not torch.equal(sample(1, 1.0), sample(2, 1.0))
+    greedy = padded(speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20), 20)
+    assert torch.equal(sample(1, 1e-4), greedy)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_sampling_frequencies(speaker, temperature):
+    n = 4000
+    ids, mask = speaker.ids[:1].expand(n, -1), speaker.mask[:1].expand(n, -1)
+    with torch.no_grad():
+        logits = speaker.t5(ids[:1], mask[:1], torch.zeros(1, 1, dtype=torch.long))[0, 0]
+    expected = torch.softmax(logits / temperature, -1)
+    drawn = speaker.t5.generate(
+        ids,
+        mask,
+        max_new_tokens=1,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
+    )
+    found = torch.bincount(drawn.flatten(), minlength=len(expected)) / n
+    margin = 5 * (expected * (1 - expected) / n).sqrt() + 1e-3  # five standard errors
+    assert ((found - expected).abs() < margin).all()
+    assert (torch.softmax(logits, -1) - expected).abs().max() > margin.max()
+
+
+def test_generate_leaves_no_gradient_and_no_state(speaker):
+    a = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=5)
+    speaker.t5.generate(speaker.ids[:2], speaker.mask[:2], max_new_tokens=9)
+    assert torch.equal(a, speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=5))
+    assert not a.requires_grad
+
+
+# ---- DETR ---------------------------------------------------------------------------------------
+
+GOLDEN = json.loads((oracle.FIXTURES / "detr.json").read_text())
+RELEASED = ("detr-resnet-50", "detr-resnet-101-dc5")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return load_file(oracle.FIXTURES / "detr.safetensors")
+
+
+@pytest.fixture(scope="session")
+def detr_files(tmp_path_factory):
+    """{config name: folder} with the oracle's weights, each written when first asked for."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            weights = oracle.seeded_weights(detr_shapes(name))
+            recorded = GOLDEN["configs"][name]["fingerprint"]
+            assert oracle.fingerprint(weights) == recorded, "not the weights of the fixture"
+            path = tmp_path_factory.mktemp(name)
+            made[name] = oracle.write_checkpoint(path, oracle.DETR_CONFIGS[name], weights)
+        return made[name]
+
+    return folder
+
+
+def detr_shapes(name):
+    with torch.device("meta"):
+        return file_names(model.DETR_KEYS, DETR(DETRConfig.from_hub(oracle.DETR_CONFIGS[name])))
+
+
+@torch.no_grad()
+def assert_golden(detr, case, golden):
+    config, _, _, outputs, stride = oracle.DETR_CASES[case]
+    inputs = oracle.detr_inputs(case)
+    ours = dict(zip(("logits", "boxes"), detr(*inputs), strict=True))
+    ours["features"] = detr.features(*inputs)
+    for name in outputs:
+        expected = golden[f"{case}/{name}"]
+        assert expected.std(dim=1).mean() > 100 * ATOL  # the queries differ
+        close(ours[name][:, ::stride], expected)
+
+
+@pytest.mark.parametrize("case", oracle.DETR_CASES)
+def test_detr_equals_the_fixture(case, detr_files, golden):
+    assert_golden(DETR.from_pretrained(detr_files(oracle.DETR_CASES[case][0])), case, golden)
+
+
+def test_dc5_and_the_pixel_mask_matter(golden):
+    """Otherwise the cases above would not tell."""
+    assert (golden["tiny/features"] - golden["tiny-dc5/features"]).abs().mean() > 0.01
+    for case, size in (("tiny-padded", (3, 3)), ("tiny-dc5-padded", (6, 6))):
+        mask = oracle.detr_inputs(case)[1]
+        at_c5 = F.interpolate(mask[:, None].float(), size).flatten(1)
+        assert (at_c5.mean(1) < 1).all()  # padding is still seen at the feature map's size
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_detr_full_shapes_by_key(name):
+    shapes, recorded = detr_shapes(name), GOLDEN["configs"][name]
+    assert oracle.key_patterns(shapes) == recorded["keys"]
+    assert len(shapes) == recorded["tensors"]
+    assert sum(torch.Size(s).numel() for s in shapes.values()) == recorded["elements"]
+
+
+def test_detr_r101_dc5_has_the_published_counts():
+    recorded = GOLDEN["configs"]["detr-resnet-101-dc5"]
+    assert (recorded["tensors"], recorded["elements"]) == (785, 60_675_360)
+
+
+@pytest.mark.parametrize("rename", [oracle.detr_layout_c, lambda n: n], ids=["C", "A"])
+def test_detr_layouts_and_ignored_tensors(rename, detr_files, golden, tmp_path):
+    weights = load_file(detr_files("tiny-dc5") / "model.safetensors")
+    renamed = {rename(name): tensor for name, tensor in weights.items()}
+    assert len(renamed) == len(weights)
+    prefix = rename("model.backbone.conv_encoder.model.")
+    for norm in ("bn1", "layer1.0.bn2", "layer1.0.downsample.1"):
+        renamed[f"{prefix}{norm}.num_batches_tracked"] = torch.tensor(5)
+    oracle.write_checkpoint(tmp_path, oracle.DETR_CONFIGS["tiny-dc5"], renamed)
+    assert_golden(DETR.from_pretrained(tmp_path), "tiny-dc5-padded", golden)
+
+
+def test_layout_c_differs_from_layout_a():
+    names = detr_shapes("tiny")
+    changed = [n for n in names if oracle.detr_layout_c(n) != n]
+    assert any("conv_encoder" in n for n in changed)
+    assert any("out_proj" in n for n in changed) and any("fc1" in n for n in changed)
+
+
+def test_detr_defaults_are_the_familys():
+    from transformers import DetrConfig
+
+    ours, theirs = vars(DETRConfig.from_hub({"model_type": "detr"})), DetrConfig()
+    for name in ours.keys() - {"backbone", "backbone_kwargs", "num_labels"}:
+        assert ours[name] == getattr(theirs, name), name
+    assert ours["backbone"] == theirs.backbone_config.backbone
+    assert ours["num_labels"] == 91  # COCO's; transformers itself would say 2
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_detr_config_of_transformers_5(name):
+    """It moves the backbone into backbone_config and drops the old fields."""
+    newer = GOLDEN["configs"][name]["config_5x"]
+    assert "backbone" not in newer
+    assert DETRConfig.from_hub(newer) == DETRConfig.from_hub(oracle.DETR_CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", ["tiny-dc5", *RELEASED])
+def test_detr_round_trip(name, detr_files, tmp_path):
+    from transformers import DetrConfig
+
+    detr = DETR.from_pretrained(detr_files(name))
+    detr.save_pretrained(tmp_path)
+    before = load_file(detr_files(name) / "model.safetensors")
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert DETR.from_pretrained(tmp_path).config == detr.config
+    config = json.loads((tmp_path / "config.json").read_text())
+    if name in RELEASED:
+        theirs = DetrConfig.from_dict(config)
+        assert theirs.backbone_config.backbone == detr.config.backbone
+        assert theirs.num_labels == 91
+        assert theirs.dilation is detr.config.dilation
+    else:  # where transformers 4 looks; 5 cannot build a reduced ResNet from a config at all
+        assert config["backbone_kwargs"] == oracle.TINY_DETR["backbone_kwargs"]
+
+
+def test_detr_is_a_frozen_feature_extractor(detr_files):
+    detr = DETR.from_pretrained(detr_files("tiny"))
+    assert not detr.training
+    trainable = [name for name, _ in detr.named_parameters()]
+    assert not any("bn" in name or "downsample.1" in name for name in trainable)
+
+
+def test_detr_full_mask_is_no_mask_and_rows_are_independent(detr_files):
+    detr = DETR.from_pretrained(detr_files("tiny"))
+    pixels = torch.cat((oracle.detr_inputs("tiny")[0], oracle.detr_inputs("tiny")[0].flip(3)))
+    with torch.no_grad():
+        both = detr.features(pixels)
+        assert torch.equal(detr.features(pixels, torch.ones(2, 75, 101, dtype=torch.long)), both)
+        for row in range(2):
+            close(detr.features(pixels[row : row + 1])[0], both[row])
+    assert (both[0] - both[1]).abs().mean() > 0.01
+
+
+def test_detr_boxes_are_in_the_unit_square(detr_files):
+    logits, boxes = DETR.from_pretrained(detr_files("tiny"))(*oracle.detr_inputs("tiny"))
+    assert logits.shape == (1, 5, 7) and boxes.shape == (1, 5, 4)
+    assert (boxes > 0).all() and (boxes < 1).all()
+
+
+def test_detr_unknown_backbone_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "detr", "backbone": "swin_tiny"}')
+    with pytest.raises(ValueError, match="swin_tiny.*not known.*resnet50, resnet101"):
+        DETR.from_pretrained(tmp_path)
+
+
+# ---- errors are sentences -----------------------------------------------------------------------
+
+
+def test_each_wrong_tensor_is_named(pair, tmp_path):
+    stored = dict(oracle.t5_stored(pair.hf))
+    missing = ["encoder.block.1.layer.0.SelfAttention.q.weight", "decoder.final_layer_norm.weight"]
+    for name in missing:
+        del stored[name]
+    stored["encoder.block.2.layer.0.layer_norm.weight"] = torch.ones(24)  # one block too many
+    stored["something.else"] = torch.ones(3)
+    stored["decoder.block.0.layer.2.DenseReluDense.wo.weight"] = torch.ones(24, 35)
+    oracle.write_checkpoint(tmp_path, pair.config, stored)
+    with pytest.raises(ValueError) as error:
+        T5.from_pretrained(tmp_path)
+    said = str(error.value)
+    assert str(tmp_path) in said
+    sections = said.split(";")
+    assert all(name in sections[0] for name in missing) and "2 missing" in sections[0]
+    assert "2 unexpected" in sections[1]
+    assert "something.else" in sections[1]
+    assert "encoder.block.2.layer.0.layer_norm.weight" in sections[1]
+    assert "1 of another shape" in sections[2]
+    assert "layer.2.DenseReluDense.wo.weight: file [24, 35], model [24, 36]" in sections[2]
+
+
+def test_each_wrong_detr_tensor_is_named(detr_files, tmp_path):
+    weights = load_file(detr_files("tiny") / "model.safetensors")
+    gone = "model.backbone.conv_encoder.model.layer4.1.bn2.running_var"
+    del weights[gone]
+    weights["class_labels_classifier.weight"] = torch.ones(92, 32)
+    weights["model.extra"] = torch.ones(1)
+    oracle.write_checkpoint(tmp_path, oracle.DETR_CONFIGS["tiny"], weights)
+    expected = (
+        rf"1 missing: {gone}; 1 unexpected: model.extra; 1 of another shape: "
+        r"class_labels_classifier.weight: file \[92, 32\], model \[7, 32\]"
+    )
+    with pytest.raises(ValueError, match=expected):
+        DETR.from_pretrained(tmp_path)
+
+
+def test_a_config_larger_than_the_weights(pair, tmp_path):
+    config = pair.config | {"num_layers": 3}
+    oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(pair.hf))
+    with pytest.raises(ValueError, match=r"missing.*encoder\.block\.2\.layer\.1"):
+        T5.from_pretrained(tmp_path)
+
+
+def test_wrong_model_type(pair, detr_files):
+    with pytest.raises(ValueError, match="model_type 'detr'.*'t5' is needed"):
+        T5.from_pretrained(detr_files("tiny"))
+    with pytest.raises(ValueError, match="model_type 't5'.*'detr' is needed"):
+        DETR.from_pretrained(pair.folder)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        (None, "config.json does not exist"),
+        ('{"model_type": "t5", ', "config.json is not valid JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "model_type None"),
+    ],
+)
+def test_a_bad_config(text, sentence, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        T5.from_pretrained(tmp_path)
+
+
+def test_no_weights_and_damaged_weights(pair, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(pair.config))
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors"):
+        T5.from_pretrained(tmp_path)
+    whole = (pair.folder / "model.safetensors").read_bytes()
+    for damaged in (whole[:1000], whole[:-100], b"", b"\xff" * 64):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+            T5.from_pretrained(tmp_path)
+
+
+def test_a_shard_that_is_not_there(pair, tmp_path):
+    sharded(tmp_path, pair.config, pair.hf)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="model-00002-of-00003"):
+        T5.from_pretrained(tmp_path)
+
+
+# ---- the Hub ------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_without_network_is_one_sentence():
+    with pytest.raises(ConnectionError) as error:
+        T5.from_pretrained("nobody/has-this-one")
+    said = str(error.value)
+    assert "nobody/has-this-one" in said and "could not be reached" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("where", ["no/such/folder", "./missing", "plain-name"])
+def test_a_path_that_is_nothing(where):
+    with pytest.raises(FileNotFoundError, match="neither a folder"):
+        model.resolve(where)
+
+
+def test_a_folder_is_itself(tmp_path):
+    assert model.resolve(str(tmp_path)) == tmp_path
+
+
+def fake_hub(monkeypatch, repository, folder):
+    """snapshot_download over a dict {file: bytes}; returns the list of files fetched."""
+    import fnmatch
+
+    import huggingface_hub
+
+    fetched = []
+
+    def snapshot_download(repo_id, allow_patterns, **_):
+        for name, content in repository.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (folder / name).write_bytes(content)
+                fetched.append(name)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return fetched
+
+
+FILES = ["config.json", "tokenizer.json", "spiece.model", "flax_model.msgpack", "tf_model.h5"]
+
+
+def test_the_hub_gives_safetensors_where_there_are_any(monkeypatch, tmp_path):
+    repository = dict.fromkeys([*FILES, "model.safetensors", "pytorch_model.bin"], b"x")
+    fetched = fake_hub(monkeypatch, repository, tmp_path)
+    assert model.resolve("org/name") == tmp_path
+    assert set(fetched) == {"config.json", "tokenizer.json", "spiece.model", "model.safetensors"}
+
+
+def test_the_hub_gives_the_pickle_where_there_is_nothing_else(monkeypatch, tmp_path):
+    fetched = fake_hub(monkeypatch, dict.fromkeys([*FILES, "pytorch_model.bin"], b"x"), tmp_path)
+    assert model.resolve("allenai/unifiedqa-t5-base") == tmp_path
+    assert {"config.json", "spiece.model", "pytorch_model.bin"} <= set(fetched)
+    assert not {"flax_model.msgpack", "tf_model.h5"} & set(fetched)
+
+
+@pytest.mark.parametrize(
+    "name, kind, sentence",
+    [
+        ("GatedRepoError", PermissionError, "org/name is gated.*licence.*HF_TOKEN"),
+        ("RepositoryNotFoundError", FileNotFoundError, "no repository org/name"),
+    ],
+)
+def test_gated_and_missing_repositories(name, kind, sentence, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def snapshot_download(*_, **__):
+        raise getattr(errors, name).__new__(getattr(errors, name))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(kind, match=sentence):
+        model.resolve("org/name")
