@@ -1,0 +1,272 @@
+"""Multimodal-CoT's own part: the gated fusion of text and picture, and the two-stage loop.
+
+Zhang et al., "Multimodal Chain-of-Thought Reasoning in Language Models", arXiv 2302.00923, 4.2.
+With X the question (and, in stage 2, the rationale) and DETR's object features of the picture:
+
+  Eq. 1   p(Y | X_language, X_vision) = prod_i p(Y_i | X_language, X_vision, Y_<i)
+  Eq. 2   H_language = LanguageEncoder(X_language)
+  Eq. 3   H_vision   = W_h VisionExtractor(X_vision)
+  Eq. 4   H_attn     = softmax(Q K^T / sqrt(d_k)) V,   Q = H_language,  K = V = H_vision
+  Eq. 5   lambda     = sigmoid(W_l H_language + W_v H_attn)
+  Eq. 6   H_fuse     = (1 - lambda) H_language + lambda H_attn
+
+The released code has more parameters than the equations: biases in Eq. 3 and 5, and a whole
+single-head nn.MultiheadAttention in Eq. 4, with projections of its own. They are kept, because the
+released checkpoints need them, under their names. `gate_dense` is [W_l W_v] side by side.
+
+Left out on purpose: heads, key masks and dropout in the fusion (the released code has none); image
+encoders (model.DETR makes the features once, data.py caches them); training (train.py).
+
+Axes: B batch, T text length, U target length, D width, P image positions, F their width,
+V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import (
+    T5,
+    T5_KEYS,
+    KeyTable,
+    T5Config,
+    from_config,
+    load_weights,
+    read_config,
+    resolve,
+    save_weights,
+    stored_tensors,
+    t5_is_tied,
+)
+
+FUSION_ROWS = {
+    f"encoder.{name}": f"fusion.{name}"
+    for name in (
+        "image_dense.weight",
+        "image_dense.bias",
+        "mha_layer.in_proj_weight",
+        "mha_layer.in_proj_bias",
+        "mha_layer.out_proj.weight",
+        "mha_layer.out_proj.bias",
+        "gate_dense.weight",
+        "gate_dense.bias",
+    )
+}
+MULTIMODAL_KEYS = KeyTable(
+    {theirs: ours and f"t5.{ours}" for theirs, ours in T5_KEYS.rows.items()} | FUSION_ROWS,
+    spellings=((r"^(image_dense|mha_layer|gate_dense)\.", r"encoder.\1."),),  # Feb 2023 checkpoints
+)
+NO_IMAGE = ("zero", "mask")
+# Prompt formats of the stages: Q question, C context, M choices, G generated rationale, A answer,
+# L lecture, E solution (paper, Table 2).
+RECIPES = {
+    "two-stage": ("QCM-LE", "QCMG-A"),
+    "answer": ("QCM-A",),
+    "reason": ("QCM-LEA",),
+    "explain": ("QCM-ALE",),
+}
+
+
+def stage_names(recipe):
+    """The folders of a run's models, in order."""
+    return ("rationale", "answer")[-len(RECIPES[recipe]) :]
+
+
+class SingleHeadAttention(nn.Module):
+    """nn.MultiheadAttention with one head, written out: the same names and initialisation."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, language, vision):
+        """(B, T, D) asks (B, P, D) -> what it got (B, T, D), and its attention (B, T, P)."""
+        (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        Q = F.linear(language, wq, bq)  # (B, T, D)
+        K, V = F.linear(vision, wk, bk), F.linear(vision, wv, bv)  # (B, P, D)
+        scores = Q @ K.transpose(1, 2) / math.sqrt(Q.shape[-1])  # (B, T, P)
+        attention = scores.float().softmax(-1).to(V.dtype)  # (B, T, P)
+        return self.out_proj(attention @ V), attention  # (B, T, D), Eq. 4
+
+
+class GatedFusion(nn.Module):
+    """Eq. 3-6. `no_image` says what is done without a picture, when all features are zero:
+
+    "zero": what was published. The zeros go through Eq. 3-6 like a picture; `image_dense` makes
+            them its bias: the text is mixed with one constant vector. Released weights need it.
+    "mask": a problem without a picture has no picture: H_fuse = H_language.
+    """
+
+    def __init__(self, d_model, feature_dim, no_image="zero"):
+        super().__init__()
+        if no_image not in NO_IMAGE:
+            raise ValueError(f"no_image is {no_image!r}; it must be one of {', '.join(NO_IMAGE)}.")
+        self.no_image = no_image
+        self.image_dense = nn.Linear(feature_dim, d_model)  # nn.Linear's own init, as released
+        self.mha_layer = SingleHeadAttention(d_model)
+        self.gate_dense = nn.Linear(2 * d_model, d_model)
+
+    def forward(self, H_language, image_features):
+        """H_language (B, T, D), image_features (B, P, F), zeros without a picture -> (B, T, D)."""
+        return self.explain(H_language, image_features)[0]
+
+    def explain(self, H_language, image_features):
+        """As forward, with the gate (B, T, D) and the attention over the picture (B, T, P)."""
+        image_features = image_features.to(H_language.dtype)
+        H_vision = self.image_dense(image_features)  # (B, P, D), Eq. 3
+        H_attn, attention = self.mha_layer(H_language, H_vision)  # (B, T, D), (B, T, P), Eq. 4
+        gate = self.gate_dense(torch.cat((H_language, H_attn), -1)).sigmoid()  # (B, T, D), Eq. 5
+        if self.no_image == "mask":
+            gate = gate * image_features.any(2).any(1)[:, None, None]  # (B, T, D)
+        H_fuse = (1 - gate) * H_language + gate * H_attn  # (B, T, D), Eq. 6
+        return H_fuse, gate, attention
+
+
+class MultimodalT5(nn.Module):
+    """T5 whose encoder output is fused with image features before the decoder reads it.
+
+    `fusion=None` is the text-only model of the paper's ablations: a plain T5.
+    """
+
+    def __init__(self, t5, fusion=None):
+        super().__init__()
+        self.t5, self.fusion = t5, fusion
+
+    @classmethod
+    def from_pretrained(cls, where, dtype=torch.float32):
+        """Load from a folder or Hub id, in eval mode; strict, as `model.load_weights` says.
+
+        Reads both released namings of the fusion layers. A plain T5 checkpoint gives fusion=None;
+        for a fresh fusion build `MultimodalT5(T5.from_pretrained(x), GatedFusion(...))`.
+        """
+        folder = resolve(where)
+        config = read_config(folder, "t5")
+        names = {
+            MULTIMODAL_KEYS.to_ours(n): shape for n, (_, shape) in stored_tensors(folder).items()
+        }
+        width = names.get("fusion.image_dense.weight")
+        with torch.device("meta"):
+            tied = t5_is_tied(folder, MULTIMODAL_KEYS)
+            t5 = T5(from_config(T5Config, config), tied=tied)
+            no_image = config.get("no_image", "zero")
+            fusion = GatedFusion(t5.config.d_model, width[1], no_image) if width else None
+            model = cls(t5, fusion)
+        skip = ("t5.lm_head.weight",) if tied else ()
+        return load_weights(model, folder, MULTIMODAL_KEYS, dtype, skip).eval()
+
+    def save_pretrained(self, folder):
+        """Write a folder that loads here and, by its key names, in the released mm-cot code."""
+        if self.fusion is None:
+            return self.t5.save_pretrained(folder)
+        config = self.t5.hub_config("T5ForMultimodalGeneration")
+        config["no_image"] = self.fusion.no_image
+        return save_weights(self, folder, MULTIMODAL_KEYS, config)
+
+    def encode(self, input_ids, attention_mask, image_features=None):
+        """(B, T) ids and mask, (B, P, F) features -> what the decoder reads (B, T, D)."""
+        H_language = self.t5.encode(input_ids, attention_mask)  # (B, T, D), Eq. 2
+        if self.fusion is None:
+            return H_language
+        if image_features is None:
+            raise ValueError(
+                "This model looks at pictures: give image_features (B, P, F), zeros for problems "
+                "without one."
+            )
+        return self.fusion(H_language, image_features)  # (B, T, D)
+
+    def states(self, input_ids, attention_mask, image_features, decoder_input_ids):
+        """Decoder states (B, U, D) before the vocabulary layer; a loss may need only some."""
+        memory = self.encode(input_ids, attention_mask, image_features)
+        mask_bias = self.t5.mask_bias(attention_mask)
+        return self.t5.decode_states(decoder_input_ids, memory, mask_bias)
+
+    def forward(self, input_ids, attention_mask, image_features, decoder_input_ids):
+        """Teacher-forced logits (B, U, V): the factors of Eq. 1."""
+        states = self.states(input_ids, attention_mask, image_features, decoder_input_ids)
+        return self.t5.head(states)
+
+    @torch.inference_mode()
+    def generate(
+        self, input_ids, attention_mask, image_features=None, *, max_new_tokens, **sampling
+    ):
+        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default."""
+        memory = self.encode(input_ids, attention_mask, image_features)
+        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **sampling)
+
+
+# ----------------------------------------------------------------------------------------------
+# The two-stage loop
+# ----------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def write(model, batches, tokenizer, max_new_tokens, **sampling):
+    """Decode every batch; {id: {"text", "stop": "eos" or "length", "tokens"}}.
+
+    `batches` yields `data.collate` dicts, labels not needed. The model never sees gold text here;
+    the first published commands scored the arg-max of teacher-forced logits instead (see
+    `teacher_forced`).
+    """
+    model.eval()
+    config, outputs = model.t5.config, {}
+    device = next(model.parameters()).device
+    for batch in batches:
+        inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
+        image_features = batch.get("image_features")
+        if image_features is not None:
+            inputs["image_features"] = image_features.to(device)
+        new_ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)  # (B, U)
+        for problem_id, row in zip(batch["ids"], new_ids.tolist(), strict=True):
+            ended = config.eos_token_id in row
+            row = row[: row.index(config.eos_token_id)] if ended else row
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            stop = "eos" if ended else "length"
+            outputs[problem_id] = {"text": text, "stop": stop, "tokens": len(row) + ended}
+    return outputs
+
+
+@torch.inference_mode()
+def teacher_forced(model, batches, tokenizer):
+    """Arg-max of logits that have read the gold target: {id: text}. NOT a prediction.
+
+    Multimodal-CoT's first published commands took this for the generated rationale (no generate),
+    on test as well; it is here to show how much it inflates ROUGE-L, and nothing reads it.
+    """
+    model.eval()
+    device, texts = next(model.parameters()).device, {}
+    for batch in batches:
+        names = ("input_ids", "attention_mask", "image_features", "decoder_input_ids")
+        inputs = [batch[k].to(device) if k in batch else None for k in names]
+        best = model(*inputs).argmax(-1).cpu()  # (B, U)
+        for problem_id, row, labels in zip(batch["ids"], best, batch["labels"], strict=True):
+            ids = row[labels != -100].tolist()
+            texts[problem_id] = tokenizer.decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def two_stage(rationale_model, answer_model, make_batches, tokenizer, lengths):
+    """Stage 1 writes a rationale, stage 2 reads question and rationale and answers (paper, Fig. 4).
+
+    `make_batches(generated)` yields the batches of stage 1 for None, and of stage 2 for a dict
+    {id: rationale}. `lengths` are the token limits of the two stages.
+    Returns {id: {"response", "rationale", "stop", "tokens"}}; `stop` is stage 2's unless the
+    rationale was cut, `tokens` counts both.
+    """
+    rationales = write(rationale_model, make_batches(None), tokenizer, lengths[0])
+    texts = {problem_id: r["text"] for problem_id, r in rationales.items()}
+    answers = write(answer_model, make_batches(texts), tokenizer, lengths[1])
+    return {
+        problem_id: {
+            "response": answer["text"],
+            "rationale": texts[problem_id],
+            "stop": "length" if rationales[problem_id]["stop"] == "length" else answer["stop"],
+            "tokens": rationales[problem_id]["tokens"] + answer["tokens"],
+        }
+        for problem_id, answer in answers.items()
+    }
