@@ -1,0 +1,857 @@
+r"""Problems, prompts, batches and pictures: from the files on disk to the tensors of a batch.
+
+Here: one `Problem` record for ScienceQA in its original layout (Lu et al., arXiv 2209.09513), your
+own JSONL and the built-in demo; the prompt formats of Multimodal-CoT (Zhang et al., arXiv
+2302.00923, github.com/amazon-science/mm-cot), byte for byte; T5's tokenizer; padding and
+bucketing; DETR's input pixels and a cache for its features; the published feature files; the
+download of ScienceQA.
+
+Left out on purpose: models (`cached_features` is handed a function), scoring (eval.py), MathVista
+(recognised and refused), ScienceQA's parquet on the Hub (it has no problem ids, so captions and
+published features cannot be joined to it), few-shot prompts.
+
+A problem as problems.json has it, and what `prompt(problem, "QCM-LE")` makes of it:
+
+    "7": {"question": "Will these magnets attract or repel each other?",
+          "choices": ["attract", "repel"], "answer": 1, "hint": "Two magnets are shown.",
+          "image": "image.png", "lecture": "Poles push or pull.\nLike poles repel.",
+          "solution": "Two north poles meet.", "split": "train", "subject": "natural science", ...}
+
+    source  Question: Will these magnets attract or repel each other? Context: Two magnets are
+            shown. Options: (A) attract (B) repel Solution:
+    target  Solution: Poles push or pull. // Like poles repel. Two north poles meet..
+
+The doubled full stop is the original's. " // " stands for the newline (see `prompt`).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import stat
+import struct
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch.nn.utils.rnn import pad_sequence
+
+# Axes: B batch, T source tokens, U target tokens, P picture positions, F their features, N rows of
+# a feature file, H and W pixels.
+
+SPLITS = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest")
+LETTERS = "ABCDEFGHIJ"
+NEWLINE = " // "
+
+
+# --- Problems -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question of any data set.
+
+    answer  the gold text; of a multiple-choice question, one of `choices`.
+    image   a path, or None. ScienceQA: image.png, else choice_0.png, as Multimodal-CoT has it.
+    meta    answer_index (None without choices), split, caption ("" if none), has_image, and what
+            else the record says (subject, grade, topic, category, skill, task). has_image is what
+            the IMG score counts: a picture of the question, not one of the choices.
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+    hint: str
+    image: str | None
+    lecture: str
+    solution: str
+    meta: dict
+
+
+def load(where, split):
+    """The problems of one split, in file order.
+
+    where   a folder in ScienceQA's layout, a .jsonl file, "demo" or "scienceqa" (downloaded).
+    Raises FileNotFoundError or ValueError with a sentence that names the file and the problem.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
+    named = {"demo": demo_folder, "scienceqa": lambda: cache_folder() / "scienceqa"}
+    path = named[where]() if where in named else Path(where)
+    if path.suffix == ".jsonl":
+        return _own_jsonl(path, split)
+    if (path / "problems.json").is_file():
+        return _scienceqa(path, split)
+    if (path / "annot_testmini.json").is_file():
+        return _mathvista(path, split)
+    if where == "scienceqa":
+        raise FileNotFoundError(f"{path} is empty: run `python data.py scienceqa` to fill it.")
+    raise FileNotFoundError(f"{path} is neither a folder with problems.json nor a .jsonl file.")
+
+
+def cache_folder():
+    """Where downloads and the demo live: $NANOCOT_CACHE, by default ~/.cache/nanocot."""
+    return Path(os.environ.get("NANOCOT_CACHE") or Path.home() / ".cache" / "nanocot")
+
+
+def demo_folder():
+    """The demo, drawn at first use. The folder's name has a hash of the script that draws it."""
+    from demo import scenes
+
+    script = Path(scenes.__file__).read_bytes()
+    folder = cache_folder() / f"demo-{hashlib.sha256(script).hexdigest()[:10]}"
+    if not folder.is_dir():
+        try:
+            scenes.write(folder)  # appears whole or not at all
+        except OSError:
+            if not folder.is_dir():  # else another run drew it meanwhile: it is the same
+                raise
+    return folder
+
+
+def read_json(path):
+    """Parsed JSON; a missing or broken file is an error that names it."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not complete JSON ({error}); fetch it again.") from None
+
+
+def _field(record, key, kind, where, default=None):
+    """record[key], with its type checked; without a default it must be there."""
+    if not isinstance(record, dict) or (key not in record and default is None):
+        raise ValueError(f'{where} has no "{key}".')
+    value = record.get(key, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        name = getattr(kind, "__name__", kind)
+        raise ValueError(f'{where}: "{key}" is {value!r:.60}, which is not of type {name}.')
+    return value
+
+
+def _inside(folder, relative, where):
+    """folder/relative, refused if it leads out of the folder: data files come from strangers."""
+    path = Path(folder, relative)
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+        raise ValueError(f"{where}: {relative} is outside {folder}; move it below that folder.")
+    return path
+
+
+def _problem(id, record, where, image, caption=""):
+    """A checked Problem; the record's other keys go to meta."""
+    choices = tuple(_field(record, "choices", list, where, []))
+    if not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f'{where}: "choices" is not a list of texts.')
+    answer, index = _field(record, "answer", str | int | float, where), None
+    if choices:
+        index = choices.index(answer) if answer in choices else answer
+        if not isinstance(index, int) or not 0 <= index < len(choices):
+            raise ValueError(
+                f'{where}: "answer" is {answer!r}, but there are {len(choices)} choices: '
+                "it must be one of their texts or an index that counts from 0."
+            )
+        answer = choices[index]
+    meta = {key: value for key, value in record.items() if key not in Problem.__dataclass_fields__}
+    meta |= {"answer_index": index, "has_image": record.get("image") is not None}
+    texts = [_field(record, key, str, where, "") for key in ("hint", "lecture", "solution")]
+    return Problem(
+        id=id,
+        question=_field(record, "question", str, where),
+        choices=choices,
+        answer=str(answer),
+        hint=texts[0],
+        image=None if image is None else str(image),
+        lecture=texts[1],
+        solution=texts[2],
+        meta={"split": "train", "caption": caption} | meta,
+    )
+
+
+def _scienceqa(folder, split):
+    file = folder / "problems.json"
+    records, captions = read_json(file), {}
+    pids = _field(read_json(folder / "pid_splits.json"), split, list, folder / "pid_splits.json")
+    if (folder / "captions.json").is_file():
+        captions = read_json(folder / "captions.json")
+        captions = _field(captions, "captions", dict, folder / "captions.json")
+    problems = []
+    for pid in pids:
+        if pid in records:
+            record, where = records[pid], f"{file}, problem {pid}"
+            for key in ("choices", "hint", "image", "lecture", "solution", "subject", "grade"):
+                _field(record, key, object, where)  # null is checked below, where it is wrong
+            pictures = f"images/{_field(record, 'split', str, where)}/{pid}"
+            image = _inside(folder, pictures, where) / "image.png"
+            if record["image"] is None:  # the choices may still have pictures
+                image = image.with_name("choice_0.png")
+                image = image if image.is_file() else None
+            problems.append(_problem(pid, record, where, image, captions.get(pid, "")))
+    missing = len(pids) - len(problems)
+    if not problems:
+        raise ValueError(f"{file} has none of the {missing} problems of the split {split}.")
+    if missing:
+        print(f"{file} lacks {missing} of the {len(pids)} problems of {split}.", file=sys.stderr)
+    return problems
+
+
+def _mathvista(folder, split):
+    raise ValueError(f"{folder} is MathVista, which this version does not support yet.")
+
+
+def _own_jsonl(file, split):
+    """Your own data, one JSON object a line.
+
+        {"id": "a1", "question": "Which is longer?", "choices": ["rope", "belt"], "answer": 0,
+         "image": "pictures/a1.jpg", "hint": "", "lecture": "", "solution": "", "split": "test"}
+
+    Required: id, question, answer. `answer` is one of the choices' texts or an index; without
+    choices, any text. `image` is relative to the file and below its folder. Without `split` a
+    record is training data. Other keys (caption, subject, grade) go to meta.
+    """
+    problems, seen = [], set()
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        where = f"{file}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not complete JSON ({error}).") from None
+        id = str(_field(record, "id", str | int, where))
+        if id in seen:
+            raise ValueError(f"{where}: the id {id!r} was used before.")
+        seen.add(id)
+        image = record.get("image")
+        if image is not None:
+            image = _inside(file.parent, _field(record, "image", str, where), where)
+        problems.append(_problem(id, record, f"{where} (id {id})", image))
+    wanted = ("train", "val") if split == "trainval" else (split,)
+    problems = [problem for problem in problems if problem.meta["split"] in wanted]
+    if not problems:
+        raise ValueError(f'{file} has no record with "split": "{split}" (the default is "train").')
+    return problems
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+# A format is INPUT-OUTPUT. Question, Context (hint and caption), Multiple options, Generated
+# rationale, Lecture, Explanation (the solution), Answer.
+
+INPUTS = {
+    "QM": "{question} {options}",
+    "QC": "{question} {context}",
+    "QCM": "{question} {context} {options}",
+    "CQM": "{context} {question} {options}",
+    "QCMG": "{question} {context} {options} {rationale}",
+    "CQMG": "{context} {question} {options} {rationale}",
+    "QCML": "{question} {context} {options} BECAUSE: {lecture}",
+    "QCME": "{question} {context} {options} BECAUSE: {solution}",
+    "QCMLE": "{question} {context} {options} BECAUSE: {lecture} {solution}",
+    "QCLM": "{question} {context} BECAUSE: {lecture} {options}",
+    "QCEM": "{question} {context} BECAUSE: {solution} {options}",
+    "QCLEM": "{question} {context} BECAUSE: {lecture} {solution} {options}",
+    "QCMA": "{question} {context} {options} Answer: {answer}",
+    "QCA": "{question} {context} Answer: {answer} BECAUSE:",  # no space before the cue (sic)
+}
+OUTPUTS = {
+    "A": "{answer}",
+    "AL": "{answer} BECAUSE: {solution}",  # AL and AE are swapped in the original too
+    "AE": "{answer} BECAUSE: {lecture}",
+    "ALE": "{answer} BECAUSE: {lecture} {solution}",
+    "AEL": "{answer} BECAUSE: {solution} {lecture}",
+    "LA": "{lecture} {answer}",
+    "EA": "{solution} {answer}",
+    "LEA": "{lecture} {solution} {answer}",
+    "ELA": "{solution} {lecture} {answer}",
+    "LE": "Solution: {lecture} {solution}.",  # the extra full stop too
+    "E": "Solution: {solution}",
+}
+
+
+def prompt(problem, fmt, generated=None, caption=False, faithful=False):
+    """(source, target): the two texts of a training pair, as mm-cot's utils_prompt.py has them.
+
+    fmt        a key of INPUTS, a hyphen, a key of OUTPUTS: "QCM-LE", "QCMG-A".
+    generated  the rationale for G, with its "Solution:"; None puts in the gold one.
+    caption    whether the context includes the picture's caption.
+    faithful   The original turns a newline of lecture or solution into a backslash and an n, of
+               which T5 sees <unk> and "n" ("...light.nThe..."). By default it is " // " here, one
+               T5 piece that is nowhere in ScienceQA, so decoded text can be split at it. That is
+               the only difference; all other white space becomes single spaces either way.
+
+    A problem without choices has no options, and its answer reads "The answer is 12."
+    """
+    inputs, _, outputs = fmt.partition("-")
+    if inputs not in INPUTS or outputs not in OUTPUTS:
+        known = f"{' '.join(INPUTS)} - {' '.join(OUTPUTS)}"
+        raise ValueError(f"There is no prompt format {fmt!r}; the parts are {known}.")
+    letters = LETTERS[:5] if faithful else LETTERS
+    if len(problem.choices) > len(letters):
+        raise ValueError(
+            f"Problem {problem.id} has {len(problem.choices)} choices: over {letters}."
+        )
+    lecture, solution = _one_line(problem.lecture, faithful), _one_line(problem.solution, faithful)
+    options = " ".join(f"({letters[i]}) {text}" for i, text in enumerate(problem.choices))
+    index = problem.meta.get("answer_index")
+    answer = problem.answer if index is None else f"({letters[index]})"
+    context = f"{problem.hint} {problem.meta.get('caption', '') if caption else ''}".strip()
+    parts = {
+        "question": f"Question: {problem.question}",
+        "context": f"Context: {context or 'N/A'}",
+        "options": f"Options: {options}" if problem.choices else "",
+        "rationale": f"Solution: {lecture} {solution}" if generated is None else generated,
+        "lecture": lecture,
+        "solution": solution,
+        "answer": f"The answer is {answer}.",
+    }
+    cue = "Answer:" if outputs == "A" else "Solution:"
+    source = INPUTS[inputs].format_map(parts) + (cue if inputs == "QCA" else f" {cue}")
+    target = OUTPUTS[outputs].format_map(parts)
+    if target.endswith("BECAUSE:"):  # where a solution ends so, the original deletes the word
+        target = target.replace("BECAUSE:", "")
+    return " ".join(source.split()), " ".join(target.replace("Answer:", "").split())
+
+
+def _one_line(text, faithful):
+    if faithful:
+        return text.replace("\n", "\\n")
+    return NEWLINE.join(line.strip() for line in text.split("\n") if line.strip())
+
+
+# --- Tokens and batches ---------------------------------------------------------------------------
+
+
+def load_tokenizer(folder):
+    """A checkpoint's tokenizer.json; where there is only spiece.model (UnifiedQA), T5's from it."""
+    file = Path(folder, "tokenizer.json")
+    if not file.is_file():
+        file = Path(folder, "spiece.model")
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor spiece.model.")
+    read = Tokenizer.from_file if file.suffix == ".json" else _t5_tokenizer
+    try:
+        tokenizer = read(str(file))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"{file} is not a tokenizer that can be read ({error!r}).") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _t5_tokenizer(file):
+    """T5's tokenizer from a sentencepiece Unigram model: its pieces, then <extra_id_99> ... _0.
+
+    ModelProto: field 1, repeated, a piece {1 text, 2 score}; 3 the normalizer {2 charsmap}.
+    """
+    vocabulary, charsmap = [], None
+    for number, value in _protobuf(Path(file).read_bytes()):
+        if number == 1:
+            piece = dict(_protobuf(value))
+            vocabulary.append((piece[1].decode(), struct.unpack("<f", piece[2])[0]))
+        elif number == 3:
+            charsmap = dict(_protobuf(value)).get(2, b"")
+    if charsmap is None:
+        raise ValueError("it has no normalizer: the file is cut off")
+    ids = {text: i for i, (text, _) in enumerate(vocabulary)}
+    extras = [f"<extra_id_{i}>" for i in reversed(range(100))]
+    vocabulary += [(extra, 0.0) for extra in extras]
+    clean = [normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), "▁")]
+    clean = [normalizers.Precompiled(charsmap), *clean] if charsmap else clean
+    tokenizer = Tokenizer(models.Unigram(vocabulary, ids["<unk>"], byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence(clean)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", ids["</s>"])]
+    )
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>", *extras])
+    return tokenizer
+
+
+def _protobuf(data):
+    """(field number, value) pairs of one protobuf message: int for a varint, otherwise bytes."""
+    at = 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = data[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}.get(wire) or varint()
+        if at + size > len(data):
+            raise ValueError("it ends in the middle of a field")
+        yield number, data[at : at + size]
+        at += size
+
+
+def encode(tokenizer, texts, max_length, tail=16):
+    """Token ids of each text, at most max_length with the </s> the tokenizer appends.
+
+    A text that is too long loses tokens before its last `tail`: a source keeps its cue "Answer:",
+    a target its end. tail=1 is the original's truncation, which keeps </s> only. How many texts
+    were cut is said on stderr.
+    """
+    tail = min(tail, max_length)
+    rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    cut = [row[: max_length - tail] + row[-tail:] if len(row) > max_length else row for row in rows]
+    count = sum(len(row) > max_length for row in rows)
+    if count:
+        print(f"{count} of {len(rows)} texts were cut to {max_length} tokens.", file=sys.stderr)
+    return cut
+
+
+def examples(problems, fmt, tokenizer, features, generated, config):
+    """Dicts {"id", "input_ids", "labels", "image_features"?} of problems in one prompt format.
+
+    features   `Features`, or None for a text-only run.
+    generated  {id: rationale} that G stands for; None puts in the gold ones.
+    config     a run's flags: vision ("caption" puts captions into the context), faithful_text (in
+               `prompt`, and truncation as the original has it), max_input, max_output (one limit,
+               or one a stage).
+    """
+    pairs = [
+        prompt(
+            problem,
+            fmt,
+            None if generated is None else generated[problem.id],
+            caption=config["vision"] == "caption",
+            faithful=config["faithful_text"],
+        )
+        for problem in problems
+    ]
+    longest = config["max_output"][-1 if "G" in fmt else 0]
+    tail = 1 if config["faithful_text"] else 16
+    made = []
+    sources = encode(tokenizer, [source for source, _ in pairs], config["max_input"], tail)
+    targets = encode(tokenizer, [target for _, target in pairs], longest, tail)
+    for problem, source, target in zip(problems, sources, targets, strict=True):
+        example = {"id": problem.id, "input_ids": source, "labels": target}
+        if features is not None:
+            example["image_features"] = features.stored(problem.id)  # (P, F), read in collate
+        made.append(example)
+    return made
+
+
+def collate(examples, pad_id=0):
+    """A batch of {"id", "input_ids", "labels"?, "image_features"?} dicts, padded on the right.
+
+    Returns ids (list of str), input_ids and attention_mask (B, T); with labels also labels (B, U),
+    -100 at pads so that none is in the loss, and decoder_input_ids (B, U), the labels one to the
+    right behind T5's start token, which is its pad; with features also image_features (B, P, F),
+    float32.
+    """
+
+    def column(key):
+        return [torch.as_tensor(example[key]) for example in examples]
+
+    rows = column("input_ids")
+    batch = {
+        "ids": [example["id"] for example in examples],
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_id),  # (B, T)
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+    }
+    if "labels" in examples[0]:
+        labels = pad_sequence(column("labels"), batch_first=True, padding_value=-100)  # (B, U)
+        shifted = torch.nn.functional.pad(labels, (1, -1), value=pad_id)
+        batch["labels"] = labels
+        batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, pad_id)
+    if "image_features" in examples[0]:
+        features = np.stack([example["image_features"] for example in examples])
+        batch["image_features"] = torch.from_numpy(features).float()  # (B, P, F)
+    return batch
+
+
+def batches(lengths, batch_size, generator=None, chunk=50):
+    """Row numbers, one list a batch, rows of like length together so that little is padding.
+
+    With a torch.Generator: shuffled, sorted by length within every `chunk` batches, then the
+    batches shuffled. Without: sorted by length, for decoding. Deterministic either way.
+    """
+
+    def split(rows, size):
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    if generator is None:
+        return split(sorted(range(len(lengths)), key=lambda row: lengths[row]), batch_size)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    made = []
+    for rows in split(order, chunk * batch_size):
+        made += split(sorted(rows, key=lambda row: lengths[row]), batch_size)
+    return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
+
+
+# --- Pictures and their features ------------------------------------------------------------------
+
+
+def open_image(path):
+    """The picture in RGB. Alpha is dropped and EXIF rotation ignored, as in the original."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many")
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"The image {path} does not exist.") from None
+    except Exception as error:  # a broken file makes PIL's decoders raise almost anything
+        raise ValueError(f"The image {path} cannot be read ({error}).") from None
+
+
+def detr_pixels(image, size=224):
+    """What Multimodal-CoT shows DETR: float32 (3, H, W), the shorter side `size`, no crop.
+
+    PIL's bilinear filter, which antialiases; the long side rounded down; ImageNet mean and
+    deviation. Not the 800/1333 pixels of DETR's own preprocessor, which is for detection.
+    """
+    short, long = sorted(image.size)
+    if long > 50 * short:
+        raise ValueError(f"{image.width} x {image.height} pixels: too narrow to resize")
+    image = image.resize([size * side // short for side in image.size], Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255  # (3, H, W)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    return (pixels - mean[:, None, None]) / deviation[:, None, None]
+
+
+class Features:
+    """Picture features on disk: `features[id]` is float32 (P, F), zeros without a picture.
+
+    Zeros are the published behaviour; `id in features` says whether there is a picture.
+    """
+
+    def __init__(self, array, rows):
+        self.array, self.rows, self.shape = array, rows, array.shape[1:]  # (N, P, F), {id: row}
+        self.zeros = np.zeros(self.shape, array.dtype)
+
+    def __contains__(self, id):
+        return id in self.rows
+
+    def __getitem__(self, id):
+        return np.array(self.stored(id), np.float32)  # (P, F)
+
+    def stored(self, id):
+        """The row (P, F) as it is on disk, fp16 as a rule, and not read before it is used."""
+        return self.array[self.rows[id]] if id in self.rows else self.zeros
+
+
+def cached_features(problems, extract, fingerprint, size, folder):
+    """Features of every distinct picture of `problems`, computed once and kept in `folder`.
+
+    extract      list of (3, H, W) tensors -> list of (P, F) tensors. It gets up to 32 pictures of
+                 mixed sizes and must not pad them together: pads change DETR's output.
+    fingerprint  a hash of the checkpoint. A cache of another one, or another size, is refused.
+
+    The folder holds features.npy, fp16 (N, P, F), read by memory map, and manifest.json:
+    {"fingerprint", "size", "shape": [P, F], "rows": {sha256 of the image file: row}}. Only rows in
+    the manifest count, so an interrupted run is resumed, and new pictures are added at the end.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictured = [problem for problem in problems if problem.image is not None]
+    shas = [_image_sha(problem) for problem in pictured]
+    with _locked(folder):
+        manifest = _feature_manifest(folder, fingerprint, size)
+        if manifest["shape"] is None:
+            manifest["shape"] = list(extract([torch.zeros(3, size, size)])[0].shape)
+        images = dict(zip(shas, pictured, strict=True))
+        todo = [item for item in images.items() if item[0] not in manifest["rows"]]
+        array = _feature_array(folder, manifest, len(manifest["rows"]) + len(todo))
+        _save_manifest(array, manifest, folder)
+        _extract_into(array, manifest, todo, extract, folder)
+    rows = {problem.id: manifest["rows"][sha] for problem, sha in zip(pictured, shas, strict=True)}
+    return Features(np.load(folder / "features.npy", mmap_mode="r"), rows)
+
+
+def _image_sha(problem):
+    try:
+        return hashlib.sha256(Path(problem.image).read_bytes()).hexdigest()
+    except OSError as error:
+        text = f"Problem {problem.id}: the image {problem.image} cannot be read ({error.strerror})."
+        raise FileNotFoundError(text) from None
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """One writer at a time; a second run waits, then finds the work done."""
+    with open(folder / "lock", "w") as file:
+        with contextlib.suppress(ImportError, OSError):  # Windows, some network disks: no lock
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _feature_manifest(folder, fingerprint, size):
+    if not (folder / "manifest.json").is_file():
+        return {"fingerprint": fingerprint, "size": size, "shape": None, "rows": {}}
+    manifest = read_json(folder / "manifest.json")
+    if (manifest["fingerprint"], manifest["size"]) != (fingerprint, size):
+        raise ValueError(
+            f"The feature cache {folder} was made by checkpoint {manifest['fingerprint']} at size "
+            f"{manifest['size']}, but this run has checkpoint {fingerprint} at size {size}. Delete "
+            f"{folder} or name another folder with --features-cache."
+        )
+    return manifest
+
+
+def _feature_array(folder, manifest, count):
+    """features.npy (N, P, F) open for writing with N >= count; grown by copying if need be."""
+    file, shape, old = folder / "features.npy", tuple(manifest["shape"]), np.zeros(0)
+    if manifest["rows"]:
+        try:
+            old = np.load(file, mmap_mode="r+")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read ({error}). Delete {folder}.") from None
+        if old.shape[1:] != shape or len(old) < len(manifest["rows"]):
+            raise ValueError(f"{file} does not fit its manifest. Delete {folder}.")
+        if len(old) >= count:
+            return old
+    temporary = folder / "features.npy.part"
+    array = np.lib.format.open_memmap(temporary, "w+", np.float16, (max(count, 1), *shape))
+    array[: len(old)] = old.reshape(-1, *shape)
+    os.replace(temporary, file)
+    return array
+
+
+def _extract_into(array, manifest, todo, extract, folder, chunk=32):
+    start, pixels = time.monotonic(), _decoded([problem for _, problem in todo], manifest["size"])
+    for first in range(0, len(todo), chunk):
+        items = todo[first : first + chunk]
+        made = extract([next(pixels) for _ in items])
+        for (sha, problem), features in zip(items, made, strict=True):
+            if not torch.isfinite(features).all():
+                raise ValueError(f"Problem {problem.id}: the features of its image are not finite.")
+            array[len(manifest["rows"])] = features.detach().cpu().numpy()  # (P, F)
+            manifest["rows"][sha] = len(manifest["rows"])
+        _save_manifest(array, manifest, folder)
+        _progress("images", first + len(items), len(todo), start)
+
+
+def _decoded(problems, size, ahead=64):
+    """The problems' pixels in order; a few threads decode at most `ahead` pictures in advance."""
+
+    def decode(problem):
+        try:
+            return detr_pixels(open_image(problem.image), size)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Problem {problem.id}: {error}") from None
+
+    with ThreadPoolExecutor(4) as pool:
+        queue = deque()
+        for problem in problems:
+            queue.append(pool.submit(decode, problem))
+            if len(queue) == ahead:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
+def _save_manifest(array, manifest, folder):
+    array.flush()  # first the rows, then the list that says they are there
+    temporary = folder / "manifest.json.part"
+    temporary.write_text(json.dumps(manifest))
+    os.replace(temporary, folder / "manifest.json")
+
+
+def _progress(what, done, total, start):
+    """One line on a terminal with the rate and the time left; nothing into a file or a pipe."""
+    if sys.stderr.isatty():
+        rate = max(done, 1e-9) / max(time.monotonic() - start, 1e-9)
+        left = (total - done) / rate
+        text = f"{what}: {done:.0f} of {total:.0f}, {rate:.1f}/s, {left:.0f} s left"
+        print(f"\r{text:<60}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+PUBLISHED = {
+    "detr.npy": (100, 256),
+    "clip.npy": (49, 2048),
+    "resnet.npy": (2048,),
+    "vit.pth": (145, 1024),
+}
+
+
+def published_features(path, name_map):
+    """The feature files of cooelf/vision_features (PUBLISHED), memory-mapped, by problem id.
+
+    name_map  mm-cot's name_map.json, {problem id: row}. It includes the problems whose only
+              pictures are the choices'. resnet.npy has one vector a picture, used 512 times.
+    """
+    path, rows = Path(path), read_json(name_map)
+    if path.name not in PUBLISHED:  # vit.npy is another model's: (11208, 577, 768)
+        raise ValueError(f"{path} is none of {', '.join(PUBLISHED)}, which the checkpoints read.")
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r")
+        else:
+            mmap = zipfile.is_zipfile(path)
+            array = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap).numpy()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist.") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a feature file ({error}).") from None
+    if array.shape[1:] != PUBLISHED[path.name]:
+        raise ValueError(f"{path} has rows of {array.shape[1:]}, not {PUBLISHED[path.name]}.")
+    for id, row in rows.items():
+        if not str(row).isdecimal() or int(row) >= len(array):
+            raise ValueError(f"{name_map}: {id} has row {row}, but {path} has {len(array)} rows.")
+    if path.name == "resnet.npy":
+        array = np.broadcast_to(array[:, None, :], (len(array), 512, 2048))  # (N, P, F), no copy
+    return Features(array, {id: int(row) for id, row in rows.items()})
+
+
+# --- Download: python data.py scienceqa -----------------------------------------------------------
+
+_REPOSITORY = "https://raw.githubusercontent.com/lupantech/ScienceQA"
+_COMMIT = "2cbf8318e07b9ece895bb2ae605e71e38d623264"
+_IMAGES = "https://scienceqa.s3.us-west-1.amazonaws.com/images"
+SCIENCEQA = {  # file: address, checksum (a git blob id or a sha256; None: nobody recorded one yet)
+    "problems.json": (
+        f"{_REPOSITORY}/{_COMMIT}/data/scienceqa/problems.json",
+        "3920b762556abfbfa001f298c9740c36d4e041e1",
+    ),
+    "pid_splits.json": (
+        f"{_REPOSITORY}/{_COMMIT}/data/scienceqa/pid_splits.json",
+        "bde005092576ebebfed08087879ff774fcd75b62",
+    ),
+    "captions.json": (
+        f"{_REPOSITORY}/{_COMMIT}/data/captions.json",
+        "38726c2097b97e73b95582857c95de225f6682a8",
+    ),
+    "train.zip": (f"{_IMAGES}/train.zip", None),
+    "val.zip": (f"{_IMAGES}/val.zip", None),
+    "test.zip": (f"{_IMAGES}/test.zip", None),
+}
+
+
+def download(url, path, checksum=None, attempts=5):
+    """Fetch url into path by way of path.part, where a later call goes on (HTTP Range).
+
+    Raises ConnectionError, or ValueError for a wrong checksum. path appears only when complete.
+    """
+    part = Path(f"{path}.part")
+    for attempt in range(1, attempts + 1):
+        try:
+            _fetch(url, part)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            code = getattr(error, "code", 0)
+            if attempt == attempts or (400 <= code < 500 and code != 416):
+                advice = "Try again later, or give another address with --addresses."
+                raise ConnectionError(f"{url} could not be fetched ({error}). {advice}") from None
+            if code == 416:  # the part is longer than the file, or was whole: start again
+                part.unlink(missing_ok=True)
+            time.sleep(attempt / 2)
+    found = _checksum(part, checksum)
+    if checksum is None:
+        print(f"{path.name} has sha256 {found}; there is none on record to compare it with.")
+    elif found != checksum:
+        part.unlink()
+        raise ValueError(f"{url} has checksum {found}, not {checksum}; what came was deleted.")
+    os.replace(part, path)
+
+
+def _fetch(url, part):
+    have = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        if not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0  # the server sends the whole file
+        total = have + int(reply.headers.get("Content-Length", 0))
+        start, first = time.monotonic(), have
+        with open(part, "ab" if have else "wb") as file:
+            while block := reply.read(1 << 20):
+                have += file.write(block)
+                _progress(f"{part.stem}, MB", (have - first) / 1e6, (total - first) / 1e6, start)
+    if have < total:  # http.client is silent about it
+        raise ConnectionError(f"the connection was lost after {have} of {total} bytes")
+
+
+def _checksum(path, like):
+    """sha256 of a file, or its git blob id where `like` is one (40 digits)."""
+    if like is not None and len(like) == 40:
+        data = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unpack(archive, folder, top):
+    """Unzip the archive's folder `top` as folder/top.
+
+    An entry that would leave the folder (an absolute path, a drive, "..", a symbolic link) is
+    refused, and then nothing is unpacked.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory(dir=folder) as temporary:
+            for entry in file.infolist():
+                name = PurePosixPath(entry.filename.replace("\\", "/"))
+                leaves = name.is_absolute() or ".." in name.parts or ":" in entry.filename
+                if leaves or stat.S_ISLNK(entry.external_attr >> 16):
+                    raise ValueError(f"{archive}: {entry.filename!r} would leave the folder.")
+            file.extractall(temporary)
+            os.replace(Path(temporary, top), Path(folder, top))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive} is not a whole zip file ({error}); delete it.") from None
+    except FileNotFoundError:
+        raise ValueError(f"{archive} has no folder {top}.") from None
+
+
+def download_scienceqa(folder, addresses):
+    """ScienceQA into `folder`, in the layout `load` reads; addresses is a table like SCIENCEQA."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name, (url, checksum) in addresses.items():
+        path, images = folder / name, folder / "images" / Path(name).stem
+        if images.is_dir():
+            continue
+        if not path.is_file():
+            download(url, path, checksum)
+        if path.suffix == ".zip":
+            unpack(path, images.parent, images.name)
+            path.unlink()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Download ScienceQA from its authors' hosts.")
+    parser.add_argument("name", choices=["scienceqa"], help="the data set")
+    parser.add_argument("--to", metavar="DIR", help="folder (default: what --data scienceqa reads)")
+    where = 'JSON {"train.zip": [address, checksum or null], ...} that replaces built-in addresses'
+    parser.add_argument("--addresses", metavar="FILE", help=where)
+    args = parser.parse_args(argv)
+    folder = Path(args.to) if args.to else cache_folder() / "scienceqa"
+    try:
+        changed = read_json(args.addresses) if args.addresses else {}
+        for name, entry in changed.items():
+            if not isinstance(entry, list) or len(entry) != 2:
+                raise ValueError(f"{args.addresses}: {name} is not [address, checksum or null].")
+        download_scienceqa(folder, SCIENCEQA | changed)
+        for split in SPLITS[:3]:
+            print(f"{split}: {len(load(folder, split))} problems")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

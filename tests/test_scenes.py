@@ -1,0 +1,358 @@
+"""demo/scenes.py: the same bytes each time, disjoint splits, answers that only the picture gives.
+
+Every answer is worked out again here, from the facts and from the boxes, by code of its own.
+"""
+
+import hashlib
+import io
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from demo import scenes  # noqa: E402
+
+N = 250  # problems a family and split
+PICTURES = [f for f in scenes.FAMILIES if f != "text"]
+ALL = [
+    (split, f)
+    for split in ("train", "val", "test")
+    for f in scenes.FAMILIES
+    if split == "test" or f not in scenes.HELD_OUT
+]
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """(split, family) -> scenes."""
+    return {(s, f): [scenes.problem(f, s, 7, i) for i in range(N)] for s, f in ALL}
+
+
+@pytest.fixture(scope="module")
+def everything(sample):
+    return [scene for group in sample.values() for scene in group]
+
+
+# ---- answers -----------------------------------------------------------------------------------
+
+
+def answer_from(facts):
+    """The answer that the facts imply, worked out without the module under test."""
+    kind = facts["kind"]
+    if kind == "magnets":
+        return "attract" if facts["left"][1] != facts["right"][0] else "repel"
+    if kind == "count":
+        wanted = set(facts["asked"].split())
+        return str(sum(n for k, n in facts["shapes"].items() if wanted <= set(k.split())))
+    if kind in ("more", "most"):
+        counts = sorted(facts["shapes"].items(), key=lambda kv: -kv[1])
+        assert counts[0][1] > counts[1][1]
+        return counts[0][0] + "s"
+    if kind == "cup":
+        return f"{facts['level']} ml"
+    if kind in ("tallest", "shortest"):
+        return (max if kind == "tallest" else min)(facts["bars"], key=facts["bars"].get)
+    if kind == "height":
+        return str(facts["bars"][facts["asked"]])
+    if kind == "total":
+        return str(facts["rings"] * facts["dots"])
+    if kind == "product":
+        return f"{facts['rings']} x {facts['dots']}"
+    if kind in ("eats", "eaten", "top"):
+        chain = facts["order"] if facts["arrow"] == "right" else facts["order"][::-1]
+        if kind == "top":
+            return chain[-1]
+        return chain[chain.index(facts["asked"]) + (-1 if kind == "eats" else 1)]
+    if kind == "side":
+        a, b = (facts["order"].index(facts["asked"][key]) for key in "ab")
+        return "left" if a < b else "right"
+    if kind == "end":
+        return facts["order"][0 if facts["asked"] == "left" else -1]
+    if kind == "sum":
+        return str(sum(facts["blocks"].values()))
+    assert kind == "word"
+    (answer,) = [w for w, group in facts["words"].items() if group == facts["asked"]]
+    return answer
+
+
+def seen_in(objects, facts):
+    """The part of the facts that the boxes alone give."""
+    names = [name for name, _ in sorted(objects, key=lambda o: o[1][0] + o[1][2])]
+    boxes = {name: box for name, box in objects}
+    if "left" in facts:
+        poles = ["NS" if n == "magnet north left" else "SN" for n in names]
+        return {"left": poles[0], "right": poles[1]}
+    if "shapes" in facts:
+        return {"shapes": dict(Counter(names))}
+    if "level" in facts:
+        cup, water = boxes["cup"], boxes["water"]
+        part = (water[3] - water[1]) / (cup[3] - cup[1])  # 5.7 lines are the height of a cup
+        return {"level": round(part * 5.7) * 100}
+    if "bars" in facts:
+        base = max(box[3] for box in boxes.values())
+        unit = max(base - box[1] for box in boxes.values()) / max(facts["bars"].values())
+        return {"bars": {n.split()[0]: round((base - boxes[n][1]) / unit) for n in names}}
+    if "rings" in facts:
+        (name,) = set(names)
+        return {"rings": len(names), "dots": int(name.split()[2])}
+    if "arrow" in facts:
+        (arrow,) = {n for n in names if n.startswith("arrow")}
+        return {"order": [n for n in names if n != arrow], "arrow": arrow.split()[1]}
+    return {"order": names}
+
+
+def test_answers_follow_from_the_facts(everything):
+    for scene in everything:
+        record = scene.record
+        gold = record["choices"][record["answer"]]
+        assert gold == scene.facts["answer"] == answer_from(scene.facts), scene.facts
+        assert 2 <= len(set(record["choices"])) == len(record["choices"]) <= 4
+
+
+def test_the_boxes_show_the_facts(everything):
+    for scene in everything:
+        if scene.image:
+            for key, value in seen_in(scene.objects, scene.facts).items():
+                assert scene.facts[key] == value, (scene.facts, scene.objects)
+
+
+def test_solutions_state_the_facts_and_end_in_the_answer(everything):
+    for scene in everything:
+        facts, solution = scene.facts, scene.record["solution"]
+        assert solution.endswith(f" {facts['answer']}."), solution
+        for n, shape in re.findall(r"(\d) (\w+ (?:circle|square|triangle))s?", solution):
+            assert facts["shapes"][shape] == int(n)
+        for colour, n in re.findall(r"(red|blue|green|yellow) (\d)", solution):
+            assert facts["bars"][colour] == int(n)
+        for left, side in re.findall(r"(left|right) magnet has (\w+) on", solution):
+            assert facts[left][1 if left == "left" else 0] == side[0].upper()
+        for g, k in re.findall(r"(\d) rings? with (\d) dots", solution):
+            assert (facts["rings"], facts["dots"]) == (int(g), int(k))
+        for food, eater in re.findall(r"from the (\w+) to the (\w+)", solution):
+            chain = facts["order"][:: 1 if facts["arrow"] == "right" else -1]
+            assert chain.index(eater) == chain.index(food) + 1
+
+
+def test_colours_are_drawn_where_the_boxes_are(everything):
+    def nearest(image, x, y):
+        pixel = image.getpixel((round(x), round(y)))
+        distance = {c: sum((a - b) ** 2 for a, b in zip(pixel, rgb, strict=True))
+                    for c, rgb in scenes.RGB.items()}  # fmt: skip
+        return min(distance, key=distance.get)
+
+    checked = Counter()
+    for scene in everything:
+        for name, (x0, y0, x1, y1) in scene.objects:
+            first = name.split()[0]
+            if first in scenes.COLOURS:
+                checked[first] += 1
+                assert nearest(scene.image, (x0 + x1) / 2, (y0 + y1) / 2) == first
+            elif first == "magnet":
+                checked[first] += 1
+                left = nearest(scene.image, x0 + 4, (y0 + y1) / 2)
+                assert left == ("red" if name == "magnet north left" else "blue")
+    assert set(checked) == {*scenes.COLOURS, "magnet"}
+
+
+# ---- what the text alone is worth --------------------------------------------------------------
+
+
+def test_the_gold_choice_is_uniform_over_positions(sample):
+    for n in (2, 3, 4):
+        records = [s.record for group in sample.values() for s in group]
+        where = Counter(r["answer"] for r in records if len(r["choices"]) == n)
+        total = sum(where.values())
+        for position in range(n):
+            spread = (total * (1 / n) * (1 - 1 / n)) ** 0.5
+            assert abs(where[position] - total / n) < 4 * spread, (n, where)
+
+
+@pytest.mark.parametrize("family", PICTURES)
+def test_question_and_choices_do_not_give_the_answer(sample, family):
+    """How often a choice wins when it is offered: at chance, for each kind, wording and hint."""
+    offered, won = defaultdict(list), Counter()
+    for split in ("train", "val", "test"):
+        for scene in sample.get((split, family), ()):
+            r, kind = scene.record, scene.facts["kind"]
+            context = (kind,), (kind, " ".join(r["question"].split()[:3])), (kind, r["hint"])
+            order = sorted(r["choices"])
+            for key in context:
+                for choice in (*r["choices"], order[0] + " first", order[-1] + " last"):
+                    offered[*key, choice].append(1 / len(order))
+                    won[*key, choice] += (
+                        choice.split(" first")[0].split(" last")[0] == (scene.facts["answer"])
+                    )
+    for key, chances in offered.items():
+        expected, variance = sum(chances), sum(p * (1 - p) for p in chances)
+        if variance > 3:
+            assert abs(won[key] - expected) < 4.5 * variance**0.5, (key, won[key], expected)
+
+
+def test_captions_are_weak(sample):
+    wrong = total = 0
+    for scene in sample["train", "count"] + sample["train", "chain"]:
+        said = re.findall(r"with a (.+)", scene.caption)
+        shown = {name for name, _ in scene.objects}
+        wrong += sum(detail not in shown for detail in said)
+        total += 1
+    assert 0.08 < wrong / total < 0.22
+
+
+# ---- splits ------------------------------------------------------------------------------------
+
+
+def test_the_same_call_gives_the_same_bytes():
+    for family in scenes.FAMILIES:
+        one, two = (scenes.problem(family, "test", 3, 5) for _ in range(2))
+        assert one.image is two.image or one.image.tobytes() == two.image.tobytes()
+        parts = "record", "caption", "facts", "objects", "description"
+        assert all(getattr(one, part) == getattr(two, part) for part in parts)
+        other = scenes.problem(family, "test", 4, 5)
+        assert (one.objects, one.facts) != (other.objects, other.facts)
+
+
+def test_splits_are_disjoint_for_any_seed(everything):
+    found = defaultdict(set)
+    for i in range(3 * N):
+        split = ("train", "val", "test")[i % 3]
+        everything = everything + [scenes.problem("text", split, i // 30, i)]
+    for scene in everything:
+        content = sorted(scene.objects)
+        if not content:
+            skip = "family", "kind", "answer", "asked"
+            content = {k: v for k, v in scene.facts.items() if k not in skip}
+        text = json.dumps(content, sort_keys=True)
+        found[text].add(scene.record["split"])
+        bucket = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) % 20
+        assert bucket in scenes.SPLITS[scene.record["split"]]
+    assert max(map(len, found.values())) == 1
+    ranges = [set(buckets) for buckets in scenes.SPLITS.values()]
+    assert sum(map(len, ranges)) == len(set.union(*ranges)) == 20
+
+
+def test_held_out_families_are_refused_outside_test():
+    assert scenes.HELD_OUT and set(scenes.HELD_OUT) < set(scenes.FAMILIES)
+    for family in scenes.HELD_OUT:
+        for split in ("train", "val"):
+            with pytest.raises(ValueError, match=f"'{family}' is held out"):
+                scenes.problem(family, split, 0, 0)
+    with pytest.raises(ValueError, match="No family 'magic'"):
+        scenes.problem("magic", "train", 0, 0)
+    with pytest.raises(ValueError, match="split 'dev'"):
+        scenes.problem("count", "dev", 0, 0)
+
+
+# ---- pictures and words ------------------------------------------------------------------------
+
+
+def test_objects_fit_a_small_detector(everything):
+    drawn = set()
+    for scene in everything:
+        if scene.image is None:
+            assert not scene.objects and scene.record["image"] is None
+            continue
+        assert scene.image.size == (128, 128) and scene.image.mode == "RGB"
+        cells = set()
+        for name, (x0, y0, x1, y1) in scene.objects:
+            drawn.add(name)
+            assert min(x0, y0) >= 0 and max(x1, y1) <= 128
+            assert x1 - x0 >= 12 and y1 - y0 >= 12, (name, scene.objects)
+            cells.add(((x0 + x1) / 2 * 6 // 128, (y0 + y1) / 2 * 6 // 128))
+        assert len(cells) == len(scene.objects) <= 12, scene.objects
+    assert drawn == set(scenes.CLASSES) and len(set(scenes.CLASSES)) == len(scenes.CLASSES)
+
+
+def words(text):
+    return re.findall(r"[a-z]+|\d+|[^\sa-z\d]", text.lower())
+
+
+def test_texts_are_short_and_the_vocabulary_small(everything):
+    vocabulary, lectures, wordings = set(), defaultdict(set), defaultdict(set)
+    content = set(words(" ".join((*scenes.CLASSES, *scenes.NAMES, *scenes.WORDS))))
+    for scene in everything:
+        r = scene.record
+        assert len(r["lecture"].split()) <= 14
+        assert 8 <= len(r["solution"].split()) <= 22, r["solution"]
+        assert 8 <= len(scene.description.split()) <= 40, scene.description
+        lectures[scene.facts["family"], r["skill"]].add(r["lecture"])
+        asked = [w.rstrip("s") for w in words(r["question"]) if w.rstrip("s") not in content]
+        wordings[scene.facts["kind"]].add(" ".join(asked))
+        texts = r["question"], *r["choices"], r["hint"], r["lecture"], r["solution"]
+        for text in (*texts, scene.caption, scene.description):
+            assert "{" not in text and " | " not in text and "  " not in text
+            vocabulary.update(words(text))
+    assert len(vocabulary) < 400
+    assert all(len(group) == 1 for group in lectures.values())
+    assert all(len(group) >= 2 for group in wordings.values()), wordings
+
+
+def test_records_have_the_fields_of_scienceqa(everything):
+    fields = ("question choices answer hint image task grade subject topic category skill lecture "
+              "solution split family")  # fmt: skip
+    grades, kinds, subjects = set(), Counter(), Counter()
+    for scene in everything:
+        r = scene.record
+        assert list(r) == fields.split() and r["task"] == "closed choice"
+        grades.add(int(r["grade"].removeprefix("grade")))
+        subjects[r["subject"]] += 1
+        kinds[bool(r["hint"]), bool(r["image"])] += 1
+    assert grades == set(range(1, 13))
+    assert set(subjects) == {"natural science", "social science", "language science"}
+    pictures = kinds[True, True] + kinds[False, True]
+    assert min(kinds.values()) > 30 and len(kinds) == 4
+    assert 0.2 < kinds[True, True] / pictures < 0.3
+
+
+# ---- the folder --------------------------------------------------------------------------------
+
+SIZES = {"train": 40, "val": 16, "test": 27}
+
+
+def test_write_makes_scienceqas_layout(tmp_path):
+    scenes.write(tmp_path / "new" / "demo", SIZES, seed=1)
+    folder = tmp_path / "new" / "demo"
+    names = {"problems", "pid_splits", "captions", "scenes"}
+    table = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    assert {p.name for p in folder.iterdir()} == {f"{n}.json" for n in names} | {"images"}
+    assert list(table["problems"]) == list(table["scenes"])
+    assert sum(map(len, map(table["pid_splits"].get, SIZES))) == len(table["problems"])
+    for split, size in SIZES.items():
+        pids = table["pid_splits"][split]
+        assert len(pids) == size and set(table["pid_splits"][f"mini{split}"]) < set(pids)
+        families = Counter(table["scenes"][pid]["family"] for pid in pids)
+        held_out = set(scenes.HELD_OUT) if split != "test" else set()
+        assert set(families) == set(scenes.FAMILIES) - held_out
+        assert 0.1 < families["text"] / size < 0.14
+        for pid in pids:
+            record, path = table["problems"][pid], folder / "images" / split / pid / "image.png"
+            assert record["split"] == split and path.exists() == bool(record["image"])
+            assert (pid in table["captions"]["captions"]) == path.exists()
+            if record["image"]:
+                with Image.open(io.BytesIO(path.read_bytes())) as image:
+                    assert image.size == (128, 128) and image.mode == "RGB"
+
+
+def test_write_is_repeatable_and_never_overwrites(tmp_path):
+    for name in "ab":
+        scenes.write(tmp_path / name, SIZES)
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
+    assert len(files) > 60
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    with pytest.raises(FileExistsError, match="exists already"):
+        scenes.write(tmp_path / "a", SIZES)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(family, split, seed, index):
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr(scenes, "problem", fail)
+    with pytest.raises(RuntimeError, match="no space"):
+        scenes.write(tmp_path / "demo", SIZES)
+    assert list(tmp_path.iterdir()) == []
