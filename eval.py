@@ -5,13 +5,16 @@ Implements
   Multimodal-CoT (Zhang et al. 2023, arXiv 2302.00923) reports them;
 * sentence BLEU without smoothing (Papineni et al. 2002) and summary-level ROUGE-L (Lin 2004) in the
   set-based form of the PyPI package `rouge` 1.0.1, both as those authors call them;
-* the Wilson (1927) interval of every accuracy, with n and chance beside it.
+* the Wilson (1927) interval of every accuracy, with n and chance beside it;
+* decoding: `predict` turns problems into predictions with a run's models, `evaluate` into a table.
 
 Two rules. A response that cannot be read is a failure, counted and shown, never a guess (the
 original's guess is there to be compared with: `--faithful-parse`). A score is about a named set of
 problems: missing, unknown and repeated predictions are errors.
 
 Left out: sentence-embedding similarity, which needs one more model to say what ROUGE-L says.
+
+Axes: B pictures of one size, H W pixels, P image positions, F their width.
 """
 
 import argparse

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE, GRID, SCALE = 128, 6, 2  # pixels; cells a side; supersampling while drawing
 CELL = SIDE / GRID
 SPLITS = {"train": range(0, 12), "val": range(12, 15), "test": range(15, 20)}  # hash buckets of 20
-SIZES = {"train": 3000, "val": 200, "test": 400}
+SIZES = {"train": 8000, "val": 200, "test": 400}
 
 # fmt: off
 RGB = {"red": (214, 48, 48), "blue": (48, 88, 214), "green": (44, 160, 74),

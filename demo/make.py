@@ -1,0 +1,295 @@
+"""Makes the demo's pretrained checkpoints: `python demo/make.py` writes demo/t5 and demo/detr.
+
+They play the parts of UnifiedQA-T5 and DETR for a machine without a network, in the same files (Hub
+layout, safetensors, tokenizer.json) and through the same code:
+
+  t5    a T5 v1.0 of a quarter of a million parameters, trained on text questions: the scenes of
+        demo/scenes.py described in words, as UnifiedQA was trained on text QA. It has never seen a
+        picture.
+  detr  a small DETR, trained to find the objects of such pictures. It has never seen a question.
+
+Neither has seen a val or test scene, nor the held-out family. What is left to learn in `train.py`
+is what Multimodal-CoT is about: reading DETR's features through the gated fusion.
+
+Left out on purpose: DETR's Hungarian matching. Here an object belongs to the query of the grid cell
+its centre lies in, which a small model learns in minutes; the network and its files are the same.
+
+Axes: n scenes, B batch, H W pixels, Q queries, L classes, N heads.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import nn
+
+import data
+from demo import scenes
+from model import DETR, T5, DETRConfig, FrozenBatchNorm, T5Config
+
+HERE = Path(__file__).parent
+SIDE = 96  # pixels; scenes are drawn at 128
+SEED = 1_000_003  # not the benchmark's seed; train split only
+FAMILIES = [f for f in scenes.FAMILIES if f not in scenes.HELD_OUT]
+# Prompt formats of the text questions. LEA and ALE have LE's source: they could not be told apart.
+FORMATS = ["QCM-LE"] * 4 + ["QCMG-A"] * 5 + ["QCM-A"]
+
+
+# ---- data --------------------------------------------------------------------------------------
+
+
+def scene(index, draw):
+    """Pretraining scene `index`: pixels and objects if `draw`, else a text question as a pair."""
+    made = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED, index)
+    if draw:
+        return (data.detr_pixels(made.image, SIDE).half(), made.objects) if made.image else None
+    record, fmt = made.record, FORMATS[index // len(FAMILIES) % len(FORMATS)]
+    problem = data.Problem(
+        id=str(index),
+        question=record["question"],
+        choices=tuple(record["choices"]),
+        answer=record["choices"][record["answer"]],
+        hint=record["hint"] if "G" in fmt else f"{record['hint']} {made.description}".strip(),
+        image=None,
+        lecture=record["lecture"],
+        solution=record["solution"],
+        meta={"answer_index": record["answer"], "caption": ""},
+    )
+    # Finding the letter of an answer is the hardest part to learn: mostly from one sentence.
+    last = record["solution"].rstrip(".").split(". ")[-1]
+    return data.prompt(problem, fmt, f"Solution: {last}." if index % 5 else None)
+
+
+def many(count, draw):
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(partial(scene, draw=draw), range(count), chunksize=64)
+        return [m for m in made if m is not None]
+
+
+def make_tokenizer(texts):
+    """A T5-style Unigram tokenizer: <pad> 0, </s> 1, <unk> 2; words, then every ASCII character.
+
+    Unigram training is made for large corpora: it breaks two hundred words into fragments. Here
+    each word is a piece with the logarithm of its share as score; characters are the way out.
+    """
+    words = Counter()
+    for text in texts:
+        for word in text.split():
+            core, tail = re.fullmatch(r"(.*?)([.,?:]*)", word).groups()
+            words.update(["▁" + core] * bool(core) + list(tail))
+    total = sum(words.values())
+    pieces = [(word, math.log(n / total)) for word, n in words.most_common() if n > 2]
+    known = {word for word, _ in pieces}
+    pieces += [(c, -20.0) for c in ("▁", *map(chr, range(33, 127))) if c not in known]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    tokenizer = Tokenizer(models.Unigram(special + pieces, unk_id=2))
+    tokenizer.add_special_tokens([name for name, _ in special])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return tokenizer
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def optimise(name, model, losses, steps, lr, device):
+    """AdamW, 5 % warm-up, linear decay, clipping at 1; `losses(step)` gives the step's loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    ramp = lambda s: min((s + 1) / (0.05 * steps), 1 - s / steps)  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
+    model.to(device).train()
+    start, total = time.monotonic(), 0.0
+    for step in range(steps):
+        loss = losses(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        total = total + loss.detach()
+        if (step + 1) % 100 == 0:
+            rate = (step + 1) / (time.monotonic() - start)
+            left = (steps - step - 1) / rate
+            mean = total.item() / 100
+            print(
+                f"{name} {step + 1}/{steps}  loss {mean:.4f}  {rate:.1f}/s  {left:.0f} s left",
+                flush=True,
+            )
+            total = 0.0
+    return model.cpu().eval()
+
+
+def swap_norms(module, old, new):
+    """Replace batch norms of class `old` by `new`, keeping their four tensors: DETR freezes them,
+    but somebody has to train them first."""
+    for name, child in module.named_children():
+        if isinstance(child, old):
+            made = new(len(child.weight))
+            made.load_state_dict(
+                child.state_dict(), strict=False
+            )  # num_batches_tracked comes and goes
+            setattr(module, name, made)
+        else:
+            swap_norms(child, old, new)
+
+
+def detr_targets(objects):
+    """Class (Q,) and box (Q, 4) per query: an object belongs to the grid cell of its centre."""
+    classes = torch.full((scenes.GRID**2,), len(scenes.CLASSES))
+    boxes = torch.zeros(scenes.GRID**2, 4)
+    for name, (x0, y0, x1, y1) in objects:
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        query = int(y // scenes.CELL) * scenes.GRID + int(x // scenes.CELL)
+        classes[query] = scenes.CLASSES.index(name)
+        boxes[query] = torch.tensor([x, y, x1 - x0, y1 - y0]) / scenes.SIDE
+    return classes, boxes
+
+
+@torch.inference_mode()
+def report_detr(model, pixels, classes, boxes):
+    """What the detector finds in pictures it was not trained on."""
+    logits, found = model(pixels.cpu())
+    named = logits.argmax(-1) == classes.cpu()  # (B, Q)
+    seen = classes.cpu() < model.config.num_labels  # (B, Q)
+    error = (found - boxes.cpu())[seen].abs().mean() * scenes.SIDE
+    print(
+        f"detr, {len(pixels)} new pictures: {named[seen].float().mean():.2%} of the objects named, "
+        f"{named[~seen].float().mean():.2%} of the empty cells left empty, "
+        f"boxes off by {error:.2f} of {scenes.SIDE} pixels"
+    )
+
+
+def make_detr(args):
+    torch.manual_seed(0)
+    made = many(args.pictures, True)
+    pixels = torch.stack([p for p, _ in made]).to(args.device)  # (n, 3, H, W)
+    pixels = pixels.to(memory_format=torch.channels_last)
+    targets = [detr_targets(objects) for _, objects in made]
+    classes, boxes = (torch.stack(t).to(args.device) for t in zip(*targets, strict=True))
+    config = DETRConfig(
+        backbone="resnet50",
+        backbone_kwargs={"layers": [1, 1, 1, 1], "channels": [16, 24, 32, 48]},
+        dilation=True,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        num_queries=scenes.GRID**2,
+        num_labels=len(scenes.CLASSES),
+    )
+    model = DETR(config).to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    swap_norms(model, FrozenBatchNorm, nn.BatchNorm2d)
+    weight = torch.ones(config.num_labels + 1, device=args.device)
+    weight[-1] = 0.2  # most queries see nothing
+
+    def losses(step):
+        batch = torch.randint(len(pixels) - 512, (64,), device=pixels.device)  # 512 are held back
+        x = pixels[batch].float()
+        x = x + 0.05 * torch.randn_like(x) + 0.1 * torch.randn_like(x[:, :, :1, :1])
+        logits, found = model(x)  # (B, Q, L + 1), (B, Q, 4)
+        seen = classes[batch] < config.num_labels  # (B, Q)
+        box_loss = (found - boxes[batch])[seen].abs().mean()
+        return (
+            F.cross_entropy(logits.flatten(0, 1), classes[batch].flatten(), weight) + 5 * box_loss
+        )
+
+    optimise("detr", model, losses, args.detr_steps, 1e-3, args.device)
+    swap_norms(model, nn.BatchNorm2d, FrozenBatchNorm)
+    report_detr(model, pixels[-512:].float(), classes[-512:], boxes[-512:])
+    model.save_pretrained(args.out / "detr")
+
+
+@torch.no_grad()
+def look_at_neighbours(model):
+    """Start some heads on the previous and the next token.
+
+    T5 knows positions only through its bias table, which starts near zero and which Adam moves by
+    at most lr a step. Without this the model does not learn to find the letter of an answer (its
+    loss on that stays at chance for 4,000 steps); with it, it does in 1,000.
+    """
+    before, after = 1, 17  # buckets of -1 and +1
+    table = model.encoder.relative_attention_bias.weight  # (buckets, N)
+    table[before, 0] += 4
+    table[after, 1] += 4
+    table[before + 1, 2] += 2
+    model.decoder.relative_attention_bias.weight[before, 0] += 4
+
+
+def make_t5(args):
+    torch.manual_seed(0)
+    pairs = many(args.texts, False)
+    tokenizer = make_tokenizer([text for pair in pairs for text in pair])
+    (args.out / "t5").mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(args.out / "t5" / "tokenizer.json"))
+    config = T5Config(
+        vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32,
+        d_model=64,
+        d_kv=16,
+        d_ff=192,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+    )
+    sources, targets = (data.encode(tokenizer, t, 512) for t in zip(*pairs, strict=True))
+    examples = [
+        {"id": str(i), "input_ids": s, "labels": t}
+        for i, (s, t) in enumerate(zip(sources, targets, strict=True))
+    ]
+    model, generator, queue = T5(config), torch.Generator().manual_seed(0), []
+    model.init_weights()
+    look_at_neighbours(model)
+
+    def losses(step):
+        if not queue:
+            lengths = [len(e["input_ids"]) + len(e["labels"]) for e in examples]
+            queue.extend(data.batches(lengths, 48, generator))
+        batch = data.collate([examples[i] for i in queue.pop()])
+        batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}
+        logits = model(batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"])
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    optimise("t5", model, losses, args.t5_steps, 2e-3, args.device)
+    model.save_pretrained(args.out / "t5")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for t5/ and detr/")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=("t5", "detr"), help="make one of the two")
+    parser.add_argument("--pictures", type=int, default=6000, help="scenes DETR learns from")
+    parser.add_argument("--texts", type=int, default=48000, help="problems T5 learns from")
+    parser.add_argument("--detr-steps", type=int, default=1500)
+    parser.add_argument("--t5-steps", type=int, default=10000)
+    parser.add_argument("--threads", type=int, default=1, help="fixed, as sums depend on it")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.only != "t5":
+        make_detr(args)
+    if args.only != "detr":
+        make_t5(args)
+
+
+if __name__ == "__main__":
+    main()
