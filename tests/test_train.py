@@ -237,6 +237,8 @@ def test_own_rationales_come_from_models_that_did_not_train_on_them(monkeypatch,
     tokenizer = data.load_tokenizer(ROOT / "demo/t5")
     made = train.own_rationales(settings(), problems, [], tokenizer, None, None)
     assert made.keys() == {p.id for p in problems} and len(trained_on) == 2
+    folds = [sorted(p.id in ids for p in problems[::2]) for ids in trained_on]
+    assert all(False in fold and True in fold for fold in folds)  # not every second problem
 
 
 def test_a_question_can_be_asked_of_a_run(short_run, capsys):
