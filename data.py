@@ -646,7 +646,7 @@ def _extract_into(array, manifest, todo, extract, folder, chunk=32):
             array[len(manifest["rows"])] = features.detach().cpu().numpy()  # (P, F)
             manifest["rows"][sha] = len(manifest["rows"])
         _save_manifest(array, manifest, folder)
-        _progress("images", first + len(items), len(todo), start)
+        progress("images", first + len(items), len(todo), start)
 
 
 def _decoded(problems, size, ahead=64):
@@ -675,7 +675,7 @@ def _save_manifest(array, manifest, folder):
     os.replace(temporary, folder / "manifest.json")
 
 
-def _progress(what, done, total, start):
+def progress(what, done, total, start):
     """One line on a terminal with the rate and the time left; nothing into a file or a pipe."""
     if sys.stderr.isatty():
         rate = max(done, 1e-9) / max(time.monotonic() - start, 1e-9)
@@ -783,7 +783,7 @@ def _fetch(url, part):
         with open(part, "ab" if have else "wb") as file:
             while block := reply.read(1 << 20):
                 have += file.write(block)
-                _progress(f"{part.stem}, MB", (have - first) / 1e6, (total - first) / 1e6, start)
+                progress(f"{part.stem}, MB", (have - first) / 1e6, (total - first) / 1e6, start)
     if have < total:  # http.client is silent about it
         raise ConnectionError(f"the connection was lost after {have} of {total} bytes")
 

@@ -24,6 +24,7 @@ import math
 import random
 import re
 import sys
+import time
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -405,6 +406,15 @@ def feature_extractor(folder, device):
     return extract
 
 
+def in_batches(examples, batch_size, label):
+    """Collated batches of like lengths, with progress on a terminal as they are used up."""
+    start, done = time.monotonic(), 0
+    for rows in data.batches([len(e["input_ids"]) for e in examples], batch_size):
+        yield data.collate([examples[i] for i in rows])
+        done += len(rows)
+        data.progress(label, done, len(examples), start)
+
+
 def predict(models, problems, config, tokenizer, features):
     """Decode problems with a run's models: one, or rationale and answer. Predictions in order."""
     formats = fusion.RECIPES[config["recipe"]]
@@ -413,10 +423,7 @@ def predict(models, problems, config, tokenizer, features):
     def make_batches(generated=None):
         fmt = formats[0] if generated is None else formats[-1]
         examples = data.examples(problems, fmt, tokenizer, features, generated, config)
-        for rows in data.batches(
-            [len(e["input_ids"]) for e in examples], config["eval_batch_size"]
-        ):
-            yield data.collate([examples[i] for i in rows])
+        return in_batches(examples, config["eval_batch_size"], f"{fmt} decoded")
 
     if len(formats) == 2:
         told = fusion.two_stage(*models, make_batches, tokenizer, lengths)
@@ -430,10 +437,8 @@ def teacher_forced_rouge(model, problems, config, tokenizer, features):
     """ROUGE-L of arg-max logits that read the gold rationale: what the first published commands
     scored, and stage 2 then read. Shown to be compared with; nothing here uses these texts."""
     examples = data.examples(problems, "QCM-LE", tokenizer, features, None, config)
-    rows = data.batches([len(e["input_ids"]) for e in examples], config["eval_batch_size"])
-    texts = fusion.teacher_forced(
-        model, (data.collate([examples[i] for i in r]) for r in rows), tokenizer
-    )
+    batches = in_batches(examples, config["eval_batch_size"], "teacher-forced")
+    texts = fusion.teacher_forced(model, batches, tokenizer)
     graded = [(p, {"rationale": texts[p.id]}, None) for p in problems]
     return rationale_scores(graded, "QCM-LE")["rougeL"]
 

@@ -250,8 +250,7 @@ def own_rationales(args, problems, val, tokenizer, features, log, folds=2):
         splits = {"train": seen, "val": val}
         model = run_stage(args, 0, splits, tokenizer, features, log)
         examples = data.examples(unseen, "QCM-LE", tokenizer, features, None, vars(args))
-        rows = data.batches([len(e["input_ids"]) for e in examples], args.eval_batch_size)
-        batches = (data.collate([examples[i] for i in r]) for r in rows)
+        batches = evaluation.in_batches(examples, args.eval_batch_size, "own rationales")
         texts = fusion.write(model, batches, tokenizer, args.max_output[0])
         generated |= {problem_id: told["text"] for problem_id, told in texts.items()}
     return generated
