@@ -42,7 +42,7 @@ DEMO = {  # two minutes on two cores
     "batch_size": 32,
     "max_input": 256,
     "max_output": [64, 16],
-    "threads": 1,  # two are no faster at this size, and sums differ with the number
+    "threads": 1,  # the result depends on it, and at this size two are easily slower
 }
 PUBLISHED = {  # arXiv 2302.00923, base model
     "weights": ["allenai/unifiedqa-t5-base"],
