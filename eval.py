@@ -426,7 +426,7 @@ def predict(models, problems, config, tokenizer, features):
         return in_batches(examples, config["eval_batch_size"], f"{fmt} decoded")
 
     if len(formats) == 2:
-        told = fusion.two_stage(*models, make_batches, tokenizer, lengths)
+        told = fusion.two_stage(*models, make_batches, tokenizer, (lengths[0], lengths[-1]))
     else:
         texts = fusion.write(models[0], make_batches(), tokenizer, lengths[0])
         told = {i: {"response": t.pop("text")} | t for i, t in texts.items()}

@@ -302,7 +302,21 @@ def run_ablation(args):
 
 
 def parse_args(argv=None):
+    """The flags; those not given take the demo's or the paper's value, by --data."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    add_what(parser)
+    add_how(parser)
+    args = parser.parse_args(argv)
+    if bool(args.features) != bool(args.name_map):
+        parser.error("--features FILE and --name-map name_map.json go together")
+    for name, value in (DEMO if args.data == "demo" else PUBLISHED).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or f"runs/{Path(args.data).stem}-{args.recipe}-{args.vision}"
+    return args
+
+
+def add_what(parser):
     what = parser.add_argument_group("what to train")
     what.add_argument("--model", choices=("mmcot",), required=True, help="the system to train")
     what.add_argument(
@@ -344,6 +358,9 @@ def parse_args(argv=None):
     files.add_argument("--name-map", help="name_map.json that goes with --features")
     files.add_argument("--features-cache", help="folder for our own features")
     files.add_argument("--out", help="run folder (runs/DATA-RECIPE-VISION)")
+
+
+def add_how(parser):
     how = parser.add_argument_group("how")
     how.add_argument(
         "--epochs", type=float, nargs="+", help="for both stages or one each; 0 only decodes"
@@ -368,12 +385,6 @@ def parse_args(argv=None):
     odd.add_argument(
         "--teacher-forced", action="store_true", help="show the inflated ROUGE-L as well"
     )
-    args = parser.parse_args(argv)
-    for name, value in (DEMO if args.data == "demo" else PUBLISHED).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.out = args.out or f"runs/{Path(args.data).stem}-{args.recipe}-{args.vision}"
-    return args
 
 
 def main(argv=None):

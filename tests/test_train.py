@@ -219,6 +219,17 @@ def test_text_only_runs_have_no_fusion_and_captions_are_in_the_prompt(tmp_path, 
     assert problem.meta["caption"] and problem.meta["caption"].split()[-1] in source
 
 
+def test_one_output_limit_serves_both_stages(tmp_path):
+    folder = run(tmp_path, "--max-output", "20")
+    assert max(x["tokens"] for x in lines_of(folder / "predictions.jsonl")) <= 40
+
+
+def test_published_features_need_their_map(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "mmcot", "--features", "detr.npy"])
+    assert "--name-map" in capsys.readouterr().err
+
+
 def test_own_rationales_come_from_models_that_did_not_train_on_them(monkeypatch, tmp_path):
     trained_on = []
 
