@@ -203,11 +203,11 @@ def start_model(args, features, stage):
 def run_mmcot(args):
     """Train, decode and score one recipe; returns its metrics. Writes the run folder `args.out`."""
     out, config = Path(args.out), vars(args)
-    out.mkdir(parents=True, exist_ok=True)
     print(f"{out}: recipe {args.recipe}, vision {args.vision}", flush=True)
     splits = {s: data.load(args.data, s)[: args.limit] for s in ("train", "val", "test")}
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
     features = evaluation.image_features(config, [p for ps in splits.values() for p in ps])
+    out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves nothing
     write_config(config, out)
     names, models = fusion.stage_names(args.recipe), []
     with open(out / "log.jsonl", "w", encoding="utf-8") as log:
