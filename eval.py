@@ -340,7 +340,7 @@ def align(rows, markdown):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def summary(rows, markdown=False):
+def summary(rows):
     """Many runs on the same problems, a line each: {name: metrics} -> text. ROUGE-L of the decoded
     rationales, and beside it what teacher forcing would have claimed."""
     lines = [["run", "ROUGE-L", "teacher-forced", "accuracy %", "95 % interval", "no answer %"]]
@@ -353,7 +353,7 @@ def summary(rows, markdown=False):
         lines.append([name, *cells])
     first = next(iter(rows.values()))
     lines.insert(1, ["chance", "-", "-", f"{first['chance']:.2f}", "-", "-"])
-    return f"n = {first['n']} problems\n\n{align(lines, markdown)}"
+    return f"n = {first['n']} problems\n\n{align(lines, False)}"
 
 
 # --- decoding a run
@@ -443,9 +443,10 @@ def teacher_forced_rouge(model, problems, config, tokenizer, features):
     return rationale_scores(graded, "QCM-LE")["rougeL"]
 
 
-def evaluate(folder, models, problems, config, tokenizer, features, how=None):
-    """Decode, grade, write predictions.jsonl and metrics.json into the run folder; the metrics."""
-    how = how or argparse.Namespace(faithful_parse=False, teacher_forced=False)
+def evaluate(folder, models, problems, config, tokenizer, features, how):
+    """Decode, grade, write predictions.jsonl and metrics.json into the run folder; the metrics.
+
+    `how` has the flags faithful_parse and teacher_forced."""
     predictions = predict(models, problems, config, tokenizer, features)
     scores = metrics(problems, predictions, how.faithful_parse)
     if how.teacher_forced and len(models) == 2:

@@ -1,6 +1,6 @@
 """Multimodal-CoT's own part: the gated fusion of text and picture, and the two-stage loop.
 
-Zhang et al., "Multimodal Chain-of-Thought Reasoning in Language Models", arXiv 2302.00923, 4.2.
+Zhang et al., "Multimodal Chain-of-Thought Reasoning in Language Models", arXiv 2302.00923.
 With X the question (and, in stage 2, the rationale) and DETR's object features of the picture:
 
   Eq. 1   p(Y | X_language, X_vision) = prod_i p(Y_i | X_language, X_vision, Y_<i)
@@ -251,7 +251,7 @@ def teacher_forced(model, batches, tokenizer):
 
 
 def two_stage(rationale_model, answer_model, make_batches, tokenizer, lengths):
-    """Stage 1 writes a rationale, stage 2 reads question and rationale and answers (paper, Fig. 4).
+    """Stage 1 writes a rationale, stage 2 reads question and rationale and answers (paper, section 4).
 
     `make_batches(generated)` yields the batches of stage 1 for None, and of stage 2 for a dict
     {id: rationale}. `lengths` are the token limits of the two stages.

@@ -332,7 +332,7 @@ def add_what(parser):
         "--no-image",
         choices=fusion.NO_IMAGE,
         default="zero",
-        help="problems without picture: see fusion.py",
+        help="problems without picture, in a new fusion: see fusion.py",
     )
     what.add_argument(
         "--stage", choices=("both", "rationale", "answer"), default="both", help="train one stage"
