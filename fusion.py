@@ -251,7 +251,7 @@ def teacher_forced(model, batches, tokenizer):
 
 
 def two_stage(rationale_model, answer_model, make_batches, tokenizer, lengths):
-    """Stage 1 writes a rationale, stage 2 reads question and rationale and answers (paper, section 4).
+    """Stage 1 writes a rationale, stage 2 reads question and rationale and answers (section 4).
 
     `make_batches(generated)` yields the batches of stage 1 for None, and of stage 2 for a dict
     {id: rationale}. `lengths` are the token limits of the two stages.
