@@ -33,12 +33,12 @@ from model import (
     KeyTable,
     T5Config,
     from_config,
+    head_is_tied,
     load_weights,
     read_config,
     resolve,
     save_weights,
     stored_tensors,
-    t5_is_tied,
 )
 
 FUSION_ROWS = {
@@ -134,6 +134,8 @@ class MultimodalT5(nn.Module):
     `fusion=None` is the text-only model of the paper's ablations: a plain T5.
     """
 
+    KEYS = MULTIMODAL_KEYS
+
     def __init__(self, t5, fusion=None):
         super().__init__()
         self.t5, self.fusion = t5, fusion
@@ -152,7 +154,7 @@ class MultimodalT5(nn.Module):
         }
         width = names.get("fusion.image_dense.weight")
         with torch.device("meta"):
-            tied = t5_is_tied(folder, MULTIMODAL_KEYS)
+            tied = head_is_tied(folder)
             t5 = T5(from_config(T5Config, config), tied=tied)
             no_image = config.get("no_image", "zero")
             fusion = GatedFusion(t5.config.d_model, width[1], no_image) if width else None

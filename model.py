@@ -1,21 +1,28 @@
-"""The plain backbones: T5 (UnifiedQA, FLAN) and DETR-ResNet; weight tables, loading, decoding.
+"""The plain backbones: T5, DETR-ResNet, SigLIP, Gemma-2, PaliGemma 2; weights and decoding.
 
-T5    Raffel et al. 2020, arXiv 1910.10683; v1.1 (gated GELU, untied) is FLAN-T5's.
-DETR  Carion et al. 2020, arXiv 2005.12872; ResNet v1.5 (He et al. 2016, stride in conv2).
+T5           Raffel et al. 2020, arXiv 1910.10683; v1.1 (gated GELU, untied) is FLAN-T5's.
+DETR         Carion et al. 2020, arXiv 2005.12872; ResNet v1.5 (He et al. 2016, stride in conv2).
+SigLIP       Zhai et al. 2023, arXiv 2303.15343; the vision transformer, So400m/14.
+Gemma 2      arXiv 2408.00118. PaliGemma 2: Steiner et al. 2024, arXiv 2412.03555.
 
 What is worth knowing before reading:
   * T5 does not scale attention logits, has no biases, and one relative-position table per stack.
   * T5 v1.0 ties the output layer to the embedding and scales by D^-0.5 before it; v1.1 neither.
   * DETR's `features` are the last decoder states after the decoder's norm, as Multimodal-CoT's.
+  * Gemma's norm multiplies by 1 + w, its scores and logits are soft-capped, every second layer
+    sees 4096 tokens only, and its scores are scaled by a number from the config.
+  * PaliGemma is a prefix language model: picture and question see each other, the answer is
+    causal. Picture features are not scaled, word embeddings are (by the root of D).
   * Weight names are data: one table per architecture, file name <-> our name, for both ways.
 
 Left out on purpose: DETR's training half (matching, losses, dropout: here it is a frozen feature
-extractor), T5 fp16 (it overflows; refused with a sentence), beam search.
+extractor), SigLIP's text half and pooling head, PaliGemma 1 (refused by name), fp16 (it overflows;
+refused with a sentence), beam search.
 
 Axes:
   B batch        T source length   U target length   S key length     D width       N heads
   H head width   F ffn width       V vocabulary      Q object queries P feature pixels (h*w)
-  C channels     L classes
+  C channels     L classes         K key-value heads I image tokens    G = N / K
 """
 
 import itertools
@@ -24,7 +31,7 @@ import math
 import os
 import pickle
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +39,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------
 # Files: finding a checkpoint, reading its config, moving tensors by table
@@ -259,11 +267,30 @@ def save_weights(module, folder, table, config):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def head_is_tied(folder):
+    """Untied iff the files hold an lm_head that differs from the input embedding.
+
+    The config cannot tell: transformers 5 writes tie_word_embeddings=true for FLAN-T5 as well, and
+    PaliGemma2's says false of a text model whose head is the embedding.
+    """
+    names = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
+    stored = {n: path for n, (path, _) in stored_tensors(folder).items() if n.endswith(names)}
+    heads = [n for n in stored if n.endswith("lm_head.weight")]
+    inputs = sorted((n for n in stored if n not in heads), key=len)  # T5's copies are longer names
+    if not heads or not inputs:
+        return True
+    tensors = []
+    for name in (heads[0], inputs[0]):
+        with safe_open(stored[name], "pt") as file:
+            tensors.append(file.get_tensor(name))
+    return torch.equal(*tensors)
+
+
 def check_dtype(dtype):
     if dtype == torch.float16:
         raise ValueError(
-            "float16 is refused: T5 overflows in it and small gradients vanish. Use bfloat16 where "
-            "the device is good at it, else float32."
+            "float16 is refused: T5 and Gemma overflow in it and small gradients vanish. Use "
+            "bfloat16 where the device is good at it, else float32."
         )
 
 
@@ -280,29 +307,56 @@ def pick(logits, temperature=0.0, generator=None):
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
 
 
+def looping(ids, n=8, times=4):
+    """(B, U) ids -> (B,): whether the last `n` of a row have occurred in it `times` times.
+
+    Of published PaliGemma2 outputs a quarter loop by this measure (8-grams, four times)."""
+    if ids.shape[1] < n + times - 1:
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    grams = ids.unfold(1, n, 1)  # (B, U - n + 1, n)
+    return (grams == grams[:, -1:]).all(-1).sum(1) >= times  # (B,)
+
+
 @torch.inference_mode()
 def decode(
-    step, cache, start_ids, max_new_tokens, eos_id, pad_id=0, temperature=0.0, generator=None
+    logits,
+    step,
+    cache,
+    max_new_tokens,
+    eos_id,
+    pad_id=0,
+    temperature=0.0,
+    generator=None,
+    stop_loops=False,
 ):
     """Generate up to `max_new_tokens` ids per row; rows that have finished leave the batch.
 
-    `step(ids (B, 1), cache) -> logits (B, V)` runs the model on one more token per live row;
-    `cache.keep(alive)` drops the rows for which the boolean (B,) is False.
-    Returns (B, <= max_new_tokens) ids: EOS included, `pad_id` after it.
+    logits (B, V) choose the first id; `step(ids (B, 1), cache) -> logits (B, V)` runs the model on
+    one more token per live row; `cache.keep(alive)` drops the rows where the boolean (B,) is False.
+    With `stop_loops` a row that repeats itself (see `looping`) ends as well.
+    Returns (B, <= max_new_tokens) ids, EOS included, `pad_id` after the end of a row; and why each
+    row stopped, a list of "eos", "loop" or "length".
     """
-    ids = start_ids
-    out = torch.full((len(ids), max_new_tokens), pad_id, device=ids.device)  # (B, U)
-    rows = torch.arange(len(ids), device=ids.device)  # which row of `out` each live row writes
+    B = len(logits)
+    out = torch.full((B, max_new_tokens), pad_id, device=logits.device)  # (B, U)
+    rows = torch.arange(B, device=logits.device)  # which row of `out` each live row writes
+    stops = ["length"] * B
     for t in range(max_new_tokens):
-        ids = pick(step(ids[:, None], cache), temperature, generator)  # (B,)
+        ids = pick(logits, temperature, generator)  # (B,)
         out[rows, t] = ids
-        alive = ids != eos_id
+        ended = ids == eos_id
+        looped = ~ended & looping(out[rows, : t + 1]) if stop_loops else torch.zeros_like(ended)
+        alive = ~(ended | looped)
         if not alive.all():
+            for row, loop in zip(rows[~alive].tolist(), looped[~alive].tolist(), strict=True):
+                stops[row] = "loop" if loop else "eos"
             rows, ids = rows[alive], ids[alive]
             if not len(rows):
                 break
             cache.keep(alive)
-    return out[:, : t + 1]
+        if t + 1 < max_new_tokens:
+            logits = step(ids[:, None], cache)  # (B, V)
+    return out[:, : t + 1], stops
 
 
 # ----------------------------------------------------------------------------------------------
@@ -576,6 +630,8 @@ class T5Cache:
 class T5(nn.Module):
     """T5ForConditionalGeneration: v1.0 (UnifiedQA, tied and scaled) and v1.1 (FLAN, untied)."""
 
+    KEYS = T5_KEYS
+
     def __init__(self, config, tied=None):
         super().__init__()
         self.config = config
@@ -590,13 +646,17 @@ class T5(nn.Module):
         folder = resolve(where)
         config = from_config(T5Config, read_config(folder, "t5"))
         with torch.device("meta"):
-            model = cls(config, tied=t5_is_tied(folder, T5_KEYS))
+            model = cls(config, tied=head_is_tied(folder))
         skip = ("lm_head.weight",) if model.lm_head is None else ()
         return load_weights(model, folder, T5_KEYS, dtype, skip).eval()
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors as the Hub has them."""
         save_weights(self, folder, T5_KEYS, self.hub_config("T5ForConditionalGeneration"))
+
+    def hub_path(self, path):
+        """The dotted path transformers gives to one of our modules; PEFT names adapters so."""
+        return self.KEYS.to_file(f"{path}.weight").removesuffix(".weight")
 
     def hub_config(self, architecture):
         """config.json's content; the output scaling is spelled for 4.x and for 5.x readers."""
@@ -662,25 +722,10 @@ class T5(nn.Module):
         def step(ids, cache):  # (B, 1) -> (B, V)
             return self.head(self.decode_states(ids, None, cache.memory_bias, cache)[:, -1])
 
-        start = torch.full((len(memory),), c.decoder_start_token_id, device=memory.device)  # (B,)
+        start = torch.full((len(memory), 1), c.decoder_start_token_id, device=memory.device)
         ends = (c.eos_token_id, c.pad_token_id)
-        return decode(step, cache, start, max_new_tokens, *ends, temperature, generator)
-
-
-def t5_is_tied(folder, table):
-    """Untied iff the file has its own lm_head that differs from `shared`.
-
-    The config cannot tell: transformers 5 writes tie_word_embeddings=true for v1.1 as well.
-    """
-    files = {table.to_ours(n): (path, n) for n, (path, _) in stored_tensors(folder).items()}
-    pair = [files[n] for n in files if n and n.split(".")[-2] in ("shared", "lm_head")]
-    if len(pair) < 2:
-        return True
-    tensors = []
-    for path, name in pair:
-        with safe_open(path, "pt") as file:
-            tensors.append(file.get_tensor(name))
-    return torch.equal(*tensors)
+        first = step(start, cache)  # (B, V)
+        return decode(first, step, cache, max_new_tokens, *ends, temperature, generator)[0]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -978,3 +1023,539 @@ class DETR(nn.Module):
     def forward(self, pixel_values, pixel_mask=None):
         """(B, 3, H, W) -> class logits (B, Q, L + 1) and boxes (B, Q, 4)."""
         return self.detect(self.features(pixel_values, pixel_mask))
+
+
+# ----------------------------------------------------------------------------------------------
+# SigLIP
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SigLIPConfig:
+    """Sizes of a SigLIP image encoder. Configs leave out what equals the transformers default, so
+    these are those defaults; PaliGemma's files spell out So400m/14 (1152, 4304, 27, 16, 14)."""
+
+    hidden_size: int = 768  # D
+    intermediate_size: int = 3072  # F
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12  # N
+    num_channels: int = 3
+    image_size: int = 224  # S, the pictures are squares
+    patch_size: int = 16
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def patches(self):
+        return (self.image_size // self.patch_size) ** 2  # I
+
+
+class SigLIPAttention(nn.Module):
+    """Multi-head attention with biases, every patch to every patch."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj, self.k_proj = nn.Linear(D, D), nn.Linear(D, D)
+        self.v_proj, self.out_proj = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x):  # (B, I, D)
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, N, I, H)
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, I, D)
+
+
+class SigLIPLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D, eps), nn.LayerNorm(D, eps)
+        self.self_attn, self.mlp = SigLIPAttention(config), nn.Module()
+        self.mlp.fc1 = nn.Linear(D, config.intermediate_size)
+        self.mlp.fc2 = nn.Linear(config.intermediate_size, D)
+
+    def forward(self, x):  # (B, I, D); pre-norm
+        x = x + self.self_attn(self.layer_norm1(x))
+        hidden = F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh")  # (B, I, F)
+        return x + self.mlp.fc2(hidden)
+
+
+class SigLIP(nn.Module):
+    """The vision transformer of SigLIP without its pooling head: one state per patch, no CLS."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.hidden_size
+        self.embeddings, self.encoder = nn.Module(), nn.Module()
+        self.embeddings.patch_embedding = nn.Conv2d(
+            config.num_channels, D, config.patch_size, config.patch_size
+        )
+        self.embeddings.position_embedding = nn.Embedding(config.patches, D)
+        layers = (SigLIPLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder.layers = nn.ModuleList(layers)
+        self.post_layernorm = nn.LayerNorm(D, config.layer_norm_eps)
+
+    def forward(self, pixels):
+        """(B, 3, S, S) in -1..1 -> (B, I, D), row by row."""
+        side = self.config.image_size
+        if pixels.shape[-2:] != (side, side):
+            raise ValueError(
+                f"These weights see pictures of {side} x {side} pixels, not "
+                f"{pixels.shape[-1]} x {pixels.shape[-2]}: resize them (data.siglip_pixels)."
+            )
+        x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
+        x = x + self.embeddings.position_embedding.weight
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+# ----------------------------------------------------------------------------------------------
+# Gemma-2
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gemma2Config:
+    """Sizes of a Gemma-2; the defaults are the 2B's, and what real PaliGemma2 configs leave out."""
+
+    vocab_size: int = 256000  # V; PaliGemma2 says 257216
+    hidden_size: int = 2304  # D
+    intermediate_size: int = 9216  # F
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8  # N
+    num_key_value_heads: int = 4  # K
+    head_dim: int = 256  # H; N * H need not be D
+    query_pre_attn_scalar: float = 256  # scores are scaled by its root, not by head_dim's
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    sliding_window: int = 4096  # reach of the even layers
+    layer_types: tuple = None  # None: sliding, full, sliding, full ...
+    attn_logit_softcapping: float = 50.0  # None: off
+    final_logit_softcapping: float = 30.0  # None: off
+
+    @classmethod
+    def from_hub(cls, config):
+        """From a config's text part. A soft-cap of null is "off", which is not the default; the
+        base of the rotary angles has another name in transformers 5."""
+        made = from_config(cls, config | {"rope_theta": rope_theta(config)})
+        caps = ("attn_logit_softcapping", "final_logit_softcapping")
+        return replace(made, **{cap: config[cap] for cap in caps if cap in config})
+
+    def is_sliding(self, layer):
+        if self.layer_types:
+            return self.layer_types[layer] == "sliding_attention"
+        return layer % 2 == 0
+
+
+def rope_theta(config):
+    return (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
+
+
+class GemmaNorm(nn.Module):
+    """RMSNorm as Gemma does it: the stored weight is the offset from 1, and the cast comes last."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
+
+    def forward(self, x):  # (B, T, D)
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
+
+
+def rotary_angles(positions, width, theta, dtype):
+    """cos and sin (B, 1, T, H) of positions (B, T): angles in fp32, H/2 of them, twice in a row."""
+    powers = torch.arange(0, width, 2, device=positions.device).float() / width  # (H/2,)
+    angle = positions[:, None, :, None].float() * theta**-powers  # (B, 1, T, H/2)
+    angle = torch.cat((angle, angle), -1)  # (B, 1, T, H)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """RoPE (arXiv 2104.09864), halves and not pairs: x (B, N, T, H) turned by its position."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin  # (B, N, T, H)
+
+
+def soft_cap(x, cap):
+    """cap * tanh(x / cap): nearly x when small, never beyond the cap. None is no cap."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
+def prefix_lm_mask(valid, suffix, new, window=None):
+    """Who sees whom: (B, 1, T, S) booleans for the last T = `new` of S tokens.
+
+    valid, suffix (B, S): False at pads; True where the text is generated, one after the other.
+    Picture and prefix (p) see each other, the suffix (s) sees everything before it:
+
+          p p p s s
+        p 1 1 1 0 0
+        p 1 1 1 0 0        With a window of 2 the s rows become 0 0 1 1 0 and 0 0 0 1 1:
+        p 1 1 1 0 0        it never cuts inside the prefix, but does what the suffix sees of it.
+        s 1 1 1 1 0
+        s 1 1 1 1 1
+    """
+    position = valid.cumsum(1)  # (B, S), consecutive over what is no pad
+    query, key = position[:, -new:, None], position[:, None, :]
+    allowed = key <= query  # (B, T, S)
+    if window is not None:
+        allowed = allowed & (key > query - window)
+    both_prefix = ~suffix[:, -new:, None] & ~suffix[:, None, :]  # (B, T, S)
+    return ((allowed | both_prefix) & valid[:, None, :])[:, None]  # (B, 1, T, S)
+
+
+class GemmaAttention(nn.Module):
+    """Grouped-query attention with RoPE and soft-capped scores. SDPA cannot cap, so it is written
+    out; each of the K key-value heads serves G = N / K consecutive query heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, c, H = config, config, config.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * H, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * H, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * H, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * H, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        """x (B, T, D), angles (B, 1, T, H), mask (B, 1, T, S) -> (B, T, D)."""
+        c, T = self.config, x.shape[1]
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in projected)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, N, T, H), (B, K, T, H)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, K, S, H)
+        K = c.num_key_value_heads
+        q = q.unflatten(1, (K, -1)).flatten(2, 3)  # (B, K, G*T, H)
+        scores = q @ k.transpose(2, 3) * c.query_pre_attn_scalar**-0.5  # (B, K, G*T, S)
+        scores = soft_cap(scores, c.attn_logit_softcapping).unflatten(2, (-1, T))
+        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+        weights = scores.float().softmax(-1).to(v.dtype).flatten(2, 3)  # (B, K, G*T, S)
+        out = (weights @ v).unflatten(2, (-1, T)).flatten(1, 2)  # (B, N, T, H)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class GemmaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, ffn = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = nn.Linear(D, ffn, bias=False), nn.Linear(D, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, D, bias=False)
+
+    def forward(self, x):  # (B, T, D)
+        hidden = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # (B, T, F)
+        return self.down_proj(hidden)  # (B, T, D)
+
+
+class GemmaLayer(nn.Module):
+    """Four norms: before and after attention, before and after the feed-forward."""
+
+    def __init__(self, config):
+        super().__init__()
+        norm = (config.hidden_size, config.rms_norm_eps)
+        self.self_attn, self.mlp = GemmaAttention(config), GemmaMLP(config)
+        self.input_layernorm, self.post_attention_layernorm = GemmaNorm(*norm), GemmaNorm(*norm)
+        self.pre_feedforward_layernorm = GemmaNorm(*norm)
+        self.post_feedforward_layernorm = GemmaNorm(*norm)
+
+    def forward(self, x, cos, sin, mask, cache=None):  # (B, T, D)
+        h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.post_attention_layernorm(h)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class GemmaLayerCache:
+    """Keys and values of one layer, allocated once at their final length."""
+
+    def __init__(self, like, B, K, length, H):
+        self.k, self.v = (like.new_zeros(B, K, length, H) for _ in range(2))  # (B, K, S, H)
+        self.length = 0
+
+    def append(self, k, v):
+        """k, v (B, K, T, H) of the new tokens -> views on all tokens so far."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]  # (B, K, S, H)
+
+
+class GemmaCache:
+    """Decoding state of a batch: keys and values per layer, and which tokens are what."""
+
+    def __init__(self, config, B, length, like):
+        sizes = (B, config.num_key_value_heads, length, config.head_dim)
+        self.layers = [GemmaLayerCache(like, *sizes) for _ in range(config.num_hidden_layers)]
+        self.valid = self.suffix = torch.zeros(B, 0, dtype=torch.bool, device=like.device)
+
+    def extend(self, valid, suffix):
+        """Flags (B, T) of the new tokens -> flags (B, S) of all."""
+        self.valid = torch.cat((self.valid, valid), 1)
+        self.suffix = torch.cat((self.suffix, suffix), 1)
+        return self.valid, self.suffix
+
+    def keep(self, alive):
+        self.valid, self.suffix = self.valid[alive], self.suffix[alive]
+        for layer in self.layers:
+            layer.k, layer.v = layer.k[alive], layer.v[alive]
+
+
+class Gemma2(nn.Module):
+    """The language model without its output layer, which is the embedding again.
+
+    With `checkpointing` a training step keeps each layer's input only and computes the layer again
+    on the way back: a third more time, a fraction of the memory.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.checkpointing = config, False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = (GemmaLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = GemmaNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed(self, input_ids):
+        """(B, T) -> (B, T, D), times the root of D as the model's own dtype has it."""
+        x = self.embed_tokens(input_ids)
+        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
+
+    def forward(self, x, valid, suffix, cache=None):
+        """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D)."""
+        c, T = self.config, x.shape[1]
+        if cache is not None:
+            valid, suffix = cache.extend(valid, suffix)  # (B, S)
+        masks = {False: prefix_lm_mask(valid, suffix, T)}  # (B, 1, T, S)
+        short = valid.shape[1] <= c.sliding_window  # then the window cuts nothing
+        masks[True] = masks[False] if short else prefix_lm_mask(valid, suffix, T, c.sliding_window)
+        positions = valid.cumsum(1)[:, -T:] - 1  # (B, T)
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H) each
+        for i, layer in enumerate(self.layers):
+            given = (x, *angles, masks[c.is_sliding(i)])
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, *given, use_reentrant=False)
+            else:
+                x = layer(*given, cache and cache.layers[i])
+        return self.norm(x)
+
+
+# ----------------------------------------------------------------------------------------------
+# PaliGemma 2
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PaliGemmaConfig:
+    """A SigLIP, a Gemma-2, and the ids that join them."""
+
+    vision: SigLIPConfig
+    text: Gemma2Config
+    image_token_index: int = 257152
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    bos_token_id: int = 2
+
+    @classmethod
+    def from_hub(cls, config, where):
+        """From config.json. The top-level hidden_size is wrong or absent in released files and is
+        never read. ValueError for PaliGemma 1, which has the same model_type."""
+        text = config.get("text_config") or {}
+        if text.get("model_type") != "gemma2":
+            raise ValueError(
+                f"{where} holds PaliGemma 1 (its text model is {text.get('model_type')!r}, not "
+                "'gemma2'). Its norms and attention differ; use google/paligemma2-3b-mix-448."
+            )
+        rest = {k: v for k, v in config.items() if k.endswith(("token_id", "token_index"))}
+        vision = from_config(SigLIPConfig, config.get("vision_config") or {})
+        return from_config(cls, rest | {"vision": vision, "text": Gemma2Config.from_hub(text)})
+
+    @property
+    def image_tokens(self):
+        """How many tokens a picture takes: 256 at 224 pixels, 1024 at 448, 4096 at 896."""
+        return self.vision.patches  # I
+
+
+_VISION_PARTS = "layer_norm1|layer_norm2|mlp.fc1|mlp.fc2|" + "|".join(
+    f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")
+)
+_TEXT_PARTS = "|".join(
+    [f"self_attn.{name}_proj" for name in "qkvo"]
+    + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    + [f"{when}_layernorm" for when in ("input", "post_attention")]
+    + [f"{when}_feedforward_layernorm" for when in ("pre", "post")]
+)
+PALIGEMMA_KEYS = KeyTable(
+    {
+        f"vision_tower.vision_model.{theirs}": f"vision_tower.{theirs}"
+        for theirs in (
+            "embeddings.patch_embedding.<weight|bias>",
+            "embeddings.position_embedding.weight",
+            f"encoder.layers.{{}}.<{_VISION_PARTS}>.<weight|bias>",
+            "post_layernorm.<weight|bias>",
+        )
+    }
+    | {"multi_modal_projector.linear.<weight|bias>": "="}
+    | {
+        f"language_model.model.{theirs}": f"language_model.{theirs}"
+        for theirs in ("embed_tokens.weight", f"layers.{{}}.<{_TEXT_PARTS}>.weight", "norm.weight")
+    }
+    | {"language_model.lm_head.weight": None},  # the embedding again; `from_pretrained` checks
+    spellings=(  # transformers 5 in a file, and 4.53 and later in memory
+        (r"^model\.", ""),
+        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+    ),
+)
+
+
+class PaliGemma(nn.Module):
+    """PaliGemmaForConditionalGeneration with a Gemma-2 text model (arXiv 2412.03555).
+
+    SigLIP's patch states go through one linear layer and take the places of the <image> tokens;
+    from there on it is a prefix language model.
+    """
+
+    KEYS = PALIGEMMA_KEYS
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_tower, self.multi_modal_projector = SigLIP(config.vision), nn.Module()
+        width = config.vision.hidden_size
+        self.multi_modal_projector.linear = nn.Linear(width, config.text.hidden_size)
+        self.language_model = Gemma2(config.text)
+
+    @classmethod
+    def from_pretrained(cls, where, dtype=torch.float32):
+        """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
+        folder = resolve(where)
+        config = PaliGemmaConfig.from_hub(read_config(folder, "paligemma"), folder)
+        if not head_is_tied(folder):
+            raise ValueError(
+                f"{folder} has an lm_head of its own that differs from its embedding; PaliGemma 2 "
+                "has one matrix for both. These weights were trained by other code."
+            )
+        with torch.device("meta"):
+            model = cls(config)
+        return load_weights(model, folder, PALIGEMMA_KEYS, dtype).eval()
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors as the Hub has them (transformers reads both)."""
+        c = self.config
+        text = asdict(c.text) | {"model_type": "gemma2", "num_image_tokens": c.image_tokens}
+        vision = asdict(c.vision) | {"model_type": "siglip_vision_model", "vision_use_head": False}
+        config = {k: v for k, v in asdict(c).items() if k not in ("vision", "text")} | {
+            "model_type": "paligemma",
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "text_config": {k: v for k, v in text.items() if k != "layer_types" or v},
+            "vision_config": vision | {"projection_dim": c.text.hidden_size},
+            "projection_dim": c.text.hidden_size,
+        }
+        save_weights(self, folder, PALIGEMMA_KEYS, config)
+
+    def hub_path(self, path):
+        """The dotted path transformers 5 gives to one of our modules; PEFT names adapters so."""
+        return f"model.{path}"
+
+    @torch.no_grad()
+    def init_weights(self, generator=None):
+        """Unit-scale initialisation for training from scratch (the demo); norms as they are."""
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                fan_in = p.shape[-1] if "embed" in name else p[0].numel()
+                p.normal_(0.0, fan_in**-0.5, generator=generator)
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def image_features(self, pixel_values):
+        """(n, 3, S, S) -> (n, I, D): what the language model sees of a picture. Not scaled."""
+        return self.multi_modal_projector.linear(self.vision_tower(pixel_values))
+
+    def states(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        image_features=None,
+        cache=None,
+    ):
+        """(B, T) ids -> states (B, T, D) after the final norm; a loss may need only some of them.
+
+        attention_mask  0 at pads, on the left or on the right.
+        token_type_ids  0 for picture and prefix, 1 for the suffix; None is all prefix.
+        image_features  (n, I, D) of the n rows with <image> tokens, in their order.
+        """
+        x = self.language_model.embed(input_ids)  # (B, T, D)
+        places = input_ids == self.config.image_token_index  # (B, T)
+        found = 0 if image_features is None else image_features.shape[:2].numel()
+        begun = cache is not None and cache.valid.shape[1] > 0  # one more token, never a picture
+        if not begun and (wanted := int(places.sum())) != found:
+            raise ValueError(
+                f"The ids have {wanted} <image> tokens, but there are features for {found}: "
+                f"each picture needs {self.config.image_tokens} tokens, and none may be cut."
+            )
+        if found:
+            features = image_features.to(x.dtype).flatten(0, 1)  # (n * I, D)
+            x = x.masked_scatter(places[..., None], features)  # (B, T, D)
+        ones = torch.ones_like(input_ids)
+        valid = (ones if attention_mask is None else attention_mask).bool()  # (B, T)
+        suffix = (ones * 0 if token_type_ids is None else token_type_ids).bool()  # (B, T)
+        return self.language_model(x, valid, suffix, cache)
+
+    def head(self, states):
+        """(..., D) -> soft-capped logits (..., V)."""
+        logits = F.linear(states, self.language_model.embed_tokens.weight)
+        return soft_cap(logits, self.config.text.final_logit_softcapping)
+
+    def forward(
+        self,
+        input_ids,
+        pixel_values=None,
+        attention_mask=None,
+        token_type_ids=None,
+        image_features=None,
+    ):
+        """Logits (B, T, V); see `states`. Give pixel_values (n, 3, S, S) or their features."""
+        if pixel_values is not None:
+            image_features = self.image_features(pixel_values)  # (n, I, D)
+        return self.head(self.states(input_ids, attention_mask, token_type_ids, image_features))
+
+    @torch.inference_mode()
+    def generate(self, input_ids, pixel_values=None, *, max_new_tokens, **how):
+        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
+
+        `how` is as in `write`."""
+        if pixel_values is not None:
+            how["image_features"] = self.image_features(pixel_values)  # (n, I, D)
+        return self.write(input_ids, max_new_tokens, **how)[0]
+
+    @torch.inference_mode()
+    def write(
+        self,
+        input_ids,
+        max_new_tokens,
+        attention_mask=None,
+        token_type_ids=None,
+        image_features=None,
+        **how,
+    ):
+        """Continue prompts (B, T), of which a part may be suffix already.
+
+        `how`: temperature, generator, stop_loops, as in `decode`. Returns its (ids, stops).
+        """
+        like = self.language_model.embed_tokens.weight
+        cache = GemmaCache(
+            self.config.text, len(input_ids), input_ids.shape[1] + max_new_tokens, like
+        )
+        ones = torch.ones_like(input_ids)
+        mask = ones if attention_mask is None else attention_mask  # (B, T)
+        states = self.states(input_ids, mask, token_type_ids, image_features, cache)  # (B, T, D)
+        last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # (B,), the last token that is no pad
+        first = self.head(states[torch.arange(len(last), device=last.device), last])  # (B, V)
+
+        def step(ids, cache):  # (B, 1) -> (B, V)
+            return self.head(self.states(ids, None, torch.ones_like(ids), None, cache)[:, -1])
+
+        ends = (self.config.eos_token_id, self.config.pad_token_id)
+        return decode(first, step, cache, max_new_tokens, *ends, **how)
