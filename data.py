@@ -1,14 +1,15 @@
 r"""Problems, prompts, batches and pictures: from the files on disk to the tensors of a batch.
 
-Here: one `Problem` record for ScienceQA in its original layout (Lu et al., arXiv 2209.09513), your
-own JSONL and the built-in demo; the prompt formats of Multimodal-CoT (Zhang et al., arXiv
-2302.00923, github.com/amazon-science/mm-cot), byte for byte; T5's tokenizer; padding and
-bucketing; DETR's input pixels and a cache for its features; the published feature files; the
-download of ScienceQA.
+Here: one `Problem` record for ScienceQA in its original layout (Lu et al., arXiv 2209.09513),
+MathVista's testmini (Lu et al., arXiv 2310.02255), your own JSONL and the built-in demo; a
+teacher's traces; the prompt formats of Multimodal-CoT (Zhang et al., arXiv 2302.00923,
+github.com/amazon-science/mm-cot), byte for byte; PaliGemma's sequence (Beyer et al., arXiv
+2407.07726); tokenizers; padding and bucketing; the input pixels of DETR and SigLIP and a cache for
+what they make of them; the published feature files; the downloads.
 
-Left out on purpose: models (`cached_features` is handed a function), scoring (eval.py), MathVista
-(recognised and refused), ScienceQA's parquet on the Hub (it has no problem ids, so captions and
-published features cannot be joined to it), few-shot prompts.
+Left out on purpose: models (`cached_features` is handed a function), scoring (eval.py), parquet
+files on the Hub (ScienceQA's has no problem ids, so captions and published features cannot be
+joined to it), few-shot prompts.
 
 A problem as problems.json has it, and what `prompt(problem, "QCM-LE")` makes of it:
 
@@ -22,14 +23,28 @@ A problem as problems.json has it, and what `prompt(problem, "QCM-LE")` makes of
     target  Solution: Poles push or pull. // Like poles repel. Two north poles meet..
 
 The doubled full stop is the original's. " // " stands for the newline (see `prompt`).
+
+The same problem as a row for PaliGemma (`sequence`) with a trace of a teacher, at 256 image tokens:
+
+    <image><image> ... <image><bos>reason en Will these magnets attract or repel each other?
+    Hint: Two magnets are shown.
+    Choices: (A) attract (B) repel
+    Two north poles face each other, and like poles repel.
+    Answer: B<eos>
+
+In the loss are the last two lines, from "Two north" to <eos>.
 """
 
 import argparse
 import contextlib
+import csv
+import dataclasses
+import functools
 import hashlib
 import http.client
 import json
 import os
+import re
 import stat
 import struct
 import sys
@@ -49,9 +64,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn.utils.rnn import pad_sequence
 
 # Axes: B batch, T source tokens, U target tokens, P picture positions, F their features, N rows of
-# a feature file, H and W pixels.
+# a feature file, H and W pixels; for PaliGemma T tokens of a row, I image tokens of a picture, D
+# their width, S pixels a side.
 
-SPLITS = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest")
+SPLITS = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest", "testmini")
 LETTERS = "ABCDEFGHIJ"
 NEWLINE = " // "
 
@@ -84,22 +100,27 @@ class Problem:
 def load(where, split):
     """The problems of one split, in file order.
 
-    where   a folder in ScienceQA's layout, a .jsonl file, "demo" or "scienceqa" (downloaded).
+    where   a folder in ScienceQA's or MathVista's layout, a .jsonl file, "demo", or "scienceqa" or
+            "mathvista" (downloaded).
     Raises FileNotFoundError or ValueError with a sentence that names the file and the problem.
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
-    named = {"demo": demo_folder, "scienceqa": lambda: cache_folder() / "scienceqa"}
-    path = named[where]() if where in named else Path(where)
+    downloaded = where in ("scienceqa", "mathvista")
+    path = cache_folder() / where if downloaded else Path(where)
+    if where == "demo":
+        path = demo_folder()
     if path.suffix == ".jsonl":
         return _own_jsonl(path, split)
     if (path / "problems.json").is_file():
         return _scienceqa(path, split)
     if (path / "annot_testmini.json").is_file():
         return _mathvista(path, split)
-    if where == "scienceqa":
-        raise FileNotFoundError(f"{path} is empty: run `python data.py scienceqa` to fill it.")
-    raise FileNotFoundError(f"{path} is neither a folder with problems.json nor a .jsonl file.")
+    if downloaded:
+        raise FileNotFoundError(f"{path} is empty: run `python data.py {where}` to fill it.")
+    raise FileNotFoundError(
+        f"{path} is neither a folder with problems.json or annot_testmini.json nor a .jsonl file."
+    )
 
 
 def cache_folder():
@@ -208,8 +229,59 @@ def _scienceqa(folder, split):
     return problems
 
 
+_MATHVISTA = {  # split: positions in testmini. pali_reason trained on 0..349, tested on 351..999
+    "train": range(300),
+    "val": range(300, 350),
+    "trainval": range(350),
+    "test": range(351, 1000),
+    "testmini": range(1000),
+}
+
+
 def _mathvista(folder, split):
-    raise ValueError(f"{folder} is MathVista, which this version does not support yet.")
+    """MathVista (Lu et al., arXiv 2310.02255): the 1,000 testmini problems, the only public ones.
+
+    hint is the first line of `query`: what the answer should look like. The image is the file the
+    annotation names, or else images/{pid}.jpg or .png; without any, opening it is the error.
+    """
+    file = folder / "annot_testmini.json"
+    if split not in _MATHVISTA:
+        raise ValueError(f"{file} has no split {split}, only {', '.join(_MATHVISTA)}.")
+    problems, records = [], read_json(file)
+    for pid, record in _field({"pids": records}, "pids", dict, file).items():
+        where = f"{file}, problem {pid}"
+        if not pid.isdecimal():
+            raise ValueError(f"{where}: the id is not a number that counts from 1.")
+        if int(pid) - 1 not in _MATHVISTA[split]:
+            continue
+        image = _inside(folder, _field(record, "image", str, where), where)
+        others = [folder / "images" / f"{pid}{ending}" for ending in (".jpg", ".png")]
+        image = next((path for path in (image, *others) if path.is_file()), image)
+        record = {key: _unix(value) for key, value in record.items()}
+        hint = _field(record, "query", str, where).partition("\n")[0]
+        record |= _field(record, "metadata", dict, where) | {"choices": record.get("choices") or []}
+        record["hint"] = hint.removeprefix("Hint: ") if hint.startswith("Hint: ") else ""
+        del record["metadata"]  # its fields are in the record now
+        problems.append(_problem(pid, record, where, image))
+    if not problems:
+        raise ValueError(f"{file} has none of the problems of the split {split}.")
+    return problems
+
+
+def _unix(text):
+    """The text, or whatever else it is, with every CR LF a newline."""
+    return text.replace("\r\n", "\n") if isinstance(text, str) else text
+
+
+def training_notice(where):
+    """What to tell somebody who trains on this data set: a text for MathVista, else ""."""
+    if where != "mathvista" and not Path(where, "annot_testmini.json").is_file():
+        return ""
+    return (
+        "MathVista is a test set: its authors license it for testing, not for training. Scores on "
+        "testmini of a model trained on part of it are contaminated; report them only for the "
+        "problems it was not trained on (split test) and say so. See data.overlap."
+    )
 
 
 def _own_jsonl(file, split):
@@ -223,16 +295,7 @@ def _own_jsonl(file, split):
     record is training data. Other keys (caption, subject, grade) go to meta.
     """
     problems, seen = [], set()
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist.")
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-        where = f"{file}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not complete JSON ({error}).") from None
+    for where, record in _json_lines(file):
         id = str(_field(record, "id", str | int, where))
         if id in seen:
             raise ValueError(f"{where}: the id {id!r} was used before.")
@@ -246,6 +309,141 @@ def _own_jsonl(file, split):
     if not problems:
         raise ValueError(f'{file} has no record with "split": "{split}" (the default is "train").')
     return problems
+
+
+def _json_lines(file, may_be_torn=False):
+    """(where, record) of each line; may_be_torn: a last line without its end is skipped."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        where = f"{file}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            yield where, json.loads(line)
+        except ValueError as error:
+            if not may_be_torn or number < len(lines):
+                raise ValueError(f"{where} is not complete JSON ({error}).") from None
+            print(f"{where} was skipped: its writer was interrupted.", file=sys.stderr)
+
+
+def load_traces(path):
+    """A teacher's traces: dicts of id, question, thought, answer, gold, verdict and teacher.
+
+    path     Trace JSONL as teacher.py writes it, or a file of github.com/axeld5/pali_reason:
+             training.csv, training_correct.csv, training_dict.json and its shorter versions.
+    id       the problem's; several traces may have the same one.
+    verdict  {"correct", "consistent", "by", "why"}; like gold and teacher, None where not known.
+
+    Traces without a thought (a failed call) are left out and counted on stderr; one without an
+    answer was cut, or thought in circles.
+    """
+    path = Path(path)
+    readers = {".csv": _pali_reason_csv, ".json": _pali_reason_json}
+    readers[".jsonl"] = functools.partial(_json_lines, may_be_torn=True)
+    if path.suffix not in readers:
+        raise ValueError(f"{path} is not a file of traces: they end in {', '.join(readers)}.")
+    traces = [_trace(record, where) for where, record in readers[path.suffix](path)]
+    whole = [trace for trace in traces if trace["thought"].strip()]
+    if not whole:
+        raise ValueError(f"{path} has no trace with a thought.")
+    if len(whole) < len(traces):
+        count = f"{len(traces) - len(whole)} of {len(traces)}"
+        print(f"{path}: left out {count} traces without a thought.", file=sys.stderr)
+    return whole
+
+
+def _trace(record, where):
+    """A checked trace; a text that is null is empty, a verdict that is missing is not known."""
+    trace = {"id": str(_field(record, "id", str | int, where))}
+    for key in ("question", "thought", "answer"):
+        trace[key] = _unix(_field(record, key, str | None, where) or "")
+    for key in ("gold", "teacher"):
+        trace[key] = _unix(record.get(key))
+    verdict = dict.fromkeys(("correct", "consistent", "by", "why"))
+    verdict |= _field({"verdict": record.get("verdict") or {}}, "verdict", dict, where)
+    for key in ("correct", "consistent"):
+        if not isinstance(verdict[key], bool | None):
+            raise ValueError(f'{where}: "{key}" is {verdict[key]!r}, not true, false or null.')
+    return trace | {"verdict": verdict}
+
+
+_GEMINI, _CLAUDE = "gemini-2.0-flash-thinking-exp", "claude-3-5-sonnet-20241022"
+
+
+def _pali_reason_csv(path):
+    """pali_reason's CSV; `validity` is Claude's word, and only the rows it accepted were kept."""
+    names = {"question": "questions", "thought": "thoughts", "answer": "generated_answers"}
+    names |= {"gold": "true_answers", "index": "indexes"}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist.") from None
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path} is not a CSV file that can be read ({error}).") from None
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        record = {ours: _field(row, theirs, str, where) for ours, theirs in names.items()}
+        if not record["index"].isdecimal():
+            raise ValueError(f'{where}: "indexes" is {record["index"]!r}, not a position.')
+        verdict = {"correct": row["validity"] == "yes", "by": _CLAUDE} if "validity" in row else {}
+        id = int(record["index"]) + 1  # positions count from 0, MathVista's ids from 1
+        yield where, record | {"id": id, "verdict": verdict, "teacher": _GEMINI}
+
+
+def _pali_reason_json(path):
+    """pali_reason's training_dict.json: only what was judged correct. The image tells the id."""
+    columns = read_json(path)
+    lists = [_field(columns, key, list, path) for key in ("prefixes", "suffixes", "images")]
+    if len({len(column) for column in lists}) != 1:
+        raise ValueError(f"{path}: prefixes, suffixes and images are not equally many.")
+    for number, (prefix, suffix, image) in enumerate(zip(*lists, strict=True), 1):
+        where = f"{path}, entry {number}"
+        parts = re.fullmatch(r"Thoughts:\n(.*)\nAnswer:\n(.*)", str(suffix), re.DOTALL)
+        named = re.search(r"(mathvista_images/)?(\d+)\.\w+$", str(image))
+        if not parts or not named:
+            raise ValueError(f"{where}: no thoughts and answer, or an image that is not a number.")
+        id = int(named[2]) + (named[1] is not None)  # the original's own folder counts from 0
+        record = {"id": id, "question": prefix, "thought": parts[1], "answer": parts[2]}
+        yield where, record | {"verdict": {"correct": True, "by": _CLAUDE}, "teacher": _GEMINI}
+
+
+def overlap(train, test):
+    """[(train id, test id), ...] of problems whose pictures are the same pixel by pixel.
+
+    Hashed are size and decoded RGB pixels, so a copy of the file and a lossless copy in another
+    format are found; a JPEG copy, a crop or another size is not. (Hashes that survive JPEG take
+    diagrams for one another: 8 x 8 average hashes join 3,717 pairs of 1,060 ScienceQA pictures, the
+    pixels 179.) Problems may share a picture and no answer, as many of ScienceQA do: whether a pair
+    is a leak is for the caller to say. Pictures that cannot be read are counted on stderr.
+    """
+    ids = {}
+    for id, pixels in _pixel_hashes(train):
+        ids.setdefault(pixels, []).append(id)
+    return [(seen, id) for id, pixels in _pixel_hashes(test) for seen in ids.get(pixels, [])]
+
+
+def _pixel_hashes(problems):
+    """(id, sha256 of the decoded picture) of all problems whose picture can be read."""
+
+    def pixels(problem):
+        with contextlib.suppress(OSError, ValueError):
+            image = open_image(problem.image)
+            return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
+
+    pictured, made = [problem for problem in problems if problem.image is not None], []
+    start = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        for problem, sha in zip(pictured, pool.map(pixels, pictured), strict=True):
+            made.append((problem.id, sha))
+            progress("pictures", len(made), len(pictured), start)
+    readable = [pair for pair in made if pair[1] is not None]
+    if len(readable) < len(made):
+        count = f"{len(made) - len(readable)} of {len(made)}"
+        print(f"{count} pictures cannot be read and were not compared.", file=sys.stderr)
+    return readable
 
 
 # --- Prompts --------------------------------------------------------------------------------------
@@ -301,19 +499,15 @@ def prompt(problem, fmt, generated=None, caption=False, faithful=False):
         known = f"{' '.join(INPUTS)} - {' '.join(OUTPUTS)}"
         raise ValueError(f"There is no prompt format {fmt!r}; the parts are {known}.")
     letters = LETTERS[:5] if faithful else LETTERS
-    if len(problem.choices) > len(letters):
-        raise ValueError(
-            f"Problem {problem.id} has {len(problem.choices)} choices: over {letters}."
-        )
+    options = _options(problem, letters)
     lecture, solution = _one_line(problem.lecture, faithful), _one_line(problem.solution, faithful)
-    options = " ".join(f"({letters[i]}) {text}" for i, text in enumerate(problem.choices))
     index = problem.meta.get("answer_index")
     answer = problem.answer if index is None else f"({letters[index]})"
     context = f"{problem.hint} {problem.meta.get('caption', '') if caption else ''}".strip()
     parts = {
         "question": f"Question: {problem.question}",
         "context": f"Context: {context or 'N/A'}",
-        "options": f"Options: {options}" if problem.choices else "",
+        "options": f"Options: {options}" if options else "",
         "rationale": f"Solution: {lecture} {solution}" if generated is None else generated,
         "lecture": lecture,
         "solution": solution,
@@ -325,6 +519,15 @@ def prompt(problem, fmt, generated=None, caption=False, faithful=False):
     if target.endswith("BECAUSE:"):  # where a solution ends so, the original deletes the word
         target = target.replace("BECAUSE:", "")
     return " ".join(source.split()), " ".join(target.replace("Answer:", "").split())
+
+
+def _options(problem, letters=LETTERS):
+    """The choices as "(A) attract (B) repel", "" if there are none."""
+    if len(problem.choices) > len(letters):
+        raise ValueError(
+            f"Problem {problem.id} has {len(problem.choices)} choices: over {letters}."
+        )
+    return " ".join(f"({letters[i]}) {text}" for i, text in enumerate(problem.choices))
 
 
 def _one_line(text, faithful):
@@ -504,6 +707,209 @@ def batches(lengths, batch_size, generator=None, chunk=50):
     return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
 
 
+# --- PaliGemma ------------------------------------------------------------------------------------
+# A row (Beyer et al., arXiv 2407.07726). Image and prefix see each other, the suffix is causal, the
+# loss is on suffix and <eos>:
+#
+#     <image> x I   <bos>   prefix   "\n"   suffix   <eos>
+
+
+def pali_prefix(problem, task):
+    """What PaliGemma reads beside the picture: task ("answer" or "reason") and question, then a
+    line each for what the problem has of Hint, Unit (MathVista) and Choices."""
+    parts = {
+        "Hint": problem.hint,
+        "Unit": problem.meta.get("unit"),
+        "Choices": _options(problem),
+    }
+    told = [f"{name}: {text}" for name, text in parts.items() if text]
+    return "\n".join([f"{task} en {problem.question}", *told])
+
+
+def pali_suffix(problem, trace=None):
+    """What PaliGemma is to write: the letter, or the text of a problem without choices.
+
+    With a trace (see `load_traces`) its thought comes first, and the last line is "Answer: B". The
+    gold answer stands there if the trace was judged correct, else what the teacher itself said; if
+    it said nothing there is no such line.
+    """
+    index = problem.meta.get("answer_index")
+    gold = problem.answer if index is None else LETTERS[index]
+    if trace is None:
+        return gold
+    answer = gold if trace["verdict"]["correct"] else final_answer(problem, trace["answer"])
+    return f"{trace['thought'].strip()}\nAnswer: {answer}" if answer else trace["thought"].strip()
+
+
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_ANSWER = re.compile(r".*\banswer(?: is|:)[\s*:]*(.+)", re.IGNORECASE)
+
+
+def final_answer(problem, text):
+    r"""What a teacher's prose ends in; of a problem with choices the letter, if it names one.
+
+    Looked for in the last \boxed{}, else behind the last "answer is", else in the last line. This
+    is for training data that nobody graded; eval.py has the grader.
+    """
+    said = _BOXED.findall(text) or _ANSWER.findall(text) or text.strip().splitlines()
+    said = re.sub(r"\\text\{(.*?)\}", r"\1", said[-1] if said else "").strip(" .*$")
+    if not problem.choices:
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", said.replace(",", ""))
+        is_number = problem.meta.get("answer_type") in ("integer", "float")
+        return numbers[-1] if is_number and numbers else said
+    letters, choices = LETTERS[: len(problem.choices)], [c.lower() for c in problem.choices]
+    named = re.findall(rf"\(([{letters}])\)|^([{letters}])(?![^).:,])", said)
+    if named:
+        return "".join(named[-1])
+    return LETTERS[choices.index(said.lower())] if said.lower() in choices else said
+
+
+_TAG = re.compile(r"<(?=[^<>\s]+>)|\[(?=@BOS@\])")
+
+
+def plain_ids(tokenizer, text):
+    """Token ids of a text in which nothing is a special token, whatever it looks like.
+
+    Gemma's added tokens (<eos>, <image>, <loc0001>, <seg001>, <b>, [@BOS@] ...) are found in any
+    text, whether they are marked special or not. So the text is cut behind the first character of
+    all that has their form: no piece holds a whole one, and together they decode to the text.
+    """
+    cuts = [0, *(match.end() for match in _TAG.finditer(text)), len(text)]
+    pieces = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [id for piece in pieces for id in tokenizer.encode(piece, add_special_tokens=False).ids]
+
+
+def special_ids(tokenizer):
+    """{"pad", "eos", "bos", "image"}: ids, looked up by name. ValueError if one is missing."""
+    ids = {name: tokenizer.token_to_id(f"<{name}>") for name in ("pad", "eos", "bos", "image")}
+    missing = ", ".join(f"<{name}>" for name, id in ids.items() if id is None)
+    if missing:
+        raise ValueError(f"This tokenizer has no {missing}: it is not PaliGemma's.")
+    return ids
+
+
+def sequence(tokenizer, prefix, suffix=None, image_tokens=0, layout="paligemma", eos_in_loss=True):
+    """One row: {"input_ids", "token_type_ids", "labels"}, lists of T; without suffix no labels.
+
+    token_type_ids  0 through the newline (all of it sees itself), 1 for suffix and <eos> (causal).
+    labels          the ids of suffix and <eos>, -100 before them; not shifted.
+    layout          "seed" puts <bos> behind the prefix, as pali_reason did.
+    eos_in_loss     False keeps <eos> in the row but out of the loss, so nothing teaches to stop.
+
+    The newline is tokenised on its own: no neighbour changes its id. A training row ends in its
+    only <eos>, since no text can hold one (`plain_ids`).
+    """
+    if layout not in ("paligemma", "seed"):
+        raise ValueError(f"There is no layout {layout!r}; there are paligemma and seed.")
+    ids = special_ids(tokenizer)
+    text = plain_ids(tokenizer, prefix)
+    text = [ids["bos"], *text] if layout == "paligemma" else [*text, ids["bos"]]
+    seen = [ids["image"]] * image_tokens + text + plain_ids(tokenizer, "\n")
+    if suffix is None:
+        return {"input_ids": seen, "token_type_ids": [0] * len(seen)}
+    told = plain_ids(tokenizer, suffix)
+    return {
+        "input_ids": [*seen, *told, ids["eos"]],
+        "token_type_ids": [0] * len(seen) + [1] * (len(told) + 1),
+        "labels": [-100] * len(seen) + told + [ids["eos"] if eos_in_loss else -100],
+    }
+
+
+def pali_examples(rows, tokenizer, features, config):
+    """Dicts {"id", "input_ids", "token_type_ids", "labels"?, "image_features"?} for `pali_collate`.
+
+    rows      (problem, task, trace or None, whether to give a suffix), one a row.
+    features  `Features` of I positions, or None for a run without pictures. A problem without a
+              picture has no image tokens.
+    config    a run's flags: max_suffix (tokens, with <eos>), max_prefix (tokens; None: any),
+              layout and eos_in_loss (see `sequence`), shuffle_choices with seed (see `shuffled`).
+
+    A training row that is too long is left out and counted on stderr, never cut. Rows without a
+    suffix have no limit: a test without its long questions would be another test.
+    """
+    generator = torch.Generator().manual_seed(config.get("seed", 0))
+    how = {key: config[key] for key in ("layout", "eos_in_loss") if key in config}
+    limits = {"max_prefix": config.get("max_prefix"), "max_suffix": config["max_suffix"]}
+    made, left_out = [], dict.fromkeys(limits, 0)
+    for problem, task, trace, has_suffix in rows:
+        if has_suffix and config.get("shuffle_choices") and movable(problem, trace):
+            problem = shuffled(problem, generator)
+        pictured = features is not None and problem.id in features
+        tokens = features.shape[0] if pictured else 0
+        suffix = pali_suffix(problem, trace) if has_suffix else None
+        example = sequence(tokenizer, pali_prefix(problem, task), suffix, tokens, **how)
+        told = sum(example["token_type_ids"])
+        seen = len(example["input_ids"]) - told - tokens - 2  # without <bos> and newline
+        long = {"max_prefix": seen, "max_suffix": told}
+        over = [k for k, limit in limits.items() if limit is not None and long[k] > limit]
+        if over and has_suffix:
+            left_out[over[0]] += 1
+            continue
+        stored = {"image_features": features.stored(problem.id)} if pictured else {}  # (I, D)
+        made.append({"id": problem.id} | example | stored)
+    for limit, count in left_out.items():
+        if count:
+            text = f"{count} of {len(rows)} rows were left out: over {limit} {limits[limit]}."
+            print(text, file=sys.stderr)
+    return made
+
+
+def pali_collate(examples, pad_id=0, side="left"):
+    """A batch of `pali_examples`, padded on the left or the right.
+
+    Returns ids (list of str); input_ids, attention_mask (0 at pads), token_type_ids and, where the
+    rows have suffixes, labels (-100 at pads), (B, T); image_features (n, I, D), float32, of the n
+    rows with a picture, in their order, or (`Pictures`) pixel_values (n, 3, S, S); no such key if n
+    is 0.
+    """
+
+    def padded(rows, value=0):
+        rows = [torch.as_tensor(row) for row in rows]
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+    rows = [example["input_ids"] for example in examples]
+    batch = {
+        "ids": [example["id"] for example in examples],
+        "input_ids": padded(rows, pad_id),  # (B, T)
+        "attention_mask": padded([[1] * len(row) for row in rows]),
+        "token_type_ids": padded([example["token_type_ids"] for example in examples]),
+    }
+    if "labels" in examples[0]:
+        batch["labels"] = padded([example["labels"] for example in examples], -100)
+    stored = [example["image_features"] for example in examples if "image_features" in example]
+    if stored:
+        seen = torch.from_numpy(np.stack(stored)).float()  # (n, I, D) or (n, 3, S, S)
+        batch["image_features" if seen.ndim == 3 else "pixel_values"] = seen
+    return batch
+
+
+_NAMES_AN_OPTION = re.compile(
+    r"\([A-J]\)|\b(?i:options?|choices?|answers?|letter)\b[^.\n]{0,30}?\b[A-H]\b|of the above"
+)
+
+
+def movable(problem, trace=None):
+    """Whether the choices may change places without making a text wrong.
+
+    Not if one of them is a bare letter or says "of the above"; not if question or thought name an
+    option by its letter; not with a trace nobody judged correct, whose own answer may be a letter.
+    """
+    if not problem.choices or set(problem.choices) & set(LETTERS):
+        return False
+    if trace and not trace["verdict"]["correct"]:
+        return False
+    texts = [problem.question, *problem.choices, trace["thought"] if trace else ""]
+    return not any(_NAMES_AN_OPTION.search(text) for text in texts)
+
+
+def shuffled(problem, generator):
+    """The problem with its choices in an order drawn from a torch.Generator."""
+    order = torch.randperm(len(problem.choices), generator=generator).tolist()
+    meta = problem.meta | {"answer_index": order.index(problem.meta["answer_index"])}
+    choices = tuple(problem.choices[i] for i in order)
+    return dataclasses.replace(problem, choices=choices, meta=meta)
+
+
 # --- Pictures and their features ------------------------------------------------------------------
 
 
@@ -535,6 +941,17 @@ def detr_pixels(image, size=224):
     return (pixels - mean[:, None, None]) / deviation[:, None, None]
 
 
+def siglip_pixels(image, size):
+    """What PaliGemma shows SigLIP: float32 (3, S, S) in [-1, 1], whatever the picture's shape.
+
+    PIL's bicubic filter, which antialiases, on 8 bits. transformers 5 resizes with torchvision by
+    default, which differs by at most 2 of 255 grey levels.
+    """
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255  # (3, S, S)
+    return (pixels - 0.5) / 0.5
+
+
 class Features:
     """Picture features on disk: `features[id]` is float32 (P, F), zeros without a picture.
 
@@ -556,11 +973,37 @@ class Features:
         return self.array[self.rows[id]] if id in self.rows else self.zeros
 
 
-def cached_features(problems, extract, fingerprint, size, folder):
+class Pictures:
+    """In place of `Features` where the image tower is trained too: pixels, decoded at each use."""
+
+    def __init__(self, problems, side, tokens):
+        self.paths = {p.id: p.image for p in problems if p.image is not None}
+        self.side, self.shape = side, (tokens,)
+
+    def __contains__(self, id):
+        return id in self.paths
+
+    def stored(self, id):
+        return Picture(self.paths[id], self.side)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file that is read when numpy asks for it: float32 (3, S, S)."""
+
+    path: str
+    side: int
+
+    def __array__(self, dtype=None, copy=None):
+        return siglip_pixels(open_image(self.path), self.side).numpy()
+
+
+def cached_features(problems, extract, fingerprint, size, folder, pixels=detr_pixels):
     """Features of every distinct picture of `problems`, computed once and kept in `folder`.
 
     extract      list of (3, H, W) tensors -> list of (P, F) tensors. It gets up to 32 pictures of
                  mixed sizes and must not pad them together: pads change DETR's output.
+    pixels       what makes a tensor of a picture: detr_pixels or siglip_pixels.
     fingerprint  a hash of the checkpoint. A cache of another one, or another size, is refused.
 
     The folder holds features.npy, fp16 (N, P, F), read by memory map, and manifest.json:
@@ -579,7 +1022,7 @@ def cached_features(problems, extract, fingerprint, size, folder):
         todo = [item for item in images.items() if item[0] not in manifest["rows"]]
         array = _feature_array(folder, manifest, len(manifest["rows"]) + len(todo))
         _save_manifest(array, manifest, folder)
-        _extract_into(array, manifest, todo, extract, folder)
+        _extract_into(array, manifest, todo, extract, pixels, folder)
     rows = {problem.id: manifest["rows"][sha] for problem, sha in zip(pictured, shas, strict=True)}
     return Features(np.load(folder / "features.npy", mmap_mode="r"), rows)
 
@@ -635,11 +1078,12 @@ def _feature_array(folder, manifest, count):
     return array
 
 
-def _extract_into(array, manifest, todo, extract, folder, chunk=32):
-    start, pixels = time.monotonic(), _decoded([problem for _, problem in todo], manifest["size"])
+def _extract_into(array, manifest, todo, extract, pixels, folder, chunk=32):
+    start, problems = time.monotonic(), [problem for _, problem in todo]
+    decoded = _decoded(problems, manifest["size"], pixels)
     for first in range(0, len(todo), chunk):
         items = todo[first : first + chunk]
-        made = extract([next(pixels) for _ in items])
+        made = extract([next(decoded) for _ in items])
         for (sha, problem), features in zip(items, made, strict=True):
             if not torch.isfinite(features).all():
                 raise ValueError(f"Problem {problem.id}: the features of its image are not finite.")
@@ -649,12 +1093,12 @@ def _extract_into(array, manifest, todo, extract, folder, chunk=32):
         progress("images", first + len(items), len(todo), start)
 
 
-def _decoded(problems, size, ahead=64):
+def _decoded(problems, size, pixels, ahead=64):
     """The problems' pixels in order; a few threads decode at most `ahead` pictures in advance."""
 
     def decode(problem):
         try:
-            return detr_pixels(open_image(problem.image), size)
+            return pixels(open_image(problem.image), size)
         except (OSError, ValueError) as error:
             raise ValueError(f"Problem {problem.id}: {error}") from None
 
@@ -721,7 +1165,7 @@ def published_features(path, name_map):
     return Features(array, {id: int(row) for id, row in rows.items()})
 
 
-# --- Download: python data.py scienceqa -----------------------------------------------------------
+# --- Download: python data.py scienceqa, python data.py mathvista ---------------------------------
 
 _REPOSITORY = "https://raw.githubusercontent.com/lupantech/ScienceQA"
 _COMMIT = "2cbf8318e07b9ece895bb2ae605e71e38d623264"
@@ -818,6 +1262,29 @@ def unpack(archive, folder, top):
         raise ValueError(f"{archive} has no folder {top}.") from None
 
 
+def download_mathvista(folder):
+    """MathVista's testmini and all 6,141 pictures (0.9 GB) from the Hub into `folder`."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(folder)
+    fetch = functools.partial(
+        hf_hub_download,
+        "AI4Math/MathVista",
+        repo_type="dataset",
+        revision="2b6ad69445fbb5695c9b165475e8decdbeb97747",
+        local_dir=folder,
+    )
+    try:
+        if not (folder / "images").is_dir():
+            unpack(fetch("images.zip"), folder, "images")
+            (folder / "images.zip").unlink()
+        fetch("annot_testmini.json")  # last: with it the folder counts as MathVista
+    except ValueError:
+        raise  # a broken archive, said by unpack
+    except Exception as error:  # the client raises its HTTP library's own errors when offline
+        raise ConnectionError(f"AI4Math/MathVista could not be fetched ({error}).") from None
+
+
 def download_scienceqa(folder, addresses):
     """ScienceQA into `folder`, in the layout `load` reads; addresses is a table like SCIENCEQA."""
     folder = Path(folder)
@@ -834,19 +1301,22 @@ def download_scienceqa(folder, addresses):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Download ScienceQA from its authors' hosts.")
-    parser.add_argument("name", choices=["scienceqa"], help="the data set")
-    parser.add_argument("--to", metavar="DIR", help="folder (default: what --data scienceqa reads)")
+    parser = argparse.ArgumentParser(description="Download a data set from its authors' hosts.")
+    parser.add_argument("name", choices=["scienceqa", "mathvista"], help="the data set")
+    parser.add_argument("--to", metavar="DIR", help="folder (default: what --data NAME reads)")
     where = 'JSON {"train.zip": [address, checksum or null], ...} that replaces built-in addresses'
-    parser.add_argument("--addresses", metavar="FILE", help=where)
+    parser.add_argument("--addresses", metavar="FILE", help=f"scienceqa: {where}")
     args = parser.parse_args(argv)
-    folder = Path(args.to) if args.to else cache_folder() / "scienceqa"
+    folder = Path(args.to) if args.to else cache_folder() / args.name
     try:
         changed = read_json(args.addresses) if args.addresses else {}
         for name, entry in changed.items():
             if not isinstance(entry, list) or len(entry) != 2:
                 raise ValueError(f"{args.addresses}: {name} is not [address, checksum or null].")
-        download_scienceqa(folder, SCIENCEQA | changed)
+        if args.name == "mathvista":
+            download_mathvista(folder)
+        else:
+            download_scienceqa(folder, SCIENCEQA | changed)
         for split in SPLITS[:3]:
             print(f"{split}: {len(load(folder, split))} problems")
     except (OSError, ValueError) as error:

@@ -27,15 +27,17 @@ import sys
 import time
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 import data
 import fusion
-from model import DETR, resolve, stored_tensors
+import lora
+from model import DETR, PaliGemma, resolve, stored_tensors
 
+CUE = "Answer:"  # what PaliGemma's last line begins with
 ANSWER = re.compile(r"The answer is \(([A-Z])\)")
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 CATEGORIES = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
@@ -55,8 +57,9 @@ class Grade:
 
 
 def grade(problem, response, guess=None):
-    """Grade one response: exactly one "The answer is (X)", X among the choices; anything else is a
-    failed parse and wrong. Problems without choices: see `grade_free_form`.
+    """Grade one response: exactly one "The answer is (X)", X among the choices; else what follows
+    the last "Answer:", or the whole response, if it is a letter or the text of one choice. Anything
+    else is a failed parse and wrong. Problems without choices: see `grade_free_form`.
 
     `guess` gives the released code's verdict: a random.Random(42), drawn from in prediction order,
     once per unreadable response, for one of A-E. A letter A-E beyond the choices is read (and
@@ -70,6 +73,8 @@ def grade(problem, response, guess=None):
     letters = ANSWER.findall(response)
     if len(letters) == 1 and letters[0] in options:
         return Grade(options.index(letters[0]) == gold, letters[0], "letter")
+    if guess is None and not letters and (read := bare_choice(problem, response)):
+        return Grade(options.index(read[0]) == gold, *read)
     whys = ("no answer found", "letter not among the options", "several answers")
     why = whys[min(len(letters), 2)]
     if guess is None:
@@ -78,9 +83,21 @@ def grade(problem, response, guess=None):
     return Grade(index == gold, None, f"{why}; guessed {options[index]}")
 
 
+def bare_choice(problem, response):
+    """(letter, how) if PaliGemma's "Answer: B", or all of a response, is a letter or a choice."""
+    said = " ".join(response.rpartition(CUE)[2].split()).strip(" .()").casefold()
+    texts = [" ".join(choice.split()).strip(" .()").casefold() for choice in problem.choices]
+    letters = list(data.LETTERS[: len(texts)].casefold())
+    for how, names in (("letter", letters), ("choice text", texts)):
+        if names.count(said) == 1:
+            return data.LETTERS[names.index(said)], how
+    return None
+
+
 def grade_free_form(problem, response):
-    """The last line, after "The answer is" where it says so: the gold text, or the same number."""
-    line = (response.strip().splitlines() or [""])[-1].split("The answer is")[-1]
+    """The last line, after "The answer is" or "Answer:" where it says so: the gold text, or the
+    same number."""
+    line = (response.strip().splitlines() or [""])[-1].split("The answer is")[-1].split(CUE)[-1]
     said, gold = (" ".join(x.split()).strip(" .()").casefold() for x in (line, problem.answer))
     if not said:
         return Grade(False, None, "no answer found")
@@ -213,6 +230,8 @@ def rationale_scores(graded, rationale_format, faithful=False):
     without rationales. Empty targets do not count. An empty rationale scores 0, but the original
     (`faithful`) leaves it out of ROUGE-L."""
     told = [(x["rationale"], p) for p, x, _ in graded if x.get("rationale") is not None]
+    if rationale_format is None:  # a teacher's thought has another form than the gold solution
+        return {}
     pairs = [(said, data.prompt(p, rationale_format)[1].strip()) for said, p in told]
     pairs = [(said, gold) for said, gold in pairs if gold]
     if not pairs or not any(p.lecture or p.solution for _, p in told):
@@ -326,6 +345,9 @@ def rows_of(block):
     for key, name in OTHER_ROWS.items():
         if any(key in m for m in runs):
             rows.append([name, "", "", *(f"{m[key]:.2f}" if key in m else "-" for m in runs)])
+    for stop in sorted({stop for m in runs for stop in m.get("stop", {})} - {"eos"}):
+        shares = [percent(m.get("stop", {}).get(stop, 0) / m["n"]) for m in runs]
+        rows.append([f"stopped by {stop} %", "", "", *(f"{x:.2f}" for x in shares)])
     return rows
 
 
@@ -341,39 +363,74 @@ def align(rows, markdown):
 
 
 def summary(rows):
-    """Many runs on the same problems, a line each: {name: metrics} -> text. ROUGE-L of the decoded
-    rationales, and beside it what teacher forcing would have claimed."""
-    lines = [["run", "ROUGE-L", "teacher-forced", "accuracy %", "95 % interval", "no answer %"]]
-    for name, m in rows.items():
-        cells = [
-            f"{m[key]:.2f}" if key in m else "-" for key in ("rougeL", "rougeL_teacher_forced")
-        ]
-        interval = f"{m['ci95'][0]:.2f} - {m['ci95'][1]:.2f}"
-        cells += [f"{m['accuracy']['avg']:.2f}", interval, f"{m['parse_failures']:.2f}"]
-        lines.append([name, *cells])
+    """Many runs on the same problems, a line each: {name: metrics} -> text. Of two-stage runs the
+    ROUGE-L of the decoded rationales, and beside it what teacher forcing would have claimed; of
+    PaliGemma's how many texts did not end by themselves."""
     first = next(iter(rows.values()))
-    lines.insert(1, ["chance", "-", "-", f"{first['chance']:.2f}", "-", "-"])
-    return f"n = {first['n']} problems\n\n{align(lines, False)}"
+    columns = {"run": {name: name for name in rows} | {"chance": "chance"}}
+    for key, title in (("rougeL", "ROUGE-L"), ("rougeL_teacher_forced", "teacher-forced")):
+        columns[title] = {name: f"{m[key]:.2f}" for name, m in rows.items() if key in m}
+    columns["accuracy %"] = {name: f"{m['accuracy']['avg']:.2f}" for name, m in rows.items()}
+    columns["accuracy %"]["chance"] = f"{first['chance']:.2f}"
+    interval = "{:.2f} - {:.2f}".format
+    columns["95 % interval"] = {name: interval(*m["ci95"]) for name, m in rows.items()}
+    columns["no answer %"] = {name: f"{m['parse_failures']:.2f}" for name, m in rows.items()}
+    for stop in ("loop", "length", "forced"):
+        shares = {
+            name: percent(m.get("stop", {}).get(stop, 0) / m["n"]) for name, m in rows.items()
+        }
+        columns[f"{stop} %"] = {
+            name: f"{x:.2f}" for name, x in shares.items() if any(shares.values())
+        }
+    columns = {title: cells for title, cells in columns.items() if cells}
+    lines = [[column.get(name, "-") for column in columns.values()] for name in ["chance", *rows]]
+    return f"n = {first['n']} problems\n\n{align([list(columns), *lines], False)}"
 
 
 # --- decoding a run
-def image_features(config, problems):
+def image_features(config, problems, model=None):
     """The run's `data.Features` for these problems, or None if it looks at no pictures.
 
     Published feature files are used as they are. Otherwise DETR is loaded only if a picture is not
-    in the cache, and sees one size at a time: padding would change its output.
+    in the cache, and sees one size at a time: padding would change its output. A PaliGemma `model`
+    makes its own, projected; with --full they are not kept, as they change.
     """
-    if config["vision"] != "detr":
+    if model is not None and config["full"]:
+        side, tokens = model.config.vision.image_size, model.config.image_tokens
+        return data.Pictures(problems, side, tokens)
+    if model is None and config["vision"] != "detr":
         return None
-    if config["features"]:
+    if model is None and config["features"]:
         return data.published_features(config["features"], config["name_map"])
-    folder = resolve(config["vision_weights"])
-    fingerprint = checkpoint_hash(folder)
-    cache = config["features_cache"] or data.cache_folder() / "features" / (
-        f"{fingerprint}-{config['image_size']}"
-    )
-    extract = feature_extractor(folder, config["device"])
-    return data.cached_features(problems, extract, fingerprint, config["image_size"], cache)
+    folder = resolve(config["weights"][0] if model else config["vision_weights"])
+    fingerprint = checkpoint_hash(folder) + (f"-{dtype_name(model)}" if model else "")
+    extract, pixels, size = eyes(config, model)
+    cache = config["features_cache"] or data.cache_folder() / "features" / f"{fingerprint}-{size}"
+    return data.cached_features(problems, extract, fingerprint, size, cache, pixels)
+
+
+def eyes(config, model=None):
+    """(list of pixels -> list of features, picture -> pixels, size): PaliGemma's own, or DETR's."""
+    if model is not None:
+        return paligemma_extractor(model), data.siglip_pixels, model.config.vision.image_size
+    extract = feature_extractor(resolve(config["vision_weights"]), config["device"])
+    return extract, data.detr_pixels, config["image_size"]
+
+
+def dtype_name(model):
+    return str(model.language_model.embed_tokens.weight.dtype).removeprefix("torch.")
+
+
+def paligemma_extractor(model):
+    """list of (3, S, S) -> list of (I, D), projected: what takes the places of <image> tokens."""
+
+    @torch.inference_mode()
+    def extract(pixels):
+        device = model.multi_modal_projector.linear.weight.device
+        stacked = torch.stack(pixels).to(device)  # (B, 3, S, S)
+        return list(model.image_features(stacked).float().cpu())
+
+    return extract
 
 
 def checkpoint_hash(folder):
@@ -406,17 +463,19 @@ def feature_extractor(folder, device):
     return extract
 
 
-def in_batches(examples, batch_size, label):
+def in_batches(examples, batch_size, label, collate=data.collate):
     """Collated batches of like lengths, with progress on a terminal as they are used up."""
     start, done = time.monotonic(), 0
     for rows in data.batches([len(e["input_ids"]) for e in examples], batch_size):
-        yield data.collate([examples[i] for i in rows])
+        yield collate([examples[i] for i in rows])
         done += len(rows)
         data.progress(label, done, len(examples), start)
 
 
 def predict(models, problems, config, tokenizer, features):
     """Decode problems with a run's models: one, or rationale and answer. Predictions in order."""
+    if config["model"] == "paligemma":
+        return paligemma_predict(models[0], problems, config, tokenizer, features)
     formats = fusion.RECIPES[config["recipe"]]
     lengths = config["max_output"]
 
@@ -431,6 +490,105 @@ def predict(models, problems, config, tokenizer, features):
         texts = fusion.write(models[0], make_batches(), tokenizer, lengths[0])
         told = {i: {"response": t.pop("text")} | t for i, t in texts.items()}
     return [{"id": p.id} | told[p.id] for p in problems]
+
+
+# --- decoding PaliGemma: rationale and answer in one text
+def paligemma_predict(model, problems, config, tokenizer, features):
+    """Predictions in order. With config["samples"] > 1 each is the first of several sampled texts
+    that gives the answer most of them give (self-consistency, arXiv 2203.11171); "votes" has all.
+    A text without a readable answer has no vote."""
+    if config["samples"] == 1:
+        told = paligemma_write(model, problems, config, tokenizer, features, config["temperature"])
+        return [{"id": p.id} | told[p.id] for p in problems]
+    runs = []
+    for sample in range(config["samples"]):
+        seed = config["seed"] + sample
+        heat = config["temperature"]
+        runs.append(paligemma_write(model, problems, config, tokenizer, features, heat, seed))
+    predictions = []
+    for p in problems:
+        parsed = [grade(p, run[p.id]["response"]).parsed for run in runs]
+        votes = Counter(x for x in parsed if x is not None)
+        best = votes.most_common(1)[0][0] if votes else None
+        chosen = runs[parsed.index(best)][p.id]
+        tokens = sum(run[p.id]["tokens"] for run in runs)
+        predictions.append({"id": p.id} | chosen | {"tokens": tokens, "votes": dict(votes)})
+    return predictions
+
+
+def paligemma_write(model, problems, config, tokenizer, features, temperature=0.0, seed=0):
+    """{id: {"response", "rationale"?, "stop", "tokens"}}.
+
+    A reasoning run has a budget for the rationale, and a detector for one that repeats itself. A
+    text that does not get to its "Answer:" by itself is given that word and goes on from there, at
+    most the answer's budget: its stop is "forced", and "forced_after" says what came before.
+    """
+    task, budgets = config["recipe"], config["max_output"]
+    generator = torch.Generator(model.language_model.embed_tokens.weight.device).manual_seed(seed)
+    how = {"temperature": temperature, "generator": generator}
+    rows = [(p, task, None, False) for p in problems]
+    examples = {e["id"]: e for e in data.pali_examples(rows, tokenizer, features, config)}
+    reasons = task == "reason"
+    loops = reasons and config["loop_stop"]
+    first = budgets[0] if reasons else budgets[-1]
+    told = continued(model, examples.values(), tokenizer, config, first, loops, how)
+    if reasons and config["force_answer"]:
+        cue = data.plain_ids(tokenizer, f"\n{CUE}")
+        cut = {i: t for i, t in told.items() if CUE not in t["response"]}
+        more = [prolonged(examples[i], before_loop(t["ids"]) + cue) for i, t in cut.items()]
+        forced = continued(model, more, tokenizer, config, budgets[-1], False, how)
+        for i, answer in forced.items():
+            before = told[i]
+            response = f"{before['response'].rstrip()}\n{CUE}{answer['response']}"
+            tokens = before["tokens"] + answer["tokens"]
+            stops = {"stop": "forced", "forced_after": before["stop"]}
+            told[i] = before | {"response": response, "tokens": tokens} | stops
+    for t in told.values():
+        del t["ids"]
+        if reasons:
+            t["rationale"] = t["response"].rpartition(CUE)[0].strip() or t["response"]
+    return told
+
+
+def paligemma_inputs(model, batch):
+    """What `PaliGemma.states` takes of a batch of `data.pali_collate`; of pictures that are not
+    cached (--full) the features are computed here, with gradient."""
+    names = ("input_ids", "attention_mask", "token_type_ids", "image_features")
+    given = {name: batch[name] for name in names if name in batch}
+    if "pixel_values" in batch:
+        given["image_features"] = model.image_features(batch["pixel_values"])  # (n, I, D)
+    return given
+
+
+def continued(model, examples, tokenizer, config, budget, loops, how):
+    """{id: {"response", "ids", "stop", "tokens"}}: what the model writes behind each example."""
+    device, told = model.language_model.embed_tokens.weight.device, {}
+    examples = list(examples)
+    for batch in in_batches(examples, config["eval_batch_size"], "decoded", data.pali_collate):
+        ids = batch.pop("ids")
+        batch = paligemma_inputs(model, {k: v.to(device) for k, v in batch.items()})
+        new_ids, stops = model.write(max_new_tokens=budget, stop_loops=loops, **batch, **how)
+        for problem_id, row, stop in zip(ids, new_ids.tolist(), stops, strict=True):
+            ends = [i for i in (model.config.eos_token_id, model.config.pad_token_id) if i in row]
+            row = row[: min(map(row.index, ends))] if ends else row
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            tokens = len(row) + (stop == "eos")
+            told[problem_id] = {"response": text, "ids": row, "stop": stop, "tokens": tokens}
+    return told
+
+
+def prolonged(example, ids):
+    """A prompt with some of its suffix written already."""
+    types = example["token_type_ids"] + [1] * len(ids)
+    return example | {"input_ids": example["input_ids"] + ids, "token_type_ids": types}
+
+
+def before_loop(ids, n=8):
+    """The ids up to the end of the first time they say what they say last (see model.looping)."""
+    for start in range(len(ids) - n):
+        if ids[start : start + n] == ids[-n:]:
+            return ids[: start + n]
+    return ids
 
 
 def teacher_forced_rouge(model, problems, config, tokenizer, features):
@@ -448,7 +606,8 @@ def evaluate(folder, models, problems, config, tokenizer, features, how):
 
     `how` has the flags faithful_parse and teacher_forced."""
     predictions = predict(models, problems, config, tokenizer, features)
-    scores = metrics(problems, predictions, how.faithful_parse)
+    of_prompt = "QCM-LE" if config["model"] == "mmcot" else None
+    scores = metrics(problems, predictions, how.faithful_parse, of_prompt)
     if how.teacher_forced and len(models) == 2:
         scores["rougeL_teacher_forced"] = teacher_forced_rouge(
             models[0], problems, config, tokenizer, features
@@ -464,9 +623,27 @@ def load_run(folder, device=None):
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json.")
     config = data.read_json(folder / "config.json")
     config["device"] = device or config["device"]
+    if config["model"] == "paligemma":
+        where = resolve(config["weights"][0])
+        return config, [load_paligemma(config, folder)], data.load_tokenizer(where)
     stages = [folder / name for name in fusion.stage_names(config["recipe"])]
     models = [fusion.MultimodalT5.from_pretrained(s).to(config["device"]) for s in stages]
     return config, models, data.load_tokenizer(stages[0])
+
+
+def load_paligemma(config, folder=None):
+    """The base model of a run and, if its folder has them, the adapter or weights trained there."""
+    trained = folder is not None and (folder / "model.safetensors").is_file()
+    where = folder if trained else config["weights"][0]
+    model = PaliGemma.from_pretrained(where, getattr(torch, config["dtype"]))
+    if folder is not None and (folder / "adapter_model.safetensors").is_file():
+        lora.load(model, folder)
+    elif config["adapter"]:
+        lora.load(model, config["adapter"])
+    if not config["final_soft_cap"]:
+        text = replace(model.config.text, final_logit_softcapping=None)
+        model.config = replace(model.config, text=text)
+    return model.to(config["device"]).eval()
 
 
 def score_run(folder, args):
@@ -476,7 +653,8 @@ def score_run(folder, args):
         return data.read_json(path)
     config, models, tokenizer = load_run(folder, args.device)
     problems = data.load(config["data"], args.split)[: args.limit]
-    features = image_features(config, problems)
+    model = models[0] if config["model"] == "paligemma" else None
+    features = image_features(config, problems, model)
     out = Path(folder) if args.split == "test" else Path(folder) / args.split
     return evaluate(out, models, problems, config, tokenizer, features, args)
 
@@ -487,16 +665,16 @@ def ask(folder, args):
     choices = tuple(args.choices or ())
     meta = {"answer_index": 0, "caption": ""}  # unknown: only the unused target has it
     problem = data.Problem("asked", args.question, choices, "", "", args.image, "", "", meta)
-    features = None
-    if config["vision"] == "detr":
-        extract = feature_extractor(resolve(config["vision_weights"]), config["device"])
-        picture = data.open_image(args.image) if args.image else None
-        blank = torch.zeros(3, config["image_size"], config["image_size"])
-        pixels = data.detr_pixels(picture, config["image_size"]) if picture else blank
-        rows = {"asked": 0} if picture else {}
-        features = data.Features(extract([pixels])[0][None].numpy(), rows)
+    model, features = models[0] if config["model"] == "paligemma" else None, None
+    if model or config["vision"] == "detr":
+        extract, pixels, size = eyes(config, model)
+        seen = (
+            pixels(data.open_image(args.image), size) if args.image else torch.zeros(3, size, size)
+        )
+        rows = {"asked": 0} if args.image else {}
+        features = data.Features(extract([seen])[0][None].half().numpy(), rows)  # as cached
     told = predict(models, [problem], config, tokenizer, features)[0]
-    if "rationale" in told:
+    if "rationale" in told and not model:  # PaliGemma's is a part of its response
         print(told["rationale"])
     read = grade(problem, told["response"]).parsed
     choice = f"  ({choices[ord(read) - 65]})" if choices and read else ""

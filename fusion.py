@@ -135,6 +135,7 @@ class MultimodalT5(nn.Module):
     """
 
     KEYS = MULTIMODAL_KEYS
+    hub_path = T5.hub_path
 
     def __init__(self, t5, fusion=None):
         super().__init__()

@@ -1,18 +1,23 @@
-"""Training: `python train.py --model mmcot` runs Multimodal-CoT's two stages and ends in a table.
+"""Training: `python train.py --model mmcot` or `--model paligemma`; each ends in a table.
 
-Multimodal-CoT (Zhang et al., arXiv 2302.00923): stage 1 learns QCM-LE, question to rationale; stage
-2 learns QCMG-A, question and rationale to answer. Both start from the same T5, both read the same
-image features, and at test time stage 2 reads what stage 1 really wrote.
+mmcot (Zhang et al., arXiv 2302.00923). Stage 1 learns QCM-LE, question to rationale; stage 2 learns
+QCMG-A, question and rationale to answer. Both start from the same T5, both read the same image
+features, and at test time stage 2 reads what stage 1 really wrote.
 
 As published by default: AdamW (0.9, 0.999, 1e-8), weight decay 0.01 except on norms and on every
 parameter with "bias" in its name, linear decay without warm-up, gradients clipped at 1, stage 2
 trained on gold rationales. Not as published: pads are never in the loss (there they were most of
 it), and a window of accumulated batches is averaged over its tokens, not over its batches.
 
-Left out on purpose: trainer classes, callbacks, mixed precision (T5-base fits in fp32), loggers
-other than log.jsonl.
+paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555). A teacher's traces, judged
+right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them. The
+table has what that must be compared with: chance, the model as it was, and the same model trained
+as long on the same answers without the thoughts.
 
-Axes: B batch, U target length, D width, V vocabulary.
+Left out on purpose: trainer classes, callbacks, autocast (weights that are trained are fp32, frozen
+ones bf16 where the device is good at it), loggers other than log.jsonl.
+
+Axes: B batch, T length, U target length, D width, V vocabulary.
 """
 
 import argparse
@@ -26,25 +31,34 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as evaluation
 import fusion
+import lora
 from model import resolve
 
 HERE = Path(__file__).parent
-DEMO = {  # two minutes on two cores
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALL_THREADS = torch.get_num_threads()
+MMCOT_DEMO = {  # three minutes on one core
+    "data": "demo",
     "weights": [str(HERE / "demo/t5")],
     "vision_weights": str(HERE / "demo/detr"),
+    "recipe": "two-stage",
     "image_size": 96,
     "epochs": [8.0, 2.0],
     "lr": 3e-3,
+    "weight_decay": 0.01,
     "batch_size": 32,
+    "accumulate": 1,
+    "weighting": "token",
     "max_input": 256,
     "max_output": [64, 16],
     "threads": 1,  # the result depends on it; two are 1.5 times as fast on an idle machine
 }
-PUBLISHED = {  # arXiv 2302.00923, base model
+MMCOT = MMCOT_DEMO | {  # arXiv 2302.00923, base model
     "weights": ["allenai/unifiedqa-t5-base"],
     "vision_weights": "facebook/detr-resnet-101-dc5",
     "image_size": 224,
@@ -53,43 +67,144 @@ PUBLISHED = {  # arXiv 2302.00923, base model
     "batch_size": 8,
     "max_input": 512,
     "max_output": [512, 64],
-    "threads": torch.get_num_threads(),
+    "threads": ALL_THREADS,
 }
+PALIGEMMA = {
+    "data": "scienceqa",  # its train split may be trained on; MathVista's licence allows tests only
+    "weights": ["google/paligemma2-3b-mix-448"],  # mix has answered questions, pt has not
+    "recipe": "reason",
+    "epochs": [5.0],  # at most: the best epoch on validation answers is kept
+    "lr": 1e-4,  # of adapters; for --full take 6e-6 (ScienceQA in 2412.03555, Table 14)
+    "weight_decay": 0.0,  # no published transfer needs any
+    "batch_size": 4,  # what fits 24 GB with checkpointing at 448 pixels
+    "accumulate": 8,  # 32 rows a step: 4, as in pali_reason, is noise
+    "weighting": "example",  # as big_vision: a long thought does not outweigh a short answer
+    "warmup": 0.05,
+    "lora_r": 32,
+    "lora_alpha": 64.0,
+    "max_suffix": 384,  # longer thoughts were never learned: they became loops
+    "max_output": [384, 16],
+    "mix": 0.25,  # answer-only rows a trace, so that short answers are not forgotten
+    "final_soft_cap": False,  # "better for transfer" (big_vision); arg-max is the same without
+    "checkpointing": True,
+    "eval_problems": 200,  # decoded after each epoch
+    "threads": ALL_THREADS,
+}
+PALIGEMMA_DEMO = PALIGEMMA | {
+    "data": "demo",
+    "weights": [str(HERE / "demo/paligemma")],
+    "epochs": [6.0],
+    "lr": 4e-3,
+    "batch_size": 32,
+    "accumulate": 1,
+    "weighting": "token",
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "max_suffix": 96,
+    "max_output": [96, 8],
+    "mix": 0.0,
+    "final_soft_cap": True,
+    "checkpointing": False,
+    "eval_problems": 100,
+    "threads": 1,
+}
+DEFAULTS = {
+    ("mmcot", True): MMCOT_DEMO,
+    ("mmcot", False): MMCOT,
+    ("paligemma", True): PALIGEMMA_DEMO,
+    ("paligemma", False): PALIGEMMA,
+}
+LOGITS = 2**25  # of one chunk of the loss: 128 MiB in fp32
 
 
-# ---- one stage ---------------------------------------------------------------------------------
+# ---- the loss ----------------------------------------------------------------------------------
 
 
-def loss_sum(model, batch):
-    """Summed cross-entropy of the supervised tokens of a batch, and their number.
+def cross_entropy(head, states, labels, args):
+    """Summed cross-entropy of the supervised tokens, and what to divide it by.
 
-    The vocabulary layer sees only the supervised positions: pads cost nothing and weigh nothing.
+    states (B, T, D), labels (B, T), -100 where nothing is learned. The vocabulary layer `head` sees
+    only the supervised positions, some at a time: the logits of PaliGemma's 257,216 words are never
+    all there, in neither direction (a chunk's are computed again on the way back).
+    args.weighting "token" counts tokens; "example" gives each row the same weight, however long.
     """
+    supervised = labels != -100  # (B, T)
+    rows, lengths = supervised.nonzero()[:, 0], supervised.sum(1)  # (tokens,), (B,)
+    states, labels = states[supervised], labels[supervised]  # (tokens, D), (tokens,)
+    by_row = args.weighting == "example"
+    smoothing = args.label_smoothing
+
+    def chunk_loss(states, labels, rows):
+        logits = head(states).float()  # (tokens, V)
+        if not by_row:
+            return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        return (each / lengths[rows]).sum()
+
+    size = max(1, LOGITS // args.vocabulary)
+    parts = list(zip(states.split(size), labels.split(size), rows.split(size), strict=True))
+    if len(parts) > 1 and torch.is_grad_enabled():
+        loss = sum(checkpoint(chunk_loss, *part, use_reentrant=False) for part in parts)
+    else:
+        loss = sum(chunk_loss(*part) for part in parts)
+    return loss, int((lengths > 0).sum()) if by_row else len(labels)
+
+
+def t5_loss(model, batch, args):
     states = model.states(
         batch["input_ids"],
         batch["attention_mask"],
         batch.get("image_features"),
         batch["decoder_input_ids"],
     )  # (B, U, D)
-    supervised = batch["labels"] != -100  # (B, U)
-    logits = model.t5.head(states[supervised])  # (supervised tokens, V)
-    labels = batch["labels"][supervised]
-    return F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
+    return cross_entropy(model.t5.head, states, batch["labels"], args)
+
+
+def paligemma_loss(model, batch, args):
+    states = model.states(**evaluation.paligemma_inputs(model, batch))  # (B, T, D)
+    return cross_entropy(model.head, states[:, :-1], batch["labels"][:, 1:], args)
+
+
+LOSS = {"mmcot": t5_loss, "paligemma": paligemma_loss}
+COLLATE = {"mmcot": data.collate, "paligemma": data.pali_collate}
+
+
+def units(batch, args):
+    """What a batch's summed loss is divided by: its supervised tokens, or its rows."""
+    supervised = batch["labels"] != -100
+    return int((supervised.any(1) if args.weighting == "example" else supervised).sum())
 
 
 def to_device(batch, device):
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
+@torch.inference_mode()
+def mean_loss(model, examples, args):
+    """Cross-entropy in nats per supervised token (or of the mean example, see --weighting)."""
+    model.eval()
+    total = count = 0
+    for rows in data.batches([len(e["input_ids"]) for e in examples], args.batch_size):
+        batch = COLLATE[args.model]([examples[i] for i in rows])
+        loss, n = LOSS[args.model](model, to_device(batch, args.device), args)
+        total, count = total + loss.item(), count + n
+    return total / count
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+
 def make_optimizer(model, lr, weight_decay):
     """AdamW with the published decay groups; prints what is in them."""
-    no_decay = [n for n, p in model.named_parameters() if p.dim() == 1 or "bias" in n]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     groups = {True: [], False: []}
-    for name, p in model.named_parameters():
-        groups[name not in no_decay].append(p)
+    for name, p in trained.items():
+        groups[not (p.dim() == 1 or "bias" in name)].append(p)
     count = {decayed: sum(p.numel() for p in g) for decayed, g in groups.items()}
+    total = sum(p.numel() for p in model.parameters())
     print(
-        f"  trainable {sum(count.values()):,} parameters, weight decay on {count[True]:,} of them"
+        f"  trainable {sum(count.values()):,} of {total:,} parameters, "
+        f"weight decay {weight_decay:g} on {count[True]:,} of them"
     )
     return torch.optim.AdamW(
         [
@@ -100,15 +215,15 @@ def make_optimizer(model, lr, weight_decay):
     )
 
 
-@torch.inference_mode()
-def mean_loss(model, examples, batch_size, device):
-    """Cross-entropy per supervised token, in nats."""
-    model.eval()
-    total = tokens = 0
-    for rows in data.batches([len(e["input_ids"]) for e in examples], batch_size):
-        loss, count = loss_sum(model, to_device(data.collate([examples[i] for i in rows]), device))
-        total, tokens = total + loss.item(), tokens + count
-    return total / tokens
+def schedule(step, steps, args):
+    """The share of the peak learning rate at a step: linear decay to 0 (mmcot, as published), or
+    linear warm-up and a cosine to 0 (paligemma)."""
+    if args.model == "mmcot":
+        return 1 - step / max(1, steps)
+    warm = max(1, round(args.warmup * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def steps_per_epoch(examples, args):
@@ -129,39 +244,57 @@ def windows(examples, args, epochs, generator):
             left -= 1
 
 
-def fit(model, examples, val, args, stage, epochs, log):
-    """Train one stage in place. FloatingPointError names the records of a non-finite loss."""
-    device = args.device
-    model.to(device)
+def fit(model, examples, validate, args, stage, epochs, log):
+    """Train in place; `validate(model)` gives what is logged after each epoch.
+
+    If that has "val_accuracy", the weights of the best epoch are what is left in the end.
+    FloatingPointError names the records of a non-finite loss.
+    """
+    model.to(args.device)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     generator = torch.Generator().manual_seed(args.seed)
     plan = list(windows(examples, args, epochs, generator))[: args.max_steps]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - s / max(1, len(plan)))
-    per_epoch = steps_per_epoch(examples, args)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, len(plan), args))
+    per_epoch, best = steps_per_epoch(examples, args), None
     start = time.monotonic()
     for step, window in enumerate(plan, 1):
         model.train()
-        batches = [to_device(data.collate(rows), device) for rows in window]
-        tokens = sum(int((b["labels"] != -100).sum()) for b in batches)
+        batches = [to_device(COLLATE[args.model](rows), args.device) for rows in window]
+        count = sum(units(batch, args) for batch in batches)
         total = 0.0
         for batch in batches:
-            loss, _ = loss_sum(model, batch)
-            (loss / tokens).backward()
-            total += loss.detach() / tokens
+            loss, _ = LOSS[args.model](model, batch, args)
+            (loss / count).backward()
+            total += loss.detach() / count
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         stop_unless_finite(total, norm, window, stage, step)
-        lr = schedule.get_last_lr()[0]
+        if step == 1:
+            stop_unless_learning(model)
+        lr = rate.get_last_lr()[0]
         optimizer.step()
-        schedule.step()
+        rate.step()
         optimizer.zero_grad(set_to_none=True)
         entry = {"stage": stage, "step": step, "loss": round(total.item(), 6), "lr": lr}
-        entry |= {"grad_norm": round(norm.item(), 4), "tokens": tokens}
+        entry |= {"grad_norm": round(norm.item(), 4), args.weighting + "s": count}
         if step % per_epoch == 0 or step == len(plan):
-            entry["val_loss"] = round(mean_loss(model, val, args.batch_size, device), 6)
+            entry |= validate(model)
+            best = better(best, entry, model)
         seconds = time.monotonic() - start
         print(json.dumps(entry | {"seconds": round(seconds, 2)}), file=log, flush=True)
         report(stage, step, len(plan), entry, seconds)
+    if best:
+        model.load_state_dict(best[1], strict=False)
+        print(f"  kept: the weights after step {best[2]}, validation accuracy {best[0]:.2f}")
     return model.eval()
+
+
+def better(best, entry, model):
+    """(accuracy, trained weights, step) of the best epoch so far; of equal ones the later."""
+    accuracy = entry.get("val_accuracy")
+    if accuracy is None or (best and accuracy < best[0]):
+        return best
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return accuracy, trained, entry["step"]
 
 
 def stop_unless_finite(loss, norm, window, stage, step):
@@ -173,19 +306,36 @@ def stop_unless_finite(loss, norm, window, stage, step):
         )
 
 
+def stop_unless_learning(model):
+    """After the first backward pass every lora_B must have a gradient (A has none yet: B is 0).
+    Checkpointing behind frozen embeddings is a known way to lose them without a word."""
+    dead = [
+        name
+        for name, p in model.named_parameters()
+        if "lora_B" in name and (p.grad is None or not p.grad.any())
+    ]
+    if dead:
+        raise RuntimeError(
+            f"{len(dead)} adapters got no gradient in the first step, {dead[0]} among them: "
+            "nothing would be learned there."
+        )
+
+
 def report(stage, step, steps, entry, seconds):
     """A line per validation; on a terminal also a running one with rate and time left."""
     text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
     if "val_loss" in entry:
         clear = "\r" if sys.stderr.isatty() else ""
-        print(f"{clear}{text}  val loss {entry['val_loss']:.4f}  {seconds:.0f} s", flush=True)
+        right = f"  val accuracy {entry['val_accuracy']:.2f}" if "val_accuracy" in entry else ""
+        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}{right}"
+        print(f"{text}  {seconds:.0f} s", flush=True)
     elif sys.stderr.isatty():
         rate = step / seconds
         left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
         print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
 
 
-# ---- one run -----------------------------------------------------------------------------------
+# ---- mmcot: one run ----------------------------------------------------------------------------
 
 
 def start_model(args, features, stage):
@@ -197,6 +347,7 @@ def start_model(args, features, stage):
     elif model.fusion is None:
         width = model.t5.config.d_model
         model.fusion = fusion.GatedFusion(width, features.shape[1], args.no_image)
+    args.vocabulary = model.t5.config.vocab_size
     return model
 
 
@@ -234,7 +385,12 @@ def run_stage(args, stage, splits, tokenizer, features, log):
     val = data.examples(splits["val"], fmt, tokenizer, features, None, vars(args))
     show_example(train[0], tokenizer, fmt)
     model = start_model(args, features, stage)
-    return fit(model, train, val, args, name, args.epochs[min(stage, len(args.epochs) - 1)], log)
+    epochs = args.epochs[min(stage, len(args.epochs) - 1)]
+
+    def validate(model):
+        return {"val_loss": round(mean_loss(model, val, args), 6)}
+
+    return fit(model, train, validate, args, name, epochs, log)
 
 
 def own_rationales(args, problems, val, tokenizer, features, log, folds=2):
@@ -256,13 +412,21 @@ def own_rationales(args, problems, val, tokenizer, features, log, folds=2):
     return generated
 
 
-def show_example(example, tokenizer, fmt):
+def show_example(example, tokenizer, what):
     """The first example as the model gets it: text and ids, the supervised part marked."""
-    print(f"  first {fmt} example, {example['id']}:")
-    for part, ids in (("source", example["input_ids"]), ("supervised", example["labels"])):
-        print(
-            f"    {part:10} {tokenizer.decode(ids, skip_special_tokens=False)}\n    {'':10} {ids}"
-        )
+    print(f"  first {what} example, {example['id']}:")
+    parts = {"source": example["input_ids"], "supervised": example["labels"]}
+    if "token_type_ids" in example:  # one sequence: image tokens are many and all alike
+        start = len(example["input_ids"]) - sum(example["token_type_ids"])
+        parts = {"prefix": example["input_ids"][:start], "supervised": example["labels"][start:]}
+    for part, ids in parts.items():
+        ids = [i for i in ids if i >= 0]
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        image = tokenizer.token_to_id("<image>")
+        if (n := ids.count(image)) if image else 0:
+            text, ids = text.replace("<image>", ""), [i for i in ids if i != image]
+            text = f"<image> x {n} {text.strip()}"
+        print(f"    {part:10} {text!r}\n    {'':10} {ids}")
 
 
 def write_config(config, out):
@@ -274,9 +438,140 @@ def write_config(config, out):
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+# ---- paligemma: one run ------------------------------------------------------------------------
+
+
+def run_paligemma(args):
+    """Train (unless --epochs 0), decode and score one recipe; returns its metrics."""
+    out, config = Path(args.out), vars(args)
+    print(f"{out}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
+    splits = {s: data.load(args.data, s)[: args.limit] for s in ("train", "val", args.test_split)}
+    test = splits[args.test_split]
+    tokenizer = data.load_tokenizer(resolve(args.weights[0]))
+    model = evaluation.load_paligemma(config)
+    args.vocabulary = model.config.text.vocab_size
+    rows = training_rows(args, splits["train"]) if args.epochs[0] else []
+    rows = [row for row in rows if has_its_picture(row[0], args)]
+    pictured = [row[0] for row in rows] + splits["val"][: args.eval_problems] + test
+    features = evaluation.image_features(config, pictured, model)
+    out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves nothing
+    write_config(config, out)
+    if rows and args.data != "demo":  # its splits are disjoint by construction
+        warn_of_overlap([row[0] for row in rows], test)
+    if rows:
+        with open(out / "log.jsonl", "w", encoding="utf-8") as log:
+            tune(args, model, rows, splits["val"], tokenizer, features, log)
+        if args.full:
+            model.save_pretrained(out)
+        else:
+            lora.save(model, out, args.weights[0])
+        tokenizer.save(str(out / "tokenizer.json"))
+    how = argparse.Namespace(faithful_parse=False, teacher_forced=False)
+    return evaluation.evaluate(out, [model], test, config, tokenizer, features, how)
+
+
+def training_rows(args, problems):
+    """(problem, task, trace, True) per training row, as `data.pali_examples` takes them."""
+    if notice := data.training_notice(args.data):
+        print(notice, file=sys.stderr)
+    by_id = {p.id: p for p in problems}
+    traces = kept_traces(args, by_id)[: args.limit_traces]
+    if not traces:
+        raise ValueError("No trace is left to learn from: look at --traces, --keep and --data.")
+    unique = list({trace["id"]: by_id[trace["id"]] for trace in traces}.values())
+    answers = [(p, "answer", None, True) for p in unique]
+    if args.recipe == "answer":
+        return answers
+    count = round(args.mix * len(traces))  # answer-only rows among the traces, evenly spread
+    mixed = [answers[i * len(answers) // count] for i in range(count)] if count else []
+    return [(by_id[t["id"]], "reason", t, True) for t in traces] + mixed
+
+
+def kept_traces(args, by_id):
+    """The traces of --traces that --keep lets through; without a file, the data's own solutions."""
+    if args.traces is None:
+        told = [p for p in by_id.values() if p.solution]
+        print(f"  no --traces: {len(told)} solutions of the data itself are the thoughts")
+        verdict = {"correct": True, "consistent": True, "by": "data", "why": ""}
+        return [
+            {"id": p.id, "thought": p.solution, "answer": p.answer, "verdict": verdict}
+            for p in told
+        ]
+    traces = data.load_traces(demo_traces() if args.traces == "demo" else args.traces)
+    known = [t for t in traces if t["id"] in by_id]
+    wanted = {"all": (), "correct": ("correct",), "consistent": ("correct", "consistent")}
+    kept = [t for t in known if all(holds(t, by_id[t["id"]], key) for key in wanted[args.keep])]
+    print(
+        f"  {len(kept)} of {len(traces)} traces kept ({args.keep}); "
+        f"{len(traces) - len(known)} are of no problem of the train split"
+    )
+    return kept
+
+
+def holds(trace, problem, key):
+    """The judge's word; where there is none, whether the teacher's answer is the gold one. Some
+    traces that were judged correct end in another: the thought then argues for that."""
+    verdict = trace["verdict"][key]
+    if verdict is None:
+        return data.final_answer(problem, trace["answer"]) == data.pali_suffix(problem)
+    return verdict
+
+
+def has_its_picture(problem, args):
+    """False (and said so) for a training problem whose picture file is not there, with
+    --on-error skip. A test problem is never left out: it would be another test."""
+    if problem.image is None or args.on_error == "stop" or Path(problem.image).is_file():
+        return True
+    print(f"skipped: problem {problem.id} has no {problem.image}", file=sys.stderr)
+    return False
+
+
+def demo_traces():
+    from demo import teacher
+
+    return teacher.traces(data.demo_folder())
+
+
+def warn_of_overlap(train, test):
+    """Say how many test pictures were trained on. Not refused: ScienceQA shares many by design."""
+    shared = {pair[1] for pair in data.overlap(train, test)}
+    if shared:
+        some = ", ".join(sorted(shared)[:5])
+        share = f"{len(shared)} of {len(test)}"
+        print(f"{share} test problems show a picture that is trained on ({some}).")
+
+
+def tune(args, model, rows, val, tokenizer, features, log):
+    """Inject adapters (or, with --full, free everything) and fit, validated on real answers."""
+    config, val = vars(args), val[: args.eval_problems]
+    examples = data.pali_examples(rows, tokenizer, features, config)
+    show_example(examples[0], tokenizer, args.recipe)
+    ids = list(dict.fromkeys(example["id"] for example in examples))
+    held_ids = set(ids[:: max(20, len(ids) // 100)])  # for the validation loss: 5 % or 100 problems
+    held_back = [e for e in examples if e["id"] in held_ids]
+    train = [e for e in examples if e["id"] not in held_ids]
+    torch.manual_seed(args.seed)
+    if args.full:
+        model.requires_grad_(True)
+    elif args.adapter is None:
+        flags = ("r", "alpha", "targets", "dropout", "rslora", "dora")
+        lora.inject(model, **{flag: config[f"lora_{flag}"] for flag in flags})
+    if not args.full:
+        print(lora.describe(model))
+    model.language_model.checkpointing = args.checkpointing
+
+    def validate(model):
+        predictions = evaluation.predict([model.eval()], val, config, tokenizer, features)
+        right = sum(g.correct for *_, g in evaluation.grade_all(val, predictions))
+        accuracy = round(100 * right / len(val), 2)
+        return {"val_loss": round(mean_loss(model, held_back, args), 6), "val_accuracy": accuracy}
+
+    fit(model, train, validate, args, args.recipe, args.epochs[0], log)
+
+
 # ---- many runs ---------------------------------------------------------------------------------
 
-ABLATION = {  # name: changed flags; the paper's Tables 2, 3 and 6
+MMCOT_ABLATION = {  # name: changed flags; the paper's Tables 2, 3 and 6
     "QCM->A": {"recipe": "answer", "vision": "none"},
     "QCM->RA": {"recipe": "reason", "vision": "none"},
     "QCM->AR": {"recipe": "explain", "vision": "none"},
@@ -288,103 +583,189 @@ ABLATION = {  # name: changed flags; the paper's Tables 2, 3 and 6
     "one-stage QCM->RA, vision": {"recipe": "reason"},
     "QCM->A, vision": {"recipe": "answer"},
 }
+BASELINES = {  # what a distilled PaliGemma is compared with; the last is the run itself
+    "base": {"recipe": "answer", "epochs": [0.0]},
+    "base, asked to reason": {"epochs": [0.0]},
+    "answer-only": {"recipe": "answer"},
+    "distilled": {},
+}
+PALIGEMMA_ABLATION = BASELINES | {  # one part changed in each
+    "unfiltered traces": {"keep": "all"},
+    "judged traces": {"keep": "correct"},
+    "EOS not in the loss": {"eos_in_loss": False},
+    "BOS after the question": {"layout": "seed"},
+    "32 traces": {"limit_traces": 32},
+    "no loop stop, no forced answer": {"loop_stop": False, "force_answer": False, "epochs": [0.0]},
+    "vote of 5": {"samples": 5, "temperature": 0.7, "epochs": [0.0]},
+}
+DECODED_AGAIN = ("no loop stop, no forced answer", "vote of 5")  # the weights of the run itself
 
 
-def run_ablation(args):
-    """Every line of ABLATION, into a folder of its own; {name: metrics}."""
-    rows = {}
-    for name, changed in ABLATION.items():
+def run_many(args, runs):
+    """Every line of a table like the above; {name: metrics}. The line that changes nothing is the
+    run itself, in `args.out`; the others have folders in it."""
+    rows, run = {}, {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model]
+    for name, changed in runs.items():
         folder = "".join(c if c.isalnum() else "-" for c in name.replace("->", "-"))
-        changed = changed | {"out": str(Path(args.out) / folder), "teacher_forced": True}
-        rows[name] = run_mmcot(argparse.Namespace(**vars(args) | changed))
+        if changed:
+            changed = changed | {"out": str(Path(args.out) / folder)}
+        if name in DECODED_AGAIN:
+            changed["adapter"] = args.out
+        rows[name] = run(argparse.Namespace(**vars(args) | changed))
         print(evaluation.summary(rows), flush=True)
     return rows
 
 
+# ---- command line ------------------------------------------------------------------------------
+
+
 def parse_args(argv=None):
-    """The flags; those not given take the demo's or the paper's value, by --data."""
+    """The flags; those not given take the defaults of --model, the demo's or the published ones."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
-    add_what(parser)
-    add_how(parser)
+    for add in (add_what, add_files, add_how, add_mmcot, add_paligemma, add_adapter, add_decoding):
+        add(parser)
     args = parser.parse_args(argv)
     if bool(args.features) != bool(args.name_map):
         parser.error("--features FILE and --name-map name_map.json go together")
-    for name, value in (DEMO if args.data == "demo" else PUBLISHED).items():
+    for name, value in DEFAULTS[args.model, args.data == "demo"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.out = args.out or f"runs/{Path(args.data).stem}-{args.recipe}-{args.vision}"
+    known = fusion.RECIPES if args.model == "mmcot" else ("reason", "answer")
+    if args.recipe not in known:
+        parser.error(f"--model {args.model} knows the recipes {', '.join(known)}")
+    half = args.model == "paligemma" and args.device.startswith("cuda") and not args.full
+    args.dtype = args.dtype or ("bfloat16" if half else "float32")
+    what = args.vision if args.model == "mmcot" else "paligemma"
+    args.out = args.out or f"runs/{Path(args.data).stem}-{args.recipe}-{what}"
+    if args.model == "paligemma" and args.data == "demo":
+        args.traces = args.traces or "demo"
     return args
 
 
 def add_what(parser):
     what = parser.add_argument_group("what to train")
-    what.add_argument("--model", choices=("mmcot",), required=True, help="the system to train")
     what.add_argument(
-        "--recipe", choices=fusion.RECIPES, default="two-stage", help="prompt formats"
+        "--model", choices=("mmcot", "paligemma"), required=True, help="the system to train"
     )
-    what.add_argument(
-        "--vision",
-        choices=("detr", "caption", "none"),
-        default="detr",
-        help="what stands for the picture",
-    )
-    what.add_argument(
-        "--no-image",
-        choices=fusion.NO_IMAGE,
-        default="zero",
-        help="problems without picture, in a new fusion: see fusion.py",
-    )
-    what.add_argument(
-        "--stage", choices=("both", "rationale", "answer"), default="both", help="train one stage"
-    )
-    what.add_argument(
-        "--stage2-rationales",
-        choices=("gold", "generated"),
-        default="gold",
-        help="what stage 2 trains on",
-    )
-    what.add_argument(
-        "--ablation", action="store_true", help="the paper's Tables 2, 3 and 6 in one run"
-    )
+    recipes = "mmcot: two-stage, answer, reason, explain; paligemma: reason, answer"
+    what.add_argument("--recipe", metavar="NAME", help=recipes)
+    tables = "mmcot: the paper's Tables 2, 3 and 6; paligemma: what each part buys"
+    what.add_argument("--ablation", action="store_true", help=tables)
+
+
+def add_files(parser):
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--data", default="demo", help="demo, scienceqa, a ScienceQA folder or a .jsonl"
-    )
-    files.add_argument(
-        "--weights", nargs="+", help="T5 folder or Hub id, for both stages or one each"
-    )
-    files.add_argument("--vision-weights", help="DETR folder or Hub id")
-    files.add_argument("--features", help="published detr.npy, clip.npy, resnet.npy or vit.pth")
-    files.add_argument("--name-map", help="name_map.json that goes with --features")
-    files.add_argument("--features-cache", help="folder for our own features")
-    files.add_argument("--out", help="run folder (runs/DATA-RECIPE-VISION)")
+    folders = "demo, scienceqa, mathvista, a folder of theirs or a .jsonl (%(default)s)"
+    files.add_argument("--data", default="demo", help=folders)
+    weights = "T5 or PaliGemma folder or Hub id; mmcot takes one for both stages or one each"
+    files.add_argument("--weights", nargs="+", help=weights)
+    files.add_argument("--features-cache", help="folder for image features")
+    files.add_argument("--out", help="run folder (runs/DATA-RECIPE-...)")
+    files.add_argument("--test-split", default="test", help="what the table is about (%(default)s)")
 
 
 def add_how(parser):
     how = parser.add_argument_group("how")
-    how.add_argument(
-        "--epochs", type=float, nargs="+", help="for both stages or one each; 0 only decodes"
-    )
-    how.add_argument("--max-steps", type=int, help="stop each stage after so many steps")
-    how.add_argument("--batch-size", type=int, help="problems in a step")
-    how.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step")
+    epochs = "mmcot: for both stages or one each; 0 only decodes"
+    how.add_argument("--epochs", type=float, nargs="+", help=epochs)
+    how.add_argument("--max-steps", type=int, help="stop each training after so many steps")
+    how.add_argument("--batch-size", type=int, help="rows that go through the model together")
+    how.add_argument("--accumulate", type=int, help="batches in an optimizer step")
     how.add_argument("--lr", type=float, help="peak learning rate")
-    how.add_argument("--weight-decay", type=float, default=0.01, help="(%(default)s)")
-    how.add_argument("--max-input", type=int, help="source tokens; longer ones lose their middle")
-    how.add_argument("--max-output", type=int, nargs="+", help="new tokens of each stage")
+    how.add_argument("--weight-decay", type=float, help="of matrices")
+    weighting = "token: the mean over a step's tokens; example: the mean of each row's mean"
+    how.add_argument("--weighting", choices=("token", "example"), help=weighting)
+    how.add_argument("--max-output", type=int, nargs="+", help="new tokens: rationale, answer")
     how.add_argument("--eval-batch-size", type=int, default=64, help="(%(default)s)")
-    how.add_argument("--image-size", type=int, help="shorter side for DETR, in pixels")
     how.add_argument("--limit", type=int, help="only the first N problems of each split")
-    how.add_argument("--seed", type=int, default=42, help="(%(default)s, the original's)")
-    how.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)"
-    )
+    how.add_argument("--seed", type=int, default=42, help="(%(default)s)")
+    how.add_argument("--device", default=DEVICE, help="(%(default)s)")
     how.add_argument("--threads", type=int, help="CPU threads (demo: 1, else all)")
-    odd = parser.add_argument_group("as the original had it")
-    odd.add_argument("--faithful-text", action="store_true", help='a newline becomes a stray "n"')
-    odd.add_argument(
-        "--teacher-forced", action="store_true", help="show the inflated ROUGE-L as well"
+
+
+def add_mmcot(parser):
+    mmcot = parser.add_argument_group("mmcot")
+    pictures = ("detr", "caption", "none")
+    mmcot.add_argument(
+        "--vision", choices=pictures, default="detr", help="what stands for the picture"
     )
+    mmcot.add_argument("--vision-weights", help="DETR folder or Hub id")
+    mmcot.add_argument("--image-size", type=int, help="shorter side for DETR, in pixels")
+    mmcot.add_argument("--features", help="published detr.npy, clip.npy, resnet.npy or vit.pth")
+    mmcot.add_argument("--name-map", help="name_map.json that goes with --features")
+    none = "problems without picture, in a new fusion: see fusion.py"
+    mmcot.add_argument("--no-image", choices=fusion.NO_IMAGE, default="zero", help=none)
+    stages = ("both", "rationale", "answer")
+    mmcot.add_argument("--stage", choices=stages, default="both", help="train one stage")
+    kinds = ("gold", "generated")
+    reads = "what stage 2 trains on"
+    mmcot.add_argument("--stage2-rationales", choices=kinds, default="gold", help=reads)
+    longest = "source tokens; longer ones lose their middle"
+    mmcot.add_argument("--max-input", type=int, help=longest)
+    stray = 'as the original had it: a newline becomes a stray "n"'
+    mmcot.add_argument("--faithful-text", action="store_true", help=stray)
+    forced = "show the inflated ROUGE-L of teacher-forced rationales as well"
+    mmcot.add_argument("--teacher-forced", action="store_true", help=forced)
+
+
+def add_paligemma(parser):
+    pali = parser.add_argument_group("paligemma")
+    traces = "traces.jsonl, or pali_reason's csv or json; none: the data's own solutions"
+    pali.add_argument("--traces", metavar="FILE", help=traces)
+    kept = "traces to learn from: all, judged correct, or also judged consistent (%(default)s)"
+    kinds = ("all", "correct", "consistent")
+    pali.add_argument("--keep", choices=kinds, default="consistent", help=kept)
+    pali.add_argument("--limit-traces", type=int, metavar="N", help="only the first N of them")
+    pali.add_argument("--mix", type=float, help="answer-only rows for each trace")
+    longest = "tokens of a suffix; longer ones are left out, never cut"
+    pali.add_argument("--max-suffix", type=int, help=longest)
+    shuffle = "shuffle the choices of training rows where no text names their letters"
+    pali.add_argument("--shuffle-choices", action="store_true", help=shuffle)
+    pali.add_argument("--warmup", type=float, help="share of the steps; then a cosine to 0")
+    pali.add_argument(
+        "--label-smoothing", type=float, default=0.0, help="spread this much over all words"
+    )
+    pali.add_argument("--eval-problems", type=int, help="validation problems decoded each epoch")
+    missing = "training problems whose picture is missing: stop, or do without (%(default)s)"
+    pali.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=missing)
+    alone = "only this run, without the baselines it must be compared with"
+    pali.add_argument("--alone", action="store_true", help=alone)
+    seed_layout = "seed: BOS after the question, as pali_reason had it"
+    layouts = ("paligemma", "seed")
+    pali.add_argument("--layout", choices=layouts, default="paligemma", help=seed_layout)
+    no_eos = "leave EOS out of the loss: shows what that does"
+    pali.add_argument("--no-eos-loss", dest="eos_in_loss", action="store_false", help=no_eos)
+
+
+def add_adapter(parser):
+    lora_ = parser.add_argument_group("paligemma: weights")
+    lora_.add_argument("--full", action="store_true", help="train all weights, not adapters")
+    lora_.add_argument("--adapter", metavar="DIR", help="start from this adapter, or only decode")
+    lora_.add_argument("--lora-r", type=int, help="rank")
+    lora_.add_argument("--lora-alpha", type=float, help="the update is scaled by alpha / r")
+    lora_.add_argument("--lora-dropout", type=float, default=0.0, help="(%(default)s)")
+    targets = "module names or paths; no patterns (all projections of the language model)"
+    lora_.add_argument("--lora-targets", nargs="+", help=targets)
+    lora_.add_argument("--lora-rslora", action="store_true", help="scale by alpha / sqrt(r)")
+    lora_.add_argument("--lora-dora", action="store_true", help="magnitude and direction apart")
+    dtype = "of frozen weights and compute (bfloat16 on a GPU, else float32)"
+    lora_.add_argument("--dtype", choices=("float32", "bfloat16"), help=dtype)
+    again = "keep only each layer's input, compute it again on the way back"
+    flag = argparse.BooleanOptionalAction
+    lora_.add_argument("--checkpointing", action=flag, help=again)
+    cap = "cap the final logits as in pretraining"
+    lora_.add_argument("--final-soft-cap", action=flag, help=cap)
+
+
+def add_decoding(parser):
+    how = parser.add_argument_group("paligemma: decoding")
+    many = "texts per problem; their answers vote (%(default)s)"
+    how.add_argument("--samples", type=int, default=1, metavar="N", help=many)
+    how.add_argument("--temperature", type=float, default=0.0, help="(%(default)s: greedy)")
+    loops = "let a rationale repeat itself until its budget is spent"
+    how.add_argument("--no-loop-stop", dest="loop_stop", action="store_false", help=loops)
+    cut = 'do not give a cut rationale its "Answer:"'
+    how.add_argument("--no-forced-answer", dest="force_answer", action="store_false", help=cut)
 
 
 def main(argv=None):
@@ -392,9 +773,14 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     start = time.monotonic()
     if args.ablation:
-        print(f"\n{evaluation.summary(run_ablation(args))}")
+        tables = {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}
+        args.teacher_forced = True
+        print(f"\n{evaluation.summary(run_many(args, tables[args.model]))}")
+    elif args.model == "paligemma" and not args.alone and args.epochs[0]:
+        rows = run_many(args, BASELINES)
+        print(f"\n{evaluation.table(rows)}\n\n{evaluation.summary(rows)}")
     else:
-        scores = run_mmcot(args)
+        scores = run_mmcot(args) if args.model == "mmcot" else run_paligemma(args)
         if scores:
             print(f"\n{evaluation.table({args.out: scores})}")
     print(f"\n{args.out}: done in {time.monotonic() - start:.0f} s")
@@ -403,5 +789,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         sys.exit(f"train.py: {error}")

@@ -1,23 +1,28 @@
-"""Makes the demo's pretrained checkpoints: `python demo/make.py` writes demo/t5 and demo/detr.
+"""Makes the demo's pretrained checkpoints: `python demo/make.py` writes demo/{t5,detr,paligemma}.
 
-They play the parts of UnifiedQA-T5 and DETR for a machine without a network, in the same files (Hub
-layout, safetensors, tokenizer.json) and through the same code:
+They play the parts of UnifiedQA-T5, DETR and PaliGemma 2 for a machine without a network, in the
+same files (Hub layout, safetensors, tokenizer.json) and through the same code:
 
   t5    a T5 v1.0 of a quarter of a million parameters, trained on text questions: the scenes of
         demo/scenes.py described in words, as UnifiedQA was trained on text QA. It has never seen a
         picture.
   detr  a small DETR, trained to find the objects of such pictures. It has never seen a question.
+  paligemma  a PaliGemma 2 of a third of a million parameters: it has described pictures, answered
+        questions about pictures with a bare letter (which taught it little), and thought in steps
+        about scenes told in words. It has never thought about a picture.
 
-Neither has seen a val or test scene, nor the held-out family. What is left to learn in `train.py`
-is what Multimodal-CoT is about: reading DETR's features through the gated fusion.
+None has seen a val or test scene, nor the held-out family. What is left to learn in `train.py` is
+what each system is about: reading DETR's features through the gated fusion; thinking about what
+is seen, as a teacher does.
 
 Left out on purpose: DETR's Hungarian matching. Here an object belongs to the query of the grid cell
 its centre lies in, which a small model learns in minutes; the network and its files are the same.
 
-Axes: n scenes, B batch, H W pixels, Q queries, L classes, N heads.
+Axes: n scenes, B batch, H W S pixels, Q queries, L classes, N heads.
 """
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -32,12 +37,32 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from PIL import Image
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from torch import nn
 
 import data
-from demo import scenes
-from model import DETR, T5, DETRConfig, FrozenBatchNorm, T5Config
+from demo import scenes, teacher
+from model import (
+    DETR,
+    T5,
+    DETRConfig,
+    FrozenBatchNorm,
+    Gemma2Config,
+    PaliGemma,
+    PaliGemmaConfig,
+    SigLIPConfig,
+    T5Config,
+)
 
 HERE = Path(__file__).parent
 SIDE = 96  # pixels; scenes are drawn at 128
@@ -273,22 +298,158 @@ def make_t5(args):
     model.save_pretrained(args.out / "t5")
 
 
+# ---- paligemma ---------------------------------------------------------------------------------
+
+EXTRA = ("lookup", "answer", "lookup", "caption")  # every scene has one beside describe and solve
+
+
+def lessons(index):
+    """Pretraining scene `index`: (pixels as bytes or None, [(prefix, suffix, sees it) ...])."""
+    made = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED + 1, index)
+    record, extra = made.record, EXTRA[index // len(FAMILIES) % len(EXTRA)]
+    if made.image is None:
+        tasks, pixels = ["solve", "lookup"], None
+    else:
+        tasks = ["describe", "solve", extra]
+        pixels = made.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
+    sound = (teacher.think(record, made.facts, f"pretraining {i}") for i in itertools.count())
+    thought = next(told["thought"] for told in sound if told["kind"] == "sound")
+    return pixels, [lesson(task, made, thought) for task in tasks]
+
+
+def lesson(task, made, thought):
+    """(prefix, suffix, whether the picture is shown) of one task about one scene."""
+    if task in ("describe", "caption"):
+        return f"{task} en", made.description if task == "describe" else made.caption, True
+    record = made.record
+    hint, suffix = record["hint"], data.LETTERS[record["answer"]]
+    if task == "solve":
+        told = f"{hint} {made.description}".strip() if made.image else hint
+        hint, suffix = told, f"{thought}\nAnswer: {suffix}"
+    elif task == "lookup":  # finding the letter of an answer is the hardest part to learn
+        hint, suffix = thought.split(". ")[-1], f"Answer: {suffix}"
+    problem = data.Problem(
+        id="",
+        question=record["question"],
+        choices=tuple(record["choices"]),
+        answer=record["choices"][record["answer"]],
+        hint=hint,
+        image=None,
+        lecture="",
+        solution="",
+        meta={"answer_index": record["answer"]},
+    )
+    name = "answer" if task == "answer" else "solve"
+    return data.pali_prefix(problem, name), suffix, task == "answer"
+
+
+def make_gemma_tokenizer(texts):
+    """Whole words, as `make_tokenizer`, with Gemma's special tokens and its newline."""
+    words = Counter()
+    for text in texts:
+        for word in text.split():
+            first, *rest = re.findall(r"[().,?:]|[^().,?:]+", word)
+            words.update(["▁" + first, *rest])
+    total = sum(words.values())
+    pieces = [(word, math.log(n / total)) for word, n in words.most_common() if n > 2]
+    known = {word for word, _ in pieces}
+    pieces += [(c, -20.0) for c in ("▁", *map(chr, range(33, 127))) if c not in known]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram([(name, 0.0) for name in special] + pieces, unk_id=3))
+    tokenizer.add_special_tokens([*special, "<image>"])
+    tokenizer.add_tokens([AddedToken("\n", normalized=False)])
+    tokenizer.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
+    return tokenizer
+
+
+def paligemma_config(tokenizer):
+    """A PaliGemma 2 with one image token for each cell of the scenes' grid."""
+    return PaliGemmaConfig(
+        SigLIPConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=SIDE // scenes.GRID,
+        ),
+        Gemma2Config(
+            vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+        ),
+        image_token_index=tokenizer.token_to_id("<image>"),
+    )
+
+
+def make_paligemma(args):
+    torch.manual_seed(0)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(lessons, range(args.scenes), chunksize=64))
+    texts = [text for _, told in made for prefix, suffix, _ in told for text in (prefix, suffix)]
+    tokenizer = make_gemma_tokenizer(texts)
+    model = PaliGemma(paligemma_config(tokenizer))
+    model.init_weights()
+    out = args.out / "paligemma"
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    rows = [
+        (pixels if sees else None, data.sequence(tokenizer, prefix, suffix, 36 * sees))
+        for pixels, told in made
+        for prefix, suffix, sees in told
+    ]
+    generator, queue = torch.Generator().manual_seed(0), []
+
+    def losses(step):
+        if not queue:
+            queue.extend(data.batches([len(r["input_ids"]) for _, r in rows], 48, generator))
+        chosen = [rows[i] for i in queue.pop()]
+        batch = data.pali_collate([{"id": ""} | row for _, row in chosen])
+        batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}
+        seen = [picture(pixels) for pixels, _ in chosen if pixels]
+        features = model.image_features(torch.stack(seen).to(args.device)) if seen else None
+        labels = batch.pop("labels")[:, 1:]
+        states = model.states(**batch, image_features=features)[:, :-1]
+        supervised = labels != -100
+        if step % 2000 == 1999:
+            model.save_pretrained(out)
+        return F.cross_entropy(model.head(states[supervised]), labels[supervised])
+
+    optimise("paligemma", model, losses, args.paligemma_steps, 2e-3, args.device)
+    model.save_pretrained(out)
+
+
+def picture(pixels):
+    """Bytes -> (3, S, S) in -1..1, a little noisy, so that no grey level is learned by heart."""
+    x = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(SIDE, SIDE, 3)
+    x = x.permute(2, 0, 1).float() / 127.5 - 1  # (3, S, S)
+    return x + 0.1 * torch.randn_like(x) + 0.1 * torch.randn_like(x[:, :1, :1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for t5/ and detr/")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=("t5", "detr"), help="make one of the two")
+    parser.add_argument("--only", choices=("t5", "detr", "paligemma"), help="make one of them")
     parser.add_argument("--pictures", type=int, default=6000, help="scenes DETR learns from")
     parser.add_argument("--texts", type=int, default=48000, help="problems T5 learns from")
+    parser.add_argument("--scenes", type=int, default=40000, help="scenes PaliGemma learns from")
     parser.add_argument("--detr-steps", type=int, default=1500)
     parser.add_argument("--t5-steps", type=int, default=10000)
+    parser.add_argument("--paligemma-steps", type=int, default=16000)
     parser.add_argument("--threads", type=int, default=1, help="fixed, as sums depend on it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.only != "t5":
-        make_detr(args)
-    if args.only != "detr":
-        make_t5(args)
+    for name, make in {"detr": make_detr, "t5": make_t5, "paligemma": make_paligemma}.items():
+        if args.only in (None, name):
+            make(args)
 
 
 if __name__ == "__main__":

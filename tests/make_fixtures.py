@@ -1,28 +1,42 @@
-"""Make the golden DETR fixtures: what transformers + timm compute on the oracle's seeded weights.
+"""Make the golden fixtures: what the reference computes on the oracle's seeded weights.
 
-The CPU build of torch has no matching torchvision on the index, which timm needs, so this runs
-once in an environment of its own (the CUDA wheels work without a GPU; note the three `=`):
+PaliGemma needs what the tests need (tests/requirements.txt) and no more:
+
+    python tests/make_fixtures.py paligemma
+
+DETR needs timm, which needs a torchvision that fits torch, and the CPU build of torch has none on
+the index. So it runs in an environment of its own (the CUDA wheels work without a GPU; note the
+three `=`):
 
     python -m venv /tmp/oracle
     /tmp/oracle/bin/pip install torch===2.13.0 torchvision==0.28.0 timm transformers==5.23.0
-    /tmp/oracle/bin/python tests/make_fixtures.py
+    /tmp/oracle/bin/python tests/make_fixtures.py detr
 
-It writes tests/fixtures/detr.safetensors (outputs) and detr.json (versions, key listings, weight
-fingerprints). Running it again gives the same numbers up to the platform's rounding (about 1e-6).
+Each writes tests/fixtures/NAME.safetensors (outputs) and NAME.json (versions, key listings, weight
+fingerprints). Running it again gives the same numbers up to the platform's rounding (about 1e-6;
+PaliGemma's, whose weights are sharper, 2e-5).
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
 import oracle
-import timm
 import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timm.models import register_model
-from timm.models.resnet import resnet50
+
+
+def write_fixture(name, outputs, record):
+    oracle.FIXTURES.mkdir(exist_ok=True)
+    save_file(outputs, oracle.FIXTURES / f"{name}.safetensors", {"format": "pt"})
+    (oracle.FIXTURES / f"{name}.safetensors").chmod(0o644)
+    (oracle.FIXTURES / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+# ---- DETR ---------------------------------------------------------------------------------------
 
 
 def register_resnet(name, layers, channels):
@@ -31,6 +45,8 @@ def register_resnet(name, layers, channels):
     transformers 4 passes `backbone_kwargs` to timm; transformers 5 drops them without a word, and
     a registered name is the only way in.
     """
+    from timm.models import register_model
+    from timm.models.resnet import resnet50
 
     def entry(pretrained=False, **kwargs):
         return resnet50(pretrained, layers=tuple(layers), channels=tuple(channels), **kwargs)
@@ -64,7 +80,9 @@ def saved(hf):
 
 
 @torch.no_grad()
-def main():
+def detr():
+    import timm
+
     versions = {m.__name__: m.__version__ for m in (torch, transformers, timm)}
     record, outputs = {"versions": versions, "configs": {}}, {}
     for config_name in oracle.DETR_CONFIGS:
@@ -91,11 +109,38 @@ def main():
             rounding = (exact - out.last_hidden_state).abs().max().item()
             spread = out.last_hidden_state.std(dim=1).mean().item()
             print(f"{case}: fp32 against fp64 {rounding:.1e}, spread over queries {spread:.2f}")
-    oracle.FIXTURES.mkdir(exist_ok=True)
-    save_file(outputs, oracle.FIXTURES / "detr.safetensors", {"format": "pt"})
-    (oracle.FIXTURES / "detr.safetensors").chmod(0o644)
-    (oracle.FIXTURES / "detr.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_fixture("detr", outputs, record)
+
+
+# ---- PaliGemma ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def paligemma():
+    versions = {m.__name__: m.__version__ for m in (torch, transformers)}
+    _, hf = oracle.tiny_paligemma()
+    weights = {name: p.detach() for name, p in oracle.paligemma_stored(hf).items()}
+    outputs, record = {}, {"versions": versions, "fingerprint": oracle.fingerprint(weights)}
+    for case, how in oracle.PALIGEMMA_CASES.items():
+        batch = oracle.paligemma_batch(**how)
+        out, valid = hf(**batch), batch["attention_mask"].bool()
+        outputs[f"{case}/logits"] = out.logits * valid[..., None]
+        outputs[f"{case}/loss"] = out.loss
+        double = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+        exact = hf.double()(**double).logits
+        hf.float()
+        rounding = (exact - out.logits)[valid].abs().max().item()
+        print(f"{case}: fp32 against fp64 {rounding:.1e}, spread {out.logits[valid].std():.2f}")
+    pixels = oracle.paligemma_batch()["pixel_values"]
+    pictures = hf.get_image_features(pixels)
+    outputs |= {"patches": pictures.last_hidden_state, "features": pictures.pooler_output}
+    _, speaker = oracle.tiny_paligemma(**oracle.SPEAKER)
+    batch = oracle.paligemma_batch(**oracle.PROMPTS)
+    del batch["labels"]
+    said = speaker.generate(**batch, max_new_tokens=oracle.STEPS, do_sample=False)
+    outputs["ids"] = said[:, batch["input_ids"].shape[1] :].contiguous()
+    write_fixture("paligemma", {k: v.contiguous().clone() for k, v in outputs.items()}, record)
 
 
 if __name__ == "__main__":
-    main()
+    {"detr": detr, "paligemma": paligemma}[sys.argv[1]]()

@@ -232,3 +232,142 @@ def t5_batch(batch=3, source=11, target=7, vocab=100, seed=0):
     decoder_input_ids = torch.randint(2, vocab, (batch, target), generator=generator)
     decoder_input_ids[:, 0] = 0
     return input_ids, attention_mask, decoder_input_ids
+
+
+# ---- PaliGemma ----------------------------------------------------------------------------------
+
+# As the Hub's config, in small. Pairwise different sizes; N * H (48) is not D (24), G (3) is not K
+# (2), the scale is neither H's nor D's, the window (6) is shorter than a prompt, and the top-level
+# hidden_size misleads as it does there.
+TINY_PALIGEMMA = {
+    "model_type": "paligemma",
+    "hidden_size": 2048,
+    "image_token_index": 90,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "projection_dim": 24,
+    "text_config": {
+        "model_type": "gemma2",
+        "vocab_size": 96,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 11,
+        "sliding_window": 6,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "patch_size": 14,
+        "image_size": 28,
+        "projection_dim": 24,
+        "vision_use_head": False,
+    },
+}
+NEWLINE = 3
+
+
+def paligemma_config(text=(), vision=(), **top):
+    """TINY_PALIGEMMA with fields replaced; a value of ... leaves the field out."""
+    parts = {"text_config": dict(text), "vision_config": dict(vision)}
+    parts = {name: TINY_PALIGEMMA[name] | given for name, given in parts.items()}
+    kept = {k: {f: v for f, v in part.items() if v is not ...} for k, part in parts.items()}
+    return {k: v for k, v in (TINY_PALIGEMMA | kept | top).items() if v is not ...}
+
+
+def paligemma_weights(shapes, seed=0):
+    """{layout A name: tensor}, large enough for soft-caps, windows and norms to show."""
+    return {name: _paligemma_tensor(name, tuple(shape), seed) for name, shape in shapes.items()}
+
+
+def _paligemma_tensor(name, shape, seed):
+    if len(shape) == 1:  # Gemma's norms are stored as offsets from 1, SigLIP's are not
+        centre = 1.0 if re.search(r"vision.*norm\d?\.weight$", name) else 0.0
+        centre = 2.0 if re.search(r"layers.*post_.*norm\.weight$", name) else centre
+        return uniform(name, shape, centre - 0.5, centre + 0.5, seed)  # post_: else the tied head
+    if "position_embedding" in name:  # only repeats the token that came in
+        return uniform(name, shape, -1.7, 1.7, seed)
+    if "embed_tokens" in name:
+        return uniform(name, shape, -1.0, 1.0, seed)
+    gain = 1.7 if re.search(r"language_model.*[qk]_proj", name) else 1.0
+    bound = gain * (3 / np.prod(shape[1:])) ** 0.5  # deviation: gain / sqrt(fan_in)
+    return uniform(name, shape, -bound, bound, seed)
+
+
+def paligemma_hub_name(name):
+    """In-memory name of transformers 5 (layout C) -> the Hub file's (layout A)."""
+    name = name.removeprefix("model.").replace("vision_tower.", "vision_tower.vision_model.")
+    name = name.replace("language_model.", "language_model.model.")
+    return name.replace("lm_head.", "language_model.lm_head.")
+
+
+def tiny_paligemma(seed=0, text=(), vision=(), **top):
+    """(config as transformers 4 wrote it, HF model in eval mode with large seeded weights)."""
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    config = paligemma_config(text, vision, **top)
+    hf = PaliGemmaForConditionalGeneration._from_config(
+        PaliGemmaConfig.from_dict(json.loads(json.dumps(config))), attn_implementation="eager"
+    )
+    names = paligemma_stored(hf)
+    values = paligemma_weights({name: t.shape for name, t in names.items()}, seed)
+    with torch.no_grad():
+        for name, tensor in names.items():
+            tensor.copy_(values[name])
+    return config, hf.eval()
+
+
+def paligemma_stored(hf):
+    """{name: parameter} as a Hub file holds them (layout A); lm_head is the embedding."""
+    return {paligemma_hub_name(n): p for n, p in hf.named_parameters()}
+
+
+def paligemma_batch(side="left", rows=((5, 8), (2, 5), (3, 1)), pictures=None, seed=0):
+    """What both sides' forward takes, and labels: rows of (prefix, suffix) lengths.
+
+    <image> * 4, <bos>, prefix, newline, suffix, <eos>, padded on `side`; suffix None is a prompt.
+    `pictures` lists the rows that have one (None: all).
+    """
+    image, longest = TINY_PALIGEMMA["image_token_index"], 0
+    words = torch.randint(4, image, (len(rows), 32), generator=torch.Generator().manual_seed(seed))
+    pictures, made = range(len(rows)) if pictures is None else pictures, []
+    for row, (prefix, suffix) in enumerate(rows):
+        start = [image] * 4 * (row in pictures) + [2, *words[row, :prefix].tolist(), NEWLINE]
+        end = [] if suffix is None else [*words[row, 16 : 16 + suffix].tolist(), 1]
+        made.append((start, end))
+        longest = max(longest, len(start + end))
+
+    def padded(sequences, fill):
+        gaps = [[fill] * (longest - len(values)) for values in sequences]
+        pairs = zip(sequences, gaps, strict=True)
+        return torch.tensor([v + gap if side == "right" else gap + v for v, gap in pairs])
+
+    batch = {
+        "input_ids": padded([s + e for s, e in made], 0),
+        "attention_mask": padded([[1] * len(s + e) for s, e in made], 0),
+        "token_type_ids": padded([[0] * len(s) + [1] * len(e) for s, e in made], 0),
+        "labels": padded([[-100] * len(s) + e for s, e in made], -100),
+    }
+    if len(pictures):
+        batch["pixel_values"] = uniform(f"pixels/{seed}", (len(pictures), 3, 28, 28), -1.0, 1.0)
+    return batch
+
+
+# case -> how its batch is made; the fixture has the logits and the loss of each
+PALIGEMMA_CASES = {
+    "left-padded": {},
+    "right-padded": {"side": "right"},
+    "one-picture": {"pictures": (1,)},
+    "no-picture": {"pictures": ()},
+}
+# weights and prompts of which three rows end within 16 steps, each at another, and two never
+SPEAKER = {"seed": 0, "eos_token_id": 22}
+PROMPTS = {"rows": ((5, None), (1, None), (3, None), (7, None), (2, None)), "seed": 0}
+STEPS = 16

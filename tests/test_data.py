@@ -246,7 +246,7 @@ def test_many_and_no_choices(tmp_path):
 def test_real_scienceqa():
     sizes = {"train": 973, "val": 296, "test": 700, "trainval": 1269}
     sizes |= {"minitrain": 104, "minival": 29, "minitest": 59}
-    assert {split: len(data.load(SCIENCEQA, split)) for split in data.SPLITS} == sizes
+    assert {split: len(data.load(SCIENCEQA, split)) for split in data.SPLITS[:7]} == sizes
     problems = [problem for split in ("train", "val", "test") for problem in real(split)]
     assert sum(p.meta["has_image"] for p in problems) == 1042
     assert sum(p.image is not None and not p.meta["has_image"] for p in problems) == 18
@@ -329,8 +329,8 @@ def test_truncated_json(tmp_path):
 def test_places_that_are_no_data_set(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="neither a folder with problems.json"):
         data.load(tmp_path, "test")
-    (tmp_path / "annot_testmini.json").write_text("{}")
-    with pytest.raises(ValueError, match="MathVista, which this version does not support"):
+    (tmp_path / "annot_testmini.json").write_text("[]")
+    with pytest.raises(ValueError, match="annot_testmini.json: .* not of type dict"):
         data.load(tmp_path, "test")
     monkeypatch.setenv("NANOCOT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="python data.py scienceqa"):

@@ -51,13 +51,17 @@ EXAMPLES = [example(f"q{i}", 4 + 3 * i, 2 + 5 * (i % 3), i) for i in range(6)]
 
 def settings(**changed):
     given = ["--model", "mmcot", "--device", "cpu", "--batch-size", "2", "--epochs", "1"]
-    return argparse.Namespace(**vars(train.parse_args(given)) | changed)
+    return argparse.Namespace(**vars(train.parse_args(given)) | {"vocabulary": 40} | changed)
+
+
+def watched(args):
+    return lambda model: {"val_loss": train.mean_loss(model, EXAMPLES, args)}
 
 
 def gradients(model, windows):
     tokens = sum(len(e["labels"]) for rows in windows for e in rows)
     for rows in windows:
-        loss, _ = train.loss_sum(model, data.collate(rows))
+        loss, _ = train.t5_loss(model, data.collate(rows), settings())
         (loss / tokens).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -70,7 +74,7 @@ def test_the_loss_is_the_plain_cross_entropy_of_the_logits():
     expected = F.cross_entropy(
         logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
     )
-    loss, tokens = train.loss_sum(model, batch)
+    loss, tokens = train.t5_loss(model, batch, settings())
     assert tokens == sum(len(e["labels"]) for e in EXAMPLES)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -78,8 +82,8 @@ def test_the_loss_is_the_plain_cross_entropy_of_the_logits():
 def test_padding_changes_neither_loss_nor_gradient():
     """The released code kept pads (id 0) in the labels, and most of its loss was about them."""
     model = tiny_model()
-    alone = sum(train.loss_sum(model, data.collate([e]))[0].item() for e in EXAMPLES)
-    together = train.loss_sum(model, data.collate(EXAMPLES))[0].item()
+    alone = sum(train.t5_loss(model, data.collate([e]), settings())[0].item() for e in EXAMPLES)
+    together = train.t5_loss(model, data.collate(EXAMPLES), settings())[0].item()
     assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -110,7 +114,7 @@ def test_weight_decay_spares_norms_and_everything_called_bias(capsys):
     assert "t5.encoder.final_layer_norm.weight" in spared
     assert {"t5.shared.weight", "fusion.gate_dense.weight"} <= decayed
     total = sum(p.numel() for p in model.parameters())
-    assert f"trainable {total:,} parameters" in capsys.readouterr().out
+    assert f"trainable {total:,} of {total:,} parameters" in capsys.readouterr().out
 
 
 def test_windows_cover_every_example_once_an_epoch():
@@ -133,13 +137,13 @@ def test_a_loss_that_is_not_finite_names_the_records(tmp_path):
         open(tmp_path / "log.jsonl", "w") as log,
         pytest.raises(FloatingPointError, match=r"rationale, step 1: loss nan.*q3.*--lr"),
     ):
-        train.fit(tiny_model(), broken, EXAMPLES, args, "rationale", 1, log)
+        train.fit(tiny_model(), broken, watched(args), args, "rationale", 1, log)
 
 
 def test_training_lowers_the_loss_and_logs_each_step(tmp_path):
     args = settings(batch_size=3, lr=1e-2)
     with open(tmp_path / "log.jsonl", "w") as log:
-        train.fit(tiny_model(), EXAMPLES, EXAMPLES, args, "answer", 20, log)
+        train.fit(tiny_model(), EXAMPLES, watched(args), args, "answer", 20, log)
     lines = lines_of(tmp_path / "log.jsonl")
     assert [x["step"] for x in lines] == list(range(1, 41))
     assert lines[-1]["val_loss"] < 0.5 * lines[1]["val_loss"]

@@ -1,0 +1,412 @@
+"""demo/teacher.py: thoughts that are right and wrong as announced, and a judge that finds out.
+
+The judge is held against what the teacher did, which it is not told: a statement of a misread
+thought is false where the sound thought about the same problem does not make it.
+"""
+
+import hashlib
+import inspect
+import json
+import random
+import re
+import shutil
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import demo_folder  # noqa: E402
+from demo import scenes, teacher  # noqa: E402
+
+N, SEEDS = 48, 24  # problems a family; seeds a problem
+VERDICTS = {  # what the teacher did: (correct, consistent)
+    "sound": (True, True),
+    "misread": (False, False),
+    "slip": (False, False),
+    "lucky": (True, False),
+    "loop": (False, False),
+}
+
+
+@pytest.fixture(scope="module")
+def sample():
+    splits = {f: "test" if f in scenes.HELD_OUT else "train" for f in scenes.FAMILIES}
+    return [scenes.problem(f, split, 11, i) for f, split in splits.items() for i in range(N)]
+
+
+@pytest.fixture(scope="module")
+def told(sample):
+    """(scene, what the teacher said), several times a scene."""
+    return [(s, teacher.think(s.record, s.facts, seed)) for s in sample for seed in range(SEEDS)]
+
+
+def gold(record):
+    return record["choices"][record["answer"]]
+
+
+def sentences(text):
+    return re.findall(r"[^.]+\.", text)
+
+
+def statements(scene):
+    """What the sound thought about a scene states; for any kind that the teacher draws."""
+    seeds = (teacher.think(scene.record, scene.facts, seed) for seed in range(10_000))
+    thought = next(t["thought"] for t in seeds if t["kind"] == "sound")
+    return [s.strip() for s in sentences(thought)[1:-1]]
+
+
+def judged(scene, said):
+    return teacher.judge(scene.record, scene.facts, said["thought"], said["answer"])
+
+
+# ---- the teacher -------------------------------------------------------------------------------
+
+
+def test_the_same_seed_brings_the_same_thought(sample, told):
+    for scene, said in told[::SEEDS]:  # seed 0; facts as scenes.json gives them back
+        assert teacher.think(scene.record, json.loads(json.dumps(scene.facts)), 0) == said
+    by_seed = [{teacher.think(s.record, s.facts, i)["thought"] for i in range(40)} for s in sample]
+    assert min(map(len, by_seed)) >= 4
+
+
+def test_a_new_wording_needs_a_new_version(told):
+    """If this fails on purpose: raise teacher.VERSION, so that old trace files are replaced."""
+    text = json.dumps([said for _, said in told])
+    pinned = {1: "dd45706931e3ca43"}
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == pinned[teacher.VERSION]
+
+
+def test_every_kind_of_thought_is_there_for_every_kind_of_question(told):
+    seen = Counter((scene.facts["kind"], said["kind"]) for scene, said in told)
+    assert set(seen) == {(q, k) for q in scenes.PHRASES for k in teacher.SHARES}
+    assert sum(teacher.SHARES.values()) == pytest.approx(1)
+
+
+def test_thought_and_answer_are_as_announced(told):
+    for scene, said in told:
+        right, concluded = gold(scene.record), teacher.conclusion(said["thought"])
+        answer, kind = said["answer"], said["kind"]
+        if kind == "loop":
+            assert answer == "" and concluded is None
+            repeated = Counter(sentences(said["thought"])).most_common(1)[0][1]
+            assert 6 <= repeated == len(sentences(said["thought"])) - 1
+            continue
+        assert said["thought"].endswith(f" So the answer is {concluded}.")
+        assert {answer, concluded} <= set(scene.record["choices"])
+        assert (concluded == right) == (kind in ("sound", "slip"))
+        assert (answer == right) == (kind in ("sound", "lucky"))
+        assert (answer == concluded) == (kind in ("sound", "misread"))
+
+
+def test_misread_means_as_few_facts_as_lead_elsewhere(told):
+    """One number or pole of a cup, a chart or the magnets; read without the judge's patterns."""
+    for scene, said in told:
+        facts, numbers = scene.facts, re.findall(r"\d+", said["thought"])
+        if said["kind"] not in ("misread", "lucky"):
+            continue
+        if facts["kind"] == "cup":
+            assert set(numbers) < set(re.findall(r"\d+", " ".join(scene.record["choices"])))
+            assert str(facts["level"]) not in numbers
+        if facts["kind"] == "height":
+            assert str(facts["bars"][facts["asked"]]) not in numbers and len(set(numbers)) == 1
+        if facts["kind"] in ("tallest", "shortest"):
+            read = {c: int(h) for c, h in re.findall(r"(\w+) (\d)", said["thought"])}
+            assert sum(read[c] != h for c, h in facts["bars"].items()) == 1
+        if facts["kind"] == "magnets":
+            poles = re.findall(r"north|south", said["thought"])
+            true = [teacher.POLES[facts["left"][1]], teacher.POLES[facts["right"][0]]]
+            assert sum(a != b for a, b in zip(poles, true, strict=True)) == 1
+
+
+def test_thoughts_are_short_and_use_few_words(sample, told):
+    """Few words that the questions, choices and solutions of the benchmark do not have."""
+    thoughts = [said["thought"] for _, said in told if said["kind"] != "loop"]
+    lengths = [len(thought.split()) for thought in thoughts]
+    assert median(lengths) <= 30 and max(lengths) <= 45
+
+    def words(texts):
+        return {w for text in texts for w in re.findall(r"[a-z]+", text.lower())}
+
+    records = [[s.record["question"], s.record["solution"], *s.record["choices"]] for s in sample]
+    assert words(thoughts) - words(sum(records, [])) <= {"let", "me", "i", "look", "first", "at",
+                                                         "words", "point", "than"}  # fmt: skip
+    assert len(words(thoughts)) <= 120
+    openings = Counter(sentences(thought)[0] for thought in thoughts)
+    assert len(openings) == 6  # three, with a picture or without
+
+
+def test_facts_without_a_way_to_another_choice_are_an_error(sample):
+    scene = next(s for s in sample if s.facts["kind"] == "cup")
+    record = scene.record | {"choices": [gold(scene.record), "7 cups"], "answer": 0}
+    with pytest.raises(ValueError, match="7 cups"):
+        for seed in range(50):
+            teacher.think(record, scene.facts, seed)
+
+
+# ---- the judge ---------------------------------------------------------------------------------
+
+
+def test_the_judge_finds_out_what_the_teacher_did(told):
+    assert "kind" not in inspect.signature(teacher.judge).parameters
+    for scene, said in told:
+        verdict = judged(scene, said)
+        assert (verdict["correct"], verdict["consistent"]) == VERDICTS[said["kind"]], said
+        assert verdict["by"] == "demo" and verdict["why"] and "\n" not in verdict["why"]
+        if said["kind"] == "slip":  # the thought is not to blame
+            assert "Not so" not in verdict["why"]
+        if said["kind"] in ("misread", "lucky"):
+            assert "Not so" in verdict["why"]
+
+
+def test_false_is_what_the_sound_thought_does_not_say(sample, told):
+    true = [set(statements(scene)) for scene in sample]
+    for i, (scene, said) in enumerate(told):
+        opening, *found = teacher.claims(said["thought"], scene.facts)
+        assert opening[1] is None
+        if said["kind"] != "loop":
+            assert found.pop()[1] is None  # the conclusion is not a fact
+        for sentence, holds in found:
+            assert holds is (sentence in true[i // SEEDS]), (said, scene.facts)
+        false = [sentence for sentence, holds in found if holds is False]
+        assert bool(false) == (said["kind"] in ("misread", "lucky"))
+
+
+def test_the_facts_decide(sample):
+    """A sound thought about one scene is not one about another, except by coincidence."""
+    groups = defaultdict(list)
+    for scene in sample:
+        groups[scene.facts["kind"]].append((scene, statements(scene)))
+    for kind, group in groups.items():
+        other = [(a, said) for (a, mine), (_, said) in zip(group, group[1:], strict=False)
+                 if mine != said]  # fmt: skip
+        false = [any(h is False for _, h in teacher.claims(" ".join(said), a.facts))
+                 for a, said in other]  # fmt: skip
+        # The height of another bar than asked for can be right in both scenes.
+        assert other and sum(false) >= (0.5 if kind == "height" else 1) * len(other), kind
+
+
+def test_solutions_lectures_and_descriptions_hold(sample):
+    """The benchmark's own sentences, also of the held-out family."""
+    for scene in sample:
+        record = scene.record
+        held = [holds for _, holds in teacher.claims(record["solution"], scene.facts)]
+        assert True in held and False not in held, (record["solution"], scene.facts)
+        spoken = f"Solution: {record['lecture']} {record['solution']}"
+        assert False not in [h for _, h in teacher.claims(spoken, scene.facts)], spoken
+        for text in (record["lecture"], record["question"]):
+            assert {h for _, h in teacher.claims(text, scene.facts)} <= {None}, text
+        described = [h for _, h in teacher.claims(scene.description, scene.facts)]
+        assert False not in described, (scene.description, scene.facts)
+
+
+SHAPES = {"family": "count", "kind": "count", "asked": "red",
+          "shapes": {"red circle": 2, "red square": 1, "blue square": 3}}  # fmt: skip
+MORE = {"family": "compare", "kind": "more", "shapes": {"red circle": 2, "blue square": 3}}
+CHAIN = {"family": "chain", "kind": "eats", "asked": "fox", "arrow": "left",
+         "order": ["bird", "fox", "grass"]}  # fmt: skip
+BARS = {"family": "bars", "kind": "tallest", "bars": {"red": 3, "blue": 5, "green": 1}}
+RINGS = {"family": "groups", "kind": "total", "rings": 2, "dots": 3}
+POLES = {"family": "magnets", "kind": "magnets", "left": "NS", "right": "SN"}
+PLACE = {"family": "position", "kind": "end", "asked": "left",
+         "order": ["red circle", "blue square", "red square"]}  # fmt: skip
+SUM = {"family": "text", "kind": "sum", "name": "Tom", "blocks": {"red": 3, "blue": 1}}
+WORD = {"family": "text", "kind": "word", "asked": "a name",
+        "words": {"Tom": "a name", "fox": "an animal"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("facts", "text", "holds"),
+    [
+        (SHAPES, "The picture shows 2 red circles and 1 red square and some other shapes.", True),
+        (SHAPES, "the picture shows 2 red circle , 1 red square and some other shapes", True),
+        (SHAPES, "The picture shows 3 red shapes and some other shapes.", True),
+        (SHAPES, "The picture shows 2 red circles and some other shapes.", False),  # 1 red left out
+        (SHAPES, "The picture shows 2 red circles and 2 red squares.", False),
+        (SHAPES, "There is 1 green circle.", False),
+        (SHAPES, "2 + 1 = 3.", True),
+        (SHAPES, "2 + 1 = 4.", False),
+        (SHAPES, "1 + 1 = 2.", False),  # right, but of what?
+        (SHAPES, "The top of the water is at the 300 line.", False),  # no water
+        (MORE, "3 is more than 2.", True),
+        (MORE, "3 is more.", True),
+        (MORE, "2 is more.", False),
+        (MORE, "3 is more than 1.", False),
+        (CHAIN, "The arrow points from the grass to the fox.", True),
+        (CHAIN, "The arrow points from the fox to the grass.", False),
+        (CHAIN, "The arrows point from the grass to the fox to the bird.", True),
+        (CHAIN, "So the fox eats the grass.", True),
+        (CHAIN, "So the fox eats the bird.", False),
+        (CHAIN, "The fox is eaten by the bird.", True),
+        (CHAIN, "So the top is the grass.", False),
+        (CHAIN, "Nothing eats the last.", None),
+        (CHAIN, "The arrows point to the left.", True),
+        (CHAIN, "The arrows point to the right.", False),
+        (CHAIN, "From left to right the picture shows bird, fox and grass.", True),
+        (CHAIN, "From left to right the picture shows grass, fox and bird.", False),
+        (CHAIN, "From left to right the picture shows bird and fox.", False),
+        (BARS, "The bars show red 3, blue 5 and green 1.", True),
+        (BARS, "The bars show red 3, blue 4 and green 1.", False),
+        (BARS, "The bars show yellow 3.", False),
+        (BARS, "The highest number is 5.", True),
+        (BARS, "The lowest number is 5.", False),
+        (BARS, "The top of the blue bar is at line 5.", True),
+        (BARS, "The top of the blue bar is at line 3.", False),
+        (RINGS, "The picture shows 2 rings with 3 dots in each ring.", True),
+        (RINGS, "The picture shows 3 rings with 2 dots in each ring.", False),
+        (RINGS, "There are 6 dots.", True),
+        (RINGS, "2 x 3 = 6.", True),
+        (RINGS, "2x3=6", True),
+        (RINGS, "2 x 3 = 5.", False),
+        (SHAPES, "2 x 3 = 6.", False),
+        (POLES, "The left magnet has south on its right.", True),
+        (POLES, "The right magnet has south on its right.", False),
+        (POLES, "The same poles repel.", True),
+        (POLES, "Opposite poles attract.", False),  # true of others
+        (POLES, "Opposite poles attract. The same poles repel.", None),  # the lecture
+        (CHAIN, "The same poles repel.", False),
+        (PLACE, "From left to right the picture shows red circle, blue square and red square.",
+         True),
+        (PLACE, "From left to right the picture shows blue square, red circle and red square.",
+         False),
+        (PLACE, "There are 2 red circles.", False),
+        (PLACE, "1 is most.", False),  # of three kinds
+        (SUM, "Tom has 3 red blocks and 1 blue block.", True),
+        (SUM, "Ann has 3 red blocks and 1 blue block.", False),
+        (SUM, "Tom has 3 red blocks and 2 blue blocks.", False),
+        (SUM, "3 + 1 = 4.", True),
+        (WORD, "Tom is a name.", True),
+        (WORD, "Fox is a name.", False),
+        (WORD, "Ben is a name.", False),  # not one of the words
+        (WORD, "So the answer is Tom.", None),
+        (WORD, "Let me think about it", None),
+    ],
+)  # fmt: skip
+def test_claims(facts, text, holds):
+    assert teacher.claims(text, facts) == [(text, holds)]
+
+
+def test_claims_read_any_text(sample, told):
+    """Words in disorder, statements of other families, no full stops: a list, never an error."""
+    rng = random.Random(0)
+    for i, scene in enumerate(sample):
+        for _, said in rng.sample(told, 12):
+            text = said["thought"]
+            words = rng.sample(text.split(), len(text.split()))
+            for garbled in (text, text.replace(".", ""), " ".join(words), text[i % 40 :]):
+                found = teacher.claims(garbled, scene.facts)
+                kept = " ".join(sentence for sentence, _ in found)
+                assert re.findall(r"[^\s.?]+", kept) == re.findall(r"[^\s.?]+", garbled)
+                assert {holds for _, holds in found} <= {True, False, None}
+    assert teacher.claims("", sample[0].facts) == teacher.claims(" . \n", sample[0].facts) == []
+    one = teacher.claims("The bars show red 3 the bars show blue 4", BARS)
+    assert one == [("The bars show red 3 the bars show blue 4", False)]  # the second is not so
+
+
+def test_the_judge_says_what_is_wrong():
+    record = {"choices": ["red", "blue"], "answer": 1}
+    sound = "The bars show red 3, blue 5 and green 1. So the answer is blue."
+    assert teacher.judge(record, BARS, sound, "blue") == {
+        "correct": True, "consistent": True, "by": "demo",
+        "why": "All statements hold and lead to the answer.",
+    }  # fmt: skip
+    for thought, answer, why in [
+        (sound, "red", "The answer is blue, not red. The thought concludes blue."),
+        (sound, "", "There is no answer. The thought concludes blue."),
+        (sound.replace("5", "2"), "blue", "Not so: The bars show red 3, blue 2 and green 1."),
+        ("The highest number is 5.", "blue", "The thought concludes nothing."),
+        (f"{sound} So the answer is red.", "blue", "The thought concludes red."),
+    ]:
+        verdict = teacher.judge(record, BARS, thought, answer)
+        assert verdict["why"] == why and not verdict["consistent"]
+        assert verdict["correct"] == (answer == "blue")
+
+
+# ---- the trace file ----------------------------------------------------------------------------
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_traces_are_written_once(tmp_path):
+    folder = tmp_path / "demo"
+    scenes.write(folder, {"train": 24, "val": 1, "test": 9})
+    path = teacher.traces(folder)
+    assert path == folder / "traces.jsonl"
+    first, problems = lines(path), json.loads((folder / "problems.json").read_text())
+    assert [t["id"] for t in first] == [str(i) for i in range(1, 25)]  # the train split
+    for trace in first:
+        assert list(trace) == ["id", "question", "thought", "answer", "gold", "verdict", "teacher",
+                               "usage", "key"]  # fmt: skip
+        record = problems[trace["id"]]
+        assert (trace["question"], trace["gold"]) == (record["question"], gold(record))
+        assert trace["verdict"]["correct"] == (trace["answer"] == trace["gold"])
+        assert (trace["teacher"], trace["usage"]) == ("demo", {})
+    assert len({t["key"] for t in first}) == 24 and re.fullmatch("[0-9a-f]{64}", first[0]["key"])
+
+    inode = path.stat().st_ino
+    assert teacher.traces(folder) == path and path.stat().st_ino == inode  # not written again
+    other = lines(teacher.traces(folder, seed=1))
+    assert [t["thought"] for t in other] != [t["thought"] for t in first]
+    assert not {t["key"] for t in other} & {t["key"] for t in first}
+    assert lines(teacher.traces(folder)) == first
+    path.write_text("")  # a file that somebody emptied
+    assert lines(teacher.traces(folder)) == first
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    with pytest.raises(FileNotFoundError, match=r"pid_splits\.json"):
+        teacher.traces(tmp_path)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "demo"
+    scenes.write(folder, {"train": 8, "val": 1, "test": 9})
+    before = sorted(folder.iterdir())
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teacher.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        teacher.traces(folder)
+    assert sorted(folder.iterdir()) == before
+
+
+def done(trace):
+    """What the teacher did, as its trace shows it."""
+    if not trace["answer"]:
+        return "loop"
+    concluded = teacher.conclusion(trace["thought"])
+    if concluded == trace["gold"]:
+        return "sound" if trace["answer"] == concluded else "slip"
+    return "misread" if trace["answer"] == concluded else "lucky"
+
+
+@pytest.mark.slow
+def test_shares_of_the_real_demo(tmp_path):
+    for name in ("problems", "pid_splits", "scenes"):
+        shutil.copy(demo_folder() / f"{name}.json", tmp_path)
+    start = time.perf_counter()
+    found = lines(teacher.traces(tmp_path))
+    assert time.perf_counter() - start < 10
+    assert len(found) == 8000
+    shares = {kind: n / 80 for kind, n in Counter(map(done, found)).items()}
+    for kind, share in teacher.SHARES.items():
+        assert shares[kind] == pytest.approx(100 * share, abs=1.5), shares
+    families = json.loads((tmp_path / "scenes.json").read_text())
+    right = defaultdict(list)
+    for trace in found:
+        verdict = trace["verdict"]
+        assert (verdict["correct"], verdict["consistent"]) == VERDICTS[done(trace)], trace
+        right[families[trace["id"]]["family"]].append(verdict["correct"])
+    assert sum(map(sum, right.values())) / 80 == pytest.approx(72, abs=1.5)
+    for family, marks in right.items():  # no family is the teacher's weak spot; 4 sigma
+        assert 100 * sum(marks) / len(marks) == pytest.approx(72, abs=5.7), family
+    lengths = sorted(len(t["thought"].split()) for t in found if t["answer"])
+    words = {w for t in found for w in re.findall(r"\w+", t["thought"].lower())}
+    print(f"shares {shares}; words a thought: median {median(lengths)}, most {lengths[-1]}; "
+          f"vocabulary {len(words)}")  # fmt: skip
+    assert median(lengths) <= 30 and len(words) <= 120
