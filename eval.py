@@ -393,9 +393,10 @@ def image_features(config, problems, model=None):
 
     Published feature files are used as they are. Otherwise DETR is loaded only if a picture is not
     in the cache, and sees one size at a time: padding would change its output. A PaliGemma `model`
-    makes its own, projected; with --full they are not kept, as they change.
+    makes its own, projected; they are not kept where its image tower is trained or adapted.
     """
-    if model is not None and config["full"]:
+    inside = [p.startswith("language_model.") for p in lora.adapters(model)] if model else []
+    if model is not None and (config["full"] or not all(inside)):
         side, tokens = model.config.vision.image_size, model.config.image_tokens
         return data.Pictures(problems, side, tokens)
     if model is None and config["vision"] != "detr":
@@ -498,7 +499,8 @@ def paligemma_predict(model, problems, config, tokenizer, features):
     that gives the answer most of them give (self-consistency, arXiv 2203.11171); "votes" has all.
     A text without a readable answer has no vote."""
     if config["samples"] == 1:
-        told = paligemma_write(model, problems, config, tokenizer, features, config["temperature"])
+        how = (config["temperature"], config["seed"])
+        told = paligemma_write(model, problems, config, tokenizer, features, *how)
         return [{"id": p.id} | told[p.id] for p in problems]
     runs = []
     for sample in range(config["samples"]):
@@ -534,8 +536,10 @@ def paligemma_write(model, problems, config, tokenizer, features, temperature=0.
     told = continued(model, examples.values(), tokenizer, config, first, loops, how)
     if reasons and config["force_answer"]:
         cue = data.plain_ids(tokenizer, f"\n{CUE}")
-        cut = {i: t for i, t in told.items() if CUE not in t["response"]}
-        more = [prolonged(examples[i], before_loop(t["ids"]) + cue) for i, t in cut.items()]
+        image = model.config.image_token_index  # has it said one, no picture belongs to it
+        cut = {i: before_loop(t["ids"]) for i, t in told.items() if CUE not in t["response"]}
+        cut = {i: [x for x in ids if x != image] for i, ids in cut.items()}
+        more = [prolonged(examples[i], ids + cue) for i, ids in cut.items()]
         forced = continued(model, more, tokenizer, config, budgets[-1], False, how)
         for i, answer in forced.items():
             before = told[i]
@@ -546,7 +550,8 @@ def paligemma_write(model, problems, config, tokenizer, features, temperature=0.
     for t in told.values():
         del t["ids"]
         if reasons:
-            t["rationale"] = t["response"].rpartition(CUE)[0].strip() or t["response"]
+            before, cue, rest = t["response"].rpartition(CUE)
+            t["rationale"] = (before if cue else rest).strip()
     return told
 
 
@@ -583,11 +588,14 @@ def prolonged(example, ids):
     return example | {"input_ids": example["input_ids"] + ids, "token_type_ids": types}
 
 
-def before_loop(ids, n=8):
-    """The ids up to the end of the first time they say what they say last (see model.looping)."""
-    for start in range(len(ids) - n):
-        if ids[start : start + n] == ids[-n:]:
-            return ids[: start + n]
+def before_loop(ids, times=4, least=24):
+    """The ids without the loop they end in, one round of it kept; the rule is model.looping's."""
+    for period in range(1, len(ids) // times + 1):
+        start = len(ids) - period
+        while start and ids[start - 1] == ids[start - 1 + period]:
+            start -= 1
+        if len(ids) - start >= max(times * period, least):
+            return ids[: start + period]
     return ids
 
 
@@ -616,13 +624,26 @@ def evaluate(folder, models, problems, config, tokenizer, features, how):
     return scores
 
 
+def check_device(device):
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"There is no device {device!r} that this torch can use: try --device cpu."
+        )
+
+
+def run_config(folder):
+    """config.json of a run folder."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json.")
+    return data.read_json(folder / "config.json")
+
+
 def load_run(folder, device=None):
     """(config, models, tokenizer) of a run folder."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json.")
-    config = data.read_json(folder / "config.json")
+    config = run_config(folder)
     config["device"] = device or config["device"]
+    check_device(config["device"])
     if config["model"] == "paligemma":
         where = resolve(config["weights"][0])
         return config, [load_paligemma(config, folder)], data.load_tokenizer(where)
@@ -647,15 +668,18 @@ def load_paligemma(config, folder=None):
 
 
 def score_run(folder, args):
-    """Metrics of a run folder on `args.split`: decoded, unless that has been done."""
-    path = Path(folder) / "metrics.json"
-    if path.is_file() and args.split == "test" and not (args.decode or args.teacher_forced):
-        return data.read_json(path)
+    """Metrics of a run folder on --split (by default the run's own): decoded, unless that has been
+    done. Another split gets a folder in the run's."""
+    folder = Path(folder)
+    own = run_config(folder)["test_split"]
+    split = args.split or own
+    out = folder if split == own else folder / split
+    if (out / "metrics.json").is_file() and not (args.decode or args.teacher_forced):
+        return data.read_json(out / "metrics.json")
     config, models, tokenizer = load_run(folder, args.device)
-    problems = data.load(config["data"], args.split)[: args.limit]
+    problems = data.load(config["data"], split)[: args.limit]
     model = models[0] if config["model"] == "paligemma" else None
     features = image_features(config, problems, model)
-    out = Path(folder) if args.split == "test" else Path(folder) / args.split
     return evaluate(out, models, problems, config, tokenizer, features, args)
 
 
@@ -684,7 +708,7 @@ def ask(folder, args):
 # --- command line
 def score_file(args):
     """Metrics of --predictions on --data; the graded file goes to --out."""
-    problems = data.load(args.data, args.split)
+    problems = data.load(args.data, args.split or "test")
     predictions = read_predictions(args.predictions, problems)
     faithful, partial = args.faithful_parse, args.partial
     scores = metrics(problems, predictions, faithful, args.rationale_format, partial)
@@ -710,7 +734,7 @@ def parse_args(argv=None):
     file = parser.add_argument_group("anybody's predictions")
     file.add_argument("--predictions", metavar="FILE", help="JSONL with id and response")
     file.add_argument("--data", metavar="DIR", help="the problems they answer: a folder or a name")
-    file.add_argument("--split", default="test", help="split to score (%(default)s)")
+    file.add_argument("--split", help="split to score (a run's own, else test)")
     file.add_argument("--out", metavar="DIR", help="write graded predictions and metrics.json here")
     file.add_argument("--partial", action="store_true", help="accept problems without prediction")
     how = parser.add_argument_group("scoring")

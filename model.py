@@ -351,7 +351,7 @@ def decode(
     B = len(logits)
     out = torch.full((B, max_new_tokens), pad_id, device=logits.device)  # (B, U)
     rows = torch.arange(B, device=logits.device)  # which row of `out` each live row writes
-    stops = ["length"] * B
+    stops, t = ["length"] * B, -1
     for t in range(max_new_tokens):
         ids = pick(logits, temperature, generator)  # (B,)
         out[rows, t] = ids
@@ -1191,9 +1191,9 @@ def rotate(x, cos, sin):
 
 
 def soft_cap(x, cap):
-    """cap * tanh(x / cap): nearly x where small, never beyond the cap; None is no cap. Attention
-    has its own version of this line."""
-    return x if cap is None else torch.tanh(x / cap) * cap
+    """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap.
+    Attention has its own version of this line."""
+    return torch.tanh(x / cap) * cap if cap else x
 
 
 def prefix_lm_mask(valid, suffix, new, window=None):
@@ -1485,8 +1485,7 @@ class PaliGemma(nn.Module):
         """Unit-scale initialisation for training from scratch (the demo); norms as they are."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                fan_in = p.shape[-1] if "embed" in name else p[0].numel()
-                p.normal_(0.0, fan_in**-0.5, generator=generator)
+                p.normal_(0.0, p[0].numel() ** -0.5, generator=generator)
             elif name.endswith("bias"):
                 p.zero_()
 
@@ -1513,9 +1512,10 @@ class PaliGemma(nn.Module):
         places = input_ids == self.config.image_token_index  # (B, T)
         found = 0 if image_features is None else image_features.shape[:2].numel()
         begun = cache is not None and cache.valid.shape[1] > 0  # one more token, never a picture
-        if not begun and (wanted := int(places.sum())) != found:
+        wanted = [found] if begun else places.sum(1).tolist()
+        if sum(wanted) != found or any(n % self.config.image_tokens for n in wanted):
             raise ValueError(
-                f"The ids have {wanted} <image> tokens, but there are features for {found}: "
+                f"The rows have {wanted} <image> tokens, but there are features for {found}: "
                 f"each picture needs {self.config.image_tokens} tokens, and none may be cut."
             )
         if found:

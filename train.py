@@ -93,9 +93,9 @@ PALIGEMMA = {
 PALIGEMMA_DEMO = PALIGEMMA | {
     "data": "demo",
     "weights": [str(HERE / "demo/paligemma")],
-    "epochs": [6.0],
+    "epochs": [4.0],
     "lr": 4e-3,
-    "batch_size": 32,
+    "batch_size": 16,
     "accumulate": 1,
     "weighting": "token",
     "lora_r": 16,
@@ -105,7 +105,7 @@ PALIGEMMA_DEMO = PALIGEMMA | {
     "mix": 0.0,
     "final_soft_cap": True,
     "checkpointing": False,
-    "eval_problems": 100,
+    "eval_problems": 200,
     "threads": 1,
 }
 DEFAULTS = {
@@ -355,7 +355,7 @@ def run_mmcot(args):
     """Train, decode and score one recipe; returns its metrics. Writes the run folder `args.out`."""
     out, config = Path(args.out), vars(args)
     print(f"{out}: recipe {args.recipe}, vision {args.vision}", flush=True)
-    splits = {s: data.load(args.data, s)[: args.limit] for s in ("train", "val", "test")}
+    splits = {s: data.load(args.data, s)[: args.limit] for s in ("train", "val", args.test_split)}
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
     features = evaluation.image_features(config, [p for ps in splits.values() for p in ps])
     out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves nothing
@@ -372,7 +372,8 @@ def run_mmcot(args):
             if args.stage == name != names[-1]:
                 return None  # the rationale stage alone has nothing to score yet
     how = argparse.Namespace(faithful_parse=False, teacher_forced=args.teacher_forced)
-    return evaluation.evaluate(out, models, splits["test"], config, tokenizer, features, how)
+    test = splits[args.test_split]
+    return evaluation.evaluate(out, models, test, config, tokenizer, features, how)
 
 
 def run_stage(args, stage, splits, tokenizer, features, log):
@@ -450,19 +451,22 @@ def run_paligemma(args):
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
     model = evaluation.load_paligemma(config)
     args.vocabulary = model.config.text.vocab_size
+    if args.epochs[0]:
+        free(args, model)
     rows = training_rows(args, splits["train"]) if args.epochs[0] else []
-    rows = [row for row in rows if has_its_picture(row[0], args)]
+    rows = with_pictures(rows, args)
     pictured = [row[0] for row in rows] + splits["val"][: args.eval_problems] + test
     features = evaluation.image_features(config, pictured, model)
     out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves nothing
     write_config(config, out)
     if rows and args.data != "demo":  # its splits are disjoint by construction
         warn_of_overlap([row[0] for row in rows], test)
-    if rows:
+    if args.epochs[0]:
         with open(out / "log.jsonl", "w", encoding="utf-8") as log:
             tune(args, model, rows, splits["val"], tokenizer, features, log)
         if args.full:
             model.save_pretrained(out)
+            write_config(data.read_json(out / "config.json") | config, out)  # one file for both
         else:
             lora.save(model, out, args.weights[0])
         tokenizer.save(str(out / "tokenizer.json"))
@@ -503,7 +507,7 @@ def kept_traces(args, by_id):
     kept = [t for t in known if all(holds(t, by_id[t["id"]], key) for key in wanted[args.keep])]
     print(
         f"  {len(kept)} of {len(traces)} traces kept ({args.keep}); "
-        f"{len(traces) - len(known)} are of no problem of the train split"
+        f"{len(traces) - len(known)} are of no training problem here"
     )
     return kept
 
@@ -517,13 +521,14 @@ def holds(trace, problem, key):
     return verdict
 
 
-def has_its_picture(problem, args):
-    """False (and said so) for a training problem whose picture file is not there, with
-    --on-error skip. A test problem is never left out: it would be another test."""
-    if problem.image is None or args.on_error == "stop" or Path(problem.image).is_file():
-        return True
-    print(f"skipped: problem {problem.id} has no {problem.image}", file=sys.stderr)
-    return False
+def with_pictures(rows, args):
+    """The training rows, with --on-error skip without those (named on stderr) whose picture file
+    is not there. A test problem is never left out: it would be another test."""
+    images = {p.id: p.image for p, *_ in rows if p.image and args.on_error == "skip"}
+    missing = {id: path for id, path in images.items() if not Path(path).is_file()}
+    for id, path in missing.items():
+        print(f"skipped: problem {id} has no {path}", file=sys.stderr)
+    return [row for row in rows if row[0].id not in missing]
 
 
 def demo_traces():
@@ -541,30 +546,40 @@ def warn_of_overlap(train, test):
         print(f"{share} test problems show a picture that is trained on ({some}).")
 
 
-def tune(args, model, rows, val, tokenizer, features, log):
-    """Inject adapters (or, with --full, free everything) and fit, validated on real answers."""
-    config, val = vars(args), val[: args.eval_problems]
-    examples = data.pali_examples(rows, tokenizer, features, config)
-    show_example(examples[0], tokenizer, args.recipe)
-    ids = list(dict.fromkeys(example["id"] for example in examples))
-    held_ids = set(ids[:: max(20, len(ids) // 100)])  # for the validation loss: 5 % or 100 problems
-    held_back = [e for e in examples if e["id"] in held_ids]
-    train = [e for e in examples if e["id"] not in held_ids]
+def free(args, model):
+    """What shall be trained: new adapters, those of --adapter or, with --full, everything. Before
+    the picture features are computed: they are not cached if the image tower is adapted too."""
     torch.manual_seed(args.seed)
     if args.full:
         model.requires_grad_(True)
     elif args.adapter is None:
         flags = ("r", "alpha", "targets", "dropout", "rslora", "dora")
-        lora.inject(model, **{flag: config[f"lora_{flag}"] for flag in flags})
+        lora.inject(model, **{flag: vars(args)[f"lora_{flag}"] for flag in flags})
     if not args.full:
         print(lora.describe(model))
     model.language_model.checkpointing = args.checkpointing
 
+
+def tune(args, model, rows, val, tokenizer, features, log):
+    """Fit what `free` left trainable to these rows, validated on real answers."""
+    config, val = vars(args), val[: args.eval_problems]
+    examples = data.pali_examples(rows, tokenizer, features, config)
+    ids = list(dict.fromkeys(example["id"] for example in examples))
+    held_ids = set(ids[:: max(20, len(ids) // 100)])  # for the validation loss: 5 % or 100 problems
+    held_back = [e for e in examples if e["id"] in held_ids]
+    train = [e for e in examples if e["id"] not in held_ids]
+    if not train:
+        raise ValueError(
+            f"{len(examples)} rows are left, {len(held_back)} of them held back for validation: "
+            "none to train on. Look at --max-suffix, --limit-traces and --on-error."
+        )
+    show_example(examples[0], tokenizer, args.recipe)
+
     def validate(model):
         predictions = evaluation.predict([model.eval()], val, config, tokenizer, features)
         right = sum(g.correct for *_, g in evaluation.grade_all(val, predictions))
-        accuracy = round(100 * right / len(val), 2)
-        return {"val_loss": round(mean_loss(model, held_back, args), 6), "val_accuracy": accuracy}
+        accuracy = {"val_accuracy": round(100 * right / len(val), 2)} if val else {}
+        return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
 
     fit(model, train, validate, args, args.recipe, args.epochs[0], log)
 
@@ -610,7 +625,7 @@ def run_many(args, runs):
         if changed:
             changed = changed | {"out": str(Path(args.out) / folder)}
         if name in DECODED_AGAIN:
-            changed["adapter"] = args.out
+            changed |= {"weights": [args.out]} if args.full else {"adapter": args.out}
         rows[name] = run(argparse.Namespace(**vars(args) | changed))
         print(evaluation.summary(rows), flush=True)
     return rows
@@ -633,7 +648,13 @@ def parse_args(argv=None):
     known = fusion.RECIPES if args.model == "mmcot" else ("reason", "answer")
     if args.recipe not in known:
         parser.error(f"--model {args.model} knows the recipes {', '.join(known)}")
+    if args.full and args.adapter:
+        parser.error("--full trains all weights, --adapter starts from an adapter: not both")
+    if args.samples > 1 and args.temperature == 0:
+        parser.error("--samples needs a --temperature above 0: greedy texts are all the same")
     half = args.model == "paligemma" and args.device.startswith("cuda") and not args.full
+    if args.full and args.dtype == "bfloat16":
+        parser.error("--full trains in float32: steps of 1e-5 are lost in bfloat16's 8 bits")
     args.dtype = args.dtype or ("bfloat16" if half else "float32")
     what = args.vision if args.model == "mmcot" else "paligemma"
     args.out = args.out or f"runs/{Path(args.data).stem}-{args.recipe}-{what}"
@@ -770,13 +791,15 @@ def add_decoding(parser):
 
 def main(argv=None):
     args = parse_args(argv)
+    evaluation.check_device(args.device)
     torch.set_num_threads(args.threads)
     start = time.monotonic()
+    distilled = args.model == "paligemma" and args.recipe == "reason" and args.epochs[0]
     if args.ablation:
         tables = {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}
         args.teacher_forced = True
         print(f"\n{evaluation.summary(run_many(args, tables[args.model]))}")
-    elif args.model == "paligemma" and not args.alone and args.epochs[0]:
+    elif distilled and not args.alone:
         rows = run_many(args, BASELINES)
         print(f"\n{evaluation.table(rows)}\n\n{evaluation.summary(rows)}")
     else:

@@ -62,6 +62,8 @@ from model import (
     PaliGemmaConfig,
     SigLIPConfig,
     T5Config,
+    rotary_angles,
+    rotate,
 )
 
 HERE = Path(__file__).parent
@@ -300,17 +302,17 @@ def make_t5(args):
 
 # ---- paligemma ---------------------------------------------------------------------------------
 
-EXTRA = ("lookup", "answer", "lookup", "caption")  # every scene has one beside describe and solve
+THETA = 30.0  # rotary base: with the usual 10,000 and 8 angles a head hardly tells neighbours apart
 
 
-def lessons(index):
+def scene_lessons(index):
     """Pretraining scene `index`: (pixels as bytes or None, [(prefix, suffix, sees it) ...])."""
     made = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED + 1, index)
-    record, extra = made.record, EXTRA[index // len(FAMILIES) % len(EXTRA)]
+    record, extra = made.record, ("answer", "caption")[index // len(FAMILIES) % 2]
     if made.image is None:
         tasks, pixels = ["solve", "lookup"], None
     else:
-        tasks = ["describe", "solve", extra]
+        tasks = ["describe", "solve", "lookup", extra]
         pixels = made.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
     sound = (teacher.think(record, made.facts, f"pretraining {i}") for i in itertools.count())
     thought = next(told["thought"] for told in sound if told["kind"] == "sound")
@@ -384,32 +386,58 @@ def paligemma_config(tokenizer):
             num_key_value_heads=2,
             head_dim=16,
             query_pre_attn_scalar=16,
+            rope_theta=THETA,
         ),
         image_token_index=tokenizer.token_to_id("<image>"),
     )
 
 
+@torch.no_grad()
+def look_near(gemma):
+    """Start the first layer's heads on the tokens one, two and three back and one ahead.
+
+    As in `look_at_neighbours`: without it finding the letter of an answer is not learned in time.
+    Rotary attention needs something constant to turn: the embedding's first dimension.
+    """
+    c, attention, H = gemma.config, gemma.layers[0].self_attn, gemma.config.head_dim
+    gemma.embed_tokens.weight[:, 0] = 4 * gemma.embed_tokens.weight.std()
+    u = torch.tensor([1, 1, 1, 0.5, 0.3, 0, 0, 0]).repeat(2)  # the angles that turn fast
+    u = 6 * u / u.norm()  # (H,)
+    attention.q_proj.weight *= 0.5
+    attention.k_proj.weight *= 0.5
+    attention.k_proj.weight[:, 0] = u.repeat(c.num_key_value_heads)
+    for head, offset in enumerate((-1, -2, 1, -3)):
+        cos, sin = rotary_angles(torch.tensor([[offset]]), H, c.rope_theta, u.dtype)
+        turned = rotate(u[None, None, None], cos, sin).flatten()  # (H,)
+        attention.q_proj.weight[head * H : (head + 1) * H, 0] = turned
+
+
 def make_paligemma(args):
     torch.manual_seed(0)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(lessons, range(args.scenes), chunksize=64))
-    texts = [text for _, told in made for prefix, suffix, _ in told for text in (prefix, suffix)]
-    tokenizer = make_gemma_tokenizer(texts)
+        made = list(pool.map(scene_lessons, range(args.scenes), chunksize=64))
+    told = [lesson for _, lessons in made for lesson in lessons]
+    tokenizer = make_gemma_tokenizer([text for pair in told for text in pair[:2]])
     model = PaliGemma(paligemma_config(tokenizer))
     model.init_weights()
+    look_near(model.language_model)
     out = args.out / "paligemma"
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     rows = [
         (pixels if sees else None, data.sequence(tokenizer, prefix, suffix, 36 * sees))
-        for pixels, told in made
-        for prefix, suffix, sees in told
+        for pixels, lessons in made
+        for prefix, suffix, sees in lessons
     ]
+    lookups = [i for i, (prefix, suffix, _) in enumerate(told) if suffix.startswith("Answer:")]
     generator, queue = torch.Generator().manual_seed(0), []
 
     def losses(step):
-        if not queue:
-            queue.extend(data.batches([len(r["input_ids"]) for _, r in rows], 48, generator))
+        if not queue or step == args.lookup_steps:
+            known = lookups if step < args.lookup_steps else range(len(rows))
+            lengths = [len(rows[i][1]["input_ids"]) for i in known]
+            batches = data.batches(lengths, 48, generator)
+            queue[:] = [[known[i] for i in batch] for batch in batches]
         chosen = [rows[i] for i in queue.pop()]
         batch = data.pali_collate([{"id": ""} | row for _, row in chosen])
         batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}
@@ -440,10 +468,11 @@ def main():
     parser.add_argument("--only", choices=("t5", "detr", "paligemma"), help="make one of them")
     parser.add_argument("--pictures", type=int, default=6000, help="scenes DETR learns from")
     parser.add_argument("--texts", type=int, default=48000, help="problems T5 learns from")
-    parser.add_argument("--scenes", type=int, default=40000, help="scenes PaliGemma learns from")
+    parser.add_argument("--scenes", type=int, default=30000, help="scenes PaliGemma learns from")
     parser.add_argument("--detr-steps", type=int, default=1500)
     parser.add_argument("--t5-steps", type=int, default=10000)
-    parser.add_argument("--paligemma-steps", type=int, default=16000)
+    parser.add_argument("--lookup-steps", type=int, default=2000, help="only letters, at first")
+    parser.add_argument("--paligemma-steps", type=int, default=11000)
     parser.add_argument("--threads", type=int, default=1, help="fixed, as sums depend on it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -49,8 +49,10 @@ def says(letter):
         ("The answer is (A). The answer is (B).", None, "several answers"),
         ("The answer is (b).", None, "no answer found"),
         ("the answer is (B).", None, "no answer found"),
-        ("(B)", None, "no answer found"),
-        ("no", None, "no answer found"),
+        ("(B)", "B", "letter"),  # PaliGemma's forms
+        ("no", "B", "choice text"),
+        ("Look: A or C.\nAnswer: B", "B", "letter"),
+        ("Answer: D", None, "no answer found"),
         ("", None, "no answer found"),
     ],
 )
