@@ -349,7 +349,8 @@ def test_pictures_and_image_tokens_must_agree(pg, pictures, given):
     """Truncation that cuts image tokens shifts every later feature by one place, silently."""
     batch, _, _ = make_batch(pictures=pictures)
     batch["pixel_values"] = torch.zeros(given, 3, 28, 28) if given else None
-    sentence = f"ids have {4 * len(pictures)} <image> tokens.*features for {4 * given}.*needs 4 tok"
+    had = re.escape(str([4 * (row in pictures) for row in range(3)]))
+    sentence = f"rows have {had} <image> tokens.*features for {4 * given}.*needs 4 tok"
     with pytest.raises(ValueError, match=sentence):
         pg(**batch)
 
@@ -357,7 +358,16 @@ def test_pictures_and_image_tokens_must_agree(pg, pictures, given):
 def test_a_cut_image_token_is_named(pg):
     batch, _, _ = make_batch()
     batch["input_ids"][1, (batch["input_ids"][1] == IMAGE).nonzero()[0]] = 5
-    with pytest.raises(ValueError, match="ids have 11 <image> tokens.*features for 12"):
+    with pytest.raises(ValueError, match=r"rows have \[4, 3, 4\] <image> tokens.*features for 12"):
+        pg(**batch)
+
+
+def test_one_row_too_short_and_one_too_long_do_not_make_it_right(pg):
+    batch, _, _ = make_batch()
+    ids = batch["input_ids"]
+    ids[1, (ids[1] == IMAGE).nonzero()[0]] = 5
+    ids[0, (ids[0] != IMAGE).nonzero()[-1]] = IMAGE
+    with pytest.raises(ValueError, match=r"rows have \[5, 3, 4\] <image> tokens.*features for 12"):
         pg(**batch)
 
 
@@ -1209,7 +1219,7 @@ def test_starts_from_scratch_with_states_of_unit_scale():
         if p.dim() == 1:
             plain = 1.0 if re.search(r"vision.*norm\d?\.weight", name) else 0.0
             assert (p == plain).all(), name
-        elif "patch_embedding" not in name:  # init_weights takes 14 for its fan-in, not 3 * 14 * 14
+        else:  # a patch's fan-in is 3 * 14 * 14, not the 14 of its last side
             fan_in = p.shape[1:].numel()
             assert p.std().item() == pytest.approx(fan_in**-0.5, rel=0.15), name
 

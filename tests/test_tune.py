@@ -380,7 +380,9 @@ def test_limit_traces_counts_kept_ones(own):
 def test_traces_of_other_problems_are_counted(own, capsys):
     _, made = own
     made([own_trace("p0"), own_trace("p6"), own_trace("x"), own_trace("p1", correct=False)])
-    assert "1 of 4 traces kept (consistent); 2 are of no problem" in capsys.readouterr().out
+    assert (
+        "1 of 4 traces kept (consistent); 2 are of no training problem" in capsys.readouterr().out
+    )
     with pytest.raises(ValueError, match="No trace is left.*--traces, --keep and --data"):
         made([own_trace("p6")])
 
