@@ -6,7 +6,9 @@ Implements
 * sentence BLEU without smoothing (Papineni et al. 2002) and summary-level ROUGE-L (Lin 2004) in the
   set-based form of the PyPI package `rouge` 1.0.1, both as those authors call them;
 * the Wilson (1927) interval of every accuracy, with n and chance beside it;
-* decoding: `predict` turns problems into predictions with a run's models, `evaluate` into a table.
+* decoding: `predict` turns problems into predictions with a run's models, `evaluate` into a table;
+  of PaliGemma with a budget for the rationale, a stop for loops, a forced "Answer:" and the vote of
+  several samples (self-consistency, Wang et al. 2022, arXiv 2203.11171).
 
 Two rules. A response that cannot be read is a failure, counted and shown, never a guess (the
 original's guess is there to be compared with: `--faithful-parse`). A score is about a named set of
@@ -14,7 +16,7 @@ problems: missing, unknown and repeated predictions are errors.
 
 Left out: sentence-embedding similarity, which needs one more model to say what ROUGE-L says.
 
-Axes: B pictures of one size, H W pixels, P image positions, F their width.
+Axes: B pictures or rows, H W S pixels, P I image positions, F D their width.
 """
 
 import argparse

@@ -43,7 +43,6 @@ HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_THREADS = torch.get_num_threads()
 MMCOT_DEMO = {  # three minutes on one core
-    "data": "demo",
     "weights": [str(HERE / "demo/t5")],
     "vision_weights": str(HERE / "demo/detr"),
     "recipe": "two-stage",
@@ -69,20 +68,19 @@ MMCOT = MMCOT_DEMO | {  # arXiv 2302.00923, base model
     "max_output": [512, 64],
     "threads": ALL_THREADS,
 }
-PALIGEMMA = {
-    "data": "scienceqa",  # its train split may be trained on; MathVista's licence allows tests only
+PALIGEMMA = {  # none of it was tried at full size; the sources are papers and big_vision's configs
     "weights": ["google/paligemma2-3b-mix-448"],  # mix has answered questions, pt has not
     "recipe": "reason",
     "epochs": [5.0],  # at most: the best epoch on validation answers is kept
     "lr": 1e-4,  # of adapters; for --full take 6e-6 (ScienceQA in 2412.03555, Table 14)
-    "weight_decay": 0.0,  # no published transfer needs any
-    "batch_size": 4,  # what fits 24 GB with checkpointing at 448 pixels
+    "weight_decay": 0.0,  # as the published ScienceQA transfer
+    "batch_size": 4,  # a guess at what a 24 GB GPU holds with checkpointing at 448 pixels
     "accumulate": 8,  # 32 rows a step: 4, as in pali_reason, is noise
     "weighting": "example",  # as big_vision: a long thought does not outweigh a short answer
     "warmup": 0.05,
-    "lora_r": 32,
-    "lora_alpha": 64.0,
-    "max_suffix": 384,  # longer thoughts were never learned: they became loops
+    "lora_r": 32,  # long texts are a new skill: more than the usual 8 or 16
+    "lora_alpha": 64.0,  # a scale of 2
+    "max_suffix": 384,  # 62 of pali_reason's 251 are longer; short suits the small (2502.12143)
     "max_output": [384, 16],
     "mix": 0.25,  # answer-only rows a trace, so that short answers are not forgotten
     "final_soft_cap": False,  # "better for transfer" (big_vision); arg-max is the same without
@@ -90,8 +88,7 @@ PALIGEMMA = {
     "eval_problems": 200,  # decoded after each epoch
     "threads": ALL_THREADS,
 }
-PALIGEMMA_DEMO = PALIGEMMA | {
-    "data": "demo",
+PALIGEMMA_DEMO = PALIGEMMA | {  # four minutes on one core
     "weights": [str(HERE / "demo/paligemma")],
     "epochs": [4.0],
     "lr": 4e-3,
