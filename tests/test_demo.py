@@ -6,18 +6,19 @@ from conftest import ROOT
 
 import data
 from demo import make, scenes
-from model import DETR, T5
+from model import DETR, T5, PaliGemma
 
-T5_FOLDER, DETR_FOLDER = ROOT / "demo/t5", ROOT / "demo/detr"
+T5_FOLDER, DETR_FOLDER, PG_FOLDER = (ROOT / "demo" / x for x in ("t5", "detr", "paligemma"))
 
 
 def test_the_checkpoints_are_small_and_in_the_hub_layout():
     names = {"t5": {"config.json", "model.safetensors", "tokenizer.json"}}
-    names["detr"] = names["t5"] - {"tokenizer.json"}
+    names["detr"], names["paligemma"] = names["t5"] - {"tokenizer.json"}, names["t5"]
     for folder, expected in names.items():
         assert {p.name for p in (ROOT / "demo" / folder).iterdir()} == expected
     files = [p for f in (T5_FOLDER, DETR_FOLDER) for p in f.iterdir()]
     assert sum(p.stat().st_size for p in files) <= 8e6
+    assert sum(p.stat().st_size for p in PG_FOLDER.iterdir()) <= 6e6
 
 
 def test_the_tokenizer_reads_every_text_of_the_benchmark():
@@ -80,10 +81,38 @@ def test_batch_norms_swap_there_and_back():
 
 
 @pytest.mark.slow
-def test_the_documented_command_makes_both(tmp_path, monkeypatch):
+def test_the_documented_command_makes_all(tmp_path, monkeypatch):
     short = "--pictures 700 --texts 400 --detr-steps 2 --t5-steps 2 --threads 1".split()
+    short += "--scenes 400 --paligemma-steps 3 --lookup-steps 1".split()
     monkeypatch.setattr("sys.argv", ["make.py", "--out", str(tmp_path), *short])
     make.main()
     DETR.from_pretrained(tmp_path / "detr")
     t5 = T5.from_pretrained(tmp_path / "t5")
     assert data.load_tokenizer(tmp_path / "t5").get_vocab_size() <= t5.config.vocab_size
+    paligemma = PaliGemma.from_pretrained(tmp_path / "paligemma")
+    tokenizer = data.load_tokenizer(tmp_path / "paligemma")
+    assert tokenizer.token_to_id("<image>") == paligemma.config.image_token_index
+
+
+@torch.inference_mode()
+def test_the_paligemma_sees_and_finds_letters_but_never_thought_about_a_picture():
+    """What training has to add is thinking about what it sees."""
+    lessons = [make.scene_lessons(i) for i in range(80)]
+    thoughts = [told for _, rows in lessons for told in rows if "So the answer" in told[1]]
+    assert len(thoughts) == 80 and not any(sees for _, _, sees in thoughts)
+    pg, tokenizer = PaliGemma.from_pretrained(PG_FOLDER), data.load_tokenizer(PG_FOLDER)
+    families = [f for f in scenes.FAMILIES if f not in (*scenes.HELD_OUT, "text")]
+    right = {"describe": [], "lookup": []}
+    for made in (scenes.problem(f, "test", 0, i) for f in families for i in range(6)):
+        pixels = data.siglip_pixels(made.image, make.SIDE)[None]
+        answer = made.record["choices"][made.record["answer"]]
+        for task, told in right.items():
+            prefix, suffix, sees = make.lesson(task, made, f"So. So the answer is {answer}.")
+            row = data.sequence(tokenizer, prefix, suffix, pg.config.image_tokens * sees)
+            batch = data.pali_collate([{"id": ""} | row])
+            labels = batch.pop("labels")[:, 1:]
+            del batch["ids"]
+            logits = pg(**batch, pixel_values=pixels if sees else None)[:, :-1]
+            told += (logits.argmax(-1) == labels)[labels != -100].tolist()
+    assert sum(right["describe"]) / len(right["describe"]) > 0.8
+    assert sum(right["lookup"]) / len(right["lookup"]) > 0.98
