@@ -1072,7 +1072,9 @@ class SigLIPAttention(nn.Module):
 
     def forward(self, x):  # (B, I, D)
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected
+        )  # (B, N, I, H)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, N, I, H)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, I, D)
 

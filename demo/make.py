@@ -424,8 +424,9 @@ def make_paligemma(args):
     out = args.out / "paligemma"
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
+    image_tokens = model.config.image_tokens
     rows = [
-        (pixels if sees else None, data.sequence(tokenizer, prefix, suffix, 36 * sees))
+        (pixels if sees else None, data.sequence(tokenizer, prefix, suffix, image_tokens * sees))
         for pixels, lessons in made
         for prefix, suffix, sees in lessons
     ]
@@ -446,8 +447,6 @@ def make_paligemma(args):
         labels = batch.pop("labels")[:, 1:]
         states = model.states(**batch, image_features=features)[:, :-1]
         supervised = labels != -100
-        if step % 2000 == 1999:
-            model.save_pretrained(out)
         return F.cross_entropy(model.head(states[supervised]), labels[supervised])
 
     optimise("paligemma", model, losses, args.paligemma_steps, 2e-3, args.device)
