@@ -36,30 +36,36 @@ In the loss are the last two lines, from "Two north" to <eos>.
 """
 
 import argparse
+import base64
 import contextlib
 import csv
 import dataclasses
+import errno
 import functools
 import hashlib
 import http.client
+import itertools
 import json
+import math
 import os
 import re
 import stat
+import string
 import struct
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.nn.utils.rnn import pad_sequence
 
@@ -70,6 +76,9 @@ from torch.nn.utils.rnn import pad_sequence
 SPLITS = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest", "testmini")
 LETTERS = "ABCDEFGHIJ"
 NEWLINE = " // "
+MOST_BYTES = 1 << 28  # of a JSON file; all of ScienceQA takes about a tenth
+MOST_LINE = 1 << 24  # bytes of a line of JSONL
+MOST_TEXT = 100_000  # characters of one text of a problem; the longest seen has 3,076
 
 
 # --- Problems -------------------------------------------------------------------------------------
@@ -97,11 +106,13 @@ class Problem:
     meta: dict
 
 
-def load(where, split):
+def load(where, split, skipped=None):
     """The problems of one split, in file order.
 
-    where   a folder in ScienceQA's or MathVista's layout, a .jsonl file, "demo", or "scienceqa" or
-            "mathvista" (downloaded).
+    where    a folder in ScienceQA's or MathVista's layout, a .jsonl file, "demo", or "scienceqa" or
+             "mathvista" (downloaded).
+    skipped  a list: bad records are left out and added to it, as (id, reason). By default the first
+             one is the error. (`unusable` has the pictures.)
     Raises FileNotFoundError or ValueError with a sentence that names the file and the problem.
     """
     if split not in SPLITS:
@@ -111,11 +122,11 @@ def load(where, split):
     if where == "demo":
         path = demo_folder()
     if path.suffix == ".jsonl":
-        return _own_jsonl(path, split)
+        return _own_jsonl(path, split, skipped)
     if (path / "problems.json").is_file():
-        return _scienceqa(path, split)
+        return _scienceqa(path, split, skipped)
     if (path / "annot_testmini.json").is_file():
-        return _mathvista(path, split)
+        return _mathvista(path, split, skipped)
     if downloaded:
         raise FileNotFoundError(f"{path} is empty: run `python data.py {where}` to fill it.")
     raise FileNotFoundError(
@@ -143,14 +154,53 @@ def demo_folder():
     return folder
 
 
+def _file(path):
+    """The path of a file that can be read. What looks like one and has no end is refused unread."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:  # a loop of links, a name with a NUL, too long a name
+        raise ValueError(f"{path} cannot be read ({error}).") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is a folder, a pipe or a device where a file is needed.")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path} may not be read by this user: change its permissions.")
+    return Path(path)
+
+
 def read_json(path):
     """Parsed JSON; a missing or broken file is an error that names it."""
+    if (size := os.path.getsize(_file(path))) > MOST_BYTES:
+        raise ValueError(f"{path} has {size} bytes; JSON of over {MOST_BYTES} is not read.")
     try:
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist.") from None
+        return _parsed(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not complete JSON ({error}); fetch it again.") from None
+
+
+def _parsed(content):
+    """What JSON bytes say. Half a surrogate pair ("\\ud83d", an emoji cut in two), which neither a
+    tokenizer nor a file can take, becomes U+FFFD."""
+    try:
+        text = content.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_distinct)
+        if re.search(r"\\ud[89a-f]", text, re.IGNORECASE):
+            text = re.sub(r"[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False))
+            value = json.loads(text, object_pairs_hook=_distinct)
+        return value
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no text in UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _distinct(pairs):
+    """A JSON object; with one key twice one of the two values would be lost without a word."""
+    if len(made := dict(pairs)) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:60]!r} is there twice")
+    return made
 
 
 def _field(record, key, kind, where, default=None):
@@ -161,6 +211,8 @@ def _field(record, key, kind, where, default=None):
     if not isinstance(value, kind) or isinstance(value, bool):
         name = getattr(kind, "__name__", kind)
         raise ValueError(f'{where}: "{key}" is {value!r:.60}, which is not of type {name}.')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'{where}: "{key}" is {value}, which is no number to work with.')
     return value
 
 
@@ -170,6 +222,17 @@ def _inside(folder, relative, where):
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise ValueError(f"{where}: {relative} is outside {folder}; move it below that folder.")
     return path
+
+
+@contextlib.contextmanager
+def _noted(skipped, id):
+    """A bad record is an error or, where there is a list, an entry (id, reason) of it."""
+    try:
+        yield
+    except ValueError as error:
+        if skipped is None:
+            raise
+        skipped.append((id, str(error)))
 
 
 def _problem(id, record, where, image, caption=""):
@@ -189,9 +252,15 @@ def _problem(id, record, where, image, caption=""):
     meta = {key: value for key, value in record.items() if key not in Problem.__dataclass_fields__}
     meta |= {"answer_index": index, "has_image": record.get("image") is not None}
     texts = [_field(record, key, str, where, "") for key in ("hint", "lecture", "solution")]
+    question = _field(record, "question", str, where)
+    for key in ("split", "caption"):
+        _field(meta, key, str, where, "")
+    longest = max(map(len, [question, str(answer), *choices, *texts]))
+    if longest > MOST_TEXT:
+        raise ValueError(f"{where}: a text has {longest} characters; {MOST_TEXT} are the most.")
     return Problem(
         id=id,
-        question=_field(record, "question", str, where),
+        question=question,
         choices=choices,
         answer=str(answer),
         hint=texts[0],
@@ -202,28 +271,32 @@ def _problem(id, record, where, image, caption=""):
     )
 
 
-def _scienceqa(folder, split):
-    file = folder / "problems.json"
-    records, captions = read_json(file), {}
-    pids = _field(read_json(folder / "pid_splits.json"), split, list, folder / "pid_splits.json")
+def _scienceqa(folder, split, skipped=None):
+    file, splits = folder / "problems.json", folder / "pid_splits.json"
+    records, captions = _field({"problems": read_json(file)}, "problems", dict, file), {}
+    pids = _field(read_json(splits), split, list, splits)
+    if not all(isinstance(pid, str) for pid in pids) or len(set(pids)) < len(pids):
+        raise ValueError(f"{splits}: {split} is not a list of different problem ids.")
     if (folder / "captions.json").is_file():
         captions = read_json(folder / "captions.json")
         captions = _field(captions, "captions", dict, folder / "captions.json")
-    problems = []
-    for pid in pids:
-        if pid in records:
-            record, where = records[pid], f"{file}, problem {pid}"
+    problems, found = [], [pid for pid in pids if pid in records]
+    for pid in found:
+        with _noted(skipped, pid):
+            record, where = records[pid], f"{file}, problem {pid:.60}"
             for key in ("choices", "hint", "image", "lecture", "solution", "subject", "grade"):
                 _field(record, key, object, where)  # null is checked below, where it is wrong
             pictures = f"images/{_field(record, 'split', str, where)}/{pid}"
             image = _inside(folder, pictures, where) / "image.png"
             if record["image"] is None:  # the choices may still have pictures
                 image = image.with_name("choice_0.png")
-                image = image if image.is_file() else None
-            problems.append(_problem(pid, record, where, image, captions.get(pid, "")))
-    missing = len(pids) - len(problems)
+                image = image if os.path.isfile(image) else None
+            caption = _field(captions, pid, str, folder / "captions.json", "")
+            problems.append(_problem(pid, record, where, image, caption))
+    missing = len(pids) - len(found)
     if not problems:
-        raise ValueError(f"{file} has none of the {missing} problems of the split {split}.")
+        none = f"{file} has none of the {missing} problems of the split {split}."
+        raise ValueError(skipped[0][1] if skipped else none)
     if missing:
         print(f"{file} lacks {missing} of the {len(pids)} problems of {split}.", file=sys.stderr)
     return problems
@@ -238,7 +311,7 @@ _MATHVISTA = {  # split: positions in testmini. pali_reason trained on 0..349, t
 }
 
 
-def _mathvista(folder, split):
+def _mathvista(folder, split, skipped=None):
     """MathVista (Lu et al., arXiv 2310.02255): the 1,000 testmini problems, the only public ones.
 
     hint is the first line of `query`: what the answer should look like. The image is the file the
@@ -249,23 +322,34 @@ def _mathvista(folder, split):
         raise ValueError(f"{file} has no split {split}, only {', '.join(_MATHVISTA)}.")
     problems, records = [], read_json(file)
     for pid, record in _field({"pids": records}, "pids", dict, file).items():
-        where = f"{file}, problem {pid}"
-        if not pid.isdecimal():
-            raise ValueError(f"{where}: the id is not a number that counts from 1.")
-        if int(pid) - 1 not in _MATHVISTA[split]:
-            continue
-        image = _inside(folder, _field(record, "image", str, where), where)
-        others = [folder / "images" / f"{pid}{ending}" for ending in (".jpg", ".png")]
-        image = next((path for path in (image, *others) if path.is_file()), image)
-        record = {key: _unix(value) for key, value in record.items()}
-        hint = _field(record, "query", str, where).partition("\n")[0]
-        record |= _field(record, "metadata", dict, where) | {"choices": record.get("choices") or []}
-        record["hint"] = hint.removeprefix("Hint: ") if hint.startswith("Hint: ") else ""
-        del record["metadata"]  # its fields are in the record now
-        problems.append(_problem(pid, record, where, image))
+        where = f"{file}, problem {pid:.60}"
+        with _noted(skipped, pid):
+            if not _is_index(pid):
+                raise ValueError(f"{where}: the id is not a number that counts from 1.")
+            if int(pid) - 1 not in _MATHVISTA[split]:
+                continue
+            image = _inside(folder, _field(record, "image", str, where), where)
+            others = [folder / "images" / f"{pid}{ending}" for ending in (".jpg", ".png")]
+            image = next((path for path in (image, *others) if os.path.isfile(path)), image)
+            record = {key: _unix(value) for key, value in record.items()}
+            hint = _field(record, "query", str, where).partition("\n")[0]
+            record |= _field(record, "metadata", dict, where)
+            record |= {"choices": record.get("choices") or []}
+            record["hint"] = hint.removeprefix("Hint: ") if hint.startswith("Hint: ") else ""
+            del record["metadata"]  # its fields are in the record now
+            known = {key: value for key, value in record.items() if value is not None}
+            if not 0 <= _field(known, "precision", int | float, where, 0) < 9:
+                raise ValueError(f'{where}: "precision" is no number of decimals.')
+            problems.append(_problem(pid, record, where, image))
     if not problems:
-        raise ValueError(f"{file} has none of the problems of the split {split}.")
+        none = f"{file} has none of the problems of the split {split}."
+        raise ValueError(skipped[0][1] if skipped else none)
     return problems
+
+
+def _is_index(text):
+    """Whether a text is a number that counts; int() refuses thousands of digits."""
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def _unix(text):
@@ -284,7 +368,7 @@ def training_notice(where):
     )
 
 
-def _own_jsonl(file, split):
+def _own_jsonl(file, split, skipped=None):
     """Your own data, one JSON object a line.
 
         {"id": "a1", "question": "Which is longer?", "choices": ["rope", "belt"], "answer": 0,
@@ -295,37 +379,73 @@ def _own_jsonl(file, split):
     record is training data. Other keys (caption, subject, grade) go to meta.
     """
     problems, seen = [], set()
-    for where, record in _json_lines(file):
-        id = str(_field(record, "id", str | int, where))
-        if id in seen:
-            raise ValueError(f"{where}: the id {id!r} was used before.")
-        seen.add(id)
-        image = record.get("image")
-        if image is not None:
-            image = _inside(file.parent, _field(record, "image", str, where), where)
-        problems.append(_problem(id, record, f"{where} (id {id})", image))
+    for where, record in _json_lines(file, skipped=skipped):
+        named = isinstance(record, dict) and record.get("id")
+        with _noted(skipped, str(named or where.rpartition(", ")[2])):
+            id = str(_field(record, "id", str | int, where))
+            if id in seen:
+                raise ValueError(f"{where}: the id {id[:60]!r} was used before.")
+            seen.add(id)
+            image = record.get("image")
+            if image is not None:
+                image = _inside(file.parent, _field(record, "image", str, where), where)
+            problems.append(_problem(id, record, f"{where} (id {id:.60})", image))
     wanted = ("train", "val") if split == "trainval" else (split,)
     problems = [problem for problem in problems if problem.meta["split"] in wanted]
     if not problems:
-        raise ValueError(f'{file} has no record with "split": "{split}" (the default is "train").')
+        none = f'{file} has no record with "split": "{split}" (the default is "train").'
+        raise ValueError(skipped[0][1] if skipped else none)
     return problems
 
 
-def _json_lines(file, may_be_torn=False):
-    """(where, record) of each line; may_be_torn: a last line without its end is skipped."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist.")
-    lines = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        where = f"{file}, line {number}"
-        if not line.strip():
-            continue
+def _json_lines(file, may_be_torn=False, skipped=None):
+    """(where, record) of each line; may_be_torn: a last line without its end is left out."""
+    with open(_file(file), "rb") as lines:
+        for number in itertools.count(1):
+            where, line = f"{file}, line {number}", lines.readline(MOST_LINE)
+            if not line:
+                return
+            if len(line) == MOST_LINE:
+                raise ValueError(f"{where} has {MOST_LINE} bytes or more: no record is so long.")
+            try:
+                record = _parsed(line) if line.strip() else None
+            except ValueError as error:
+                if may_be_torn and not line.endswith(b"\n"):
+                    print(f"{where} was skipped: its writer was interrupted.", file=sys.stderr)
+                    return
+                with _noted(skipped, f"line {number}"):
+                    raise ValueError(f"{where} is not complete JSON ({error}).") from None
+                continue
+            if line.strip():
+                yield where, record
+
+
+def unusable(problems, look=None):
+    """[(problem id, reason)] of the problems that cannot be asked, in their order.
+
+    look  what has to be possible with a picture's path, by default only to read the file:
+          `open_image` decodes it whole.
+    """
+    look, start, reasons = look or _file, time.monotonic(), []
+
+    def reason(problem):
         try:
-            yield where, json.loads(line)
-        except ValueError as error:
-            if not may_be_torn or number < len(lines):
-                raise ValueError(f"{where} is not complete JSON ({error}).") from None
-            print(f"{where} was skipped: its writer was interrupted.", file=sys.stderr)
+            _options(problem)
+            problem.image is None or look(problem.image)
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        for problem, why in zip(problems, pool.map(reason, problems), strict=True):
+            reasons.append((problem.id, why))
+            progress("problems", len(reasons), len(problems), start)
+    return [pair for pair in reasons if pair[1] is not None]
+
+
+def write_skipped(skipped, path):
+    """(id, reason) pairs as JSONL, {"id", "reason"} a line."""
+    rows = [json.dumps({"id": id, "reason": reason}) for id, reason in skipped]
+    Path(path).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
 def load_traces(path):
@@ -335,6 +455,7 @@ def load_traces(path):
              training.csv, training_correct.csv, training_dict.json and its shorter versions.
     id       the problem's; several traces may have the same one.
     verdict  {"correct", "consistent", "by", "why"}; like gold and teacher, None where not known.
+    kept, stop, reply  as teacher.py wrote them, where it did.
 
     Traces without a thought (a failed call) are left out and counted on stderr; one without an
     answer was cut, or thought in circles.
@@ -359,13 +480,21 @@ def _trace(record, where):
     trace = {"id": str(_field(record, "id", str | int, where))}
     for key in ("question", "thought", "answer"):
         trace[key] = _unix(_field(record, key, str | None, where) or "")
-    for key in ("gold", "teacher"):
-        trace[key] = _unix(record.get(key))
+    for key, kind in (("gold", str | int | float), ("teacher", str)):
+        there = record.get(key) is not None
+        trace[key] = _unix(_field(record, key, kind, where)) if there else None
     verdict = dict.fromkeys(("correct", "consistent", "by", "why"))
     verdict |= _field({"verdict": record.get("verdict") or {}}, "verdict", dict, where)
     for key in ("correct", "consistent"):
         if not isinstance(verdict[key], bool | None):
             raise ValueError(f'{where}: "{key}" is {verdict[key]!r}, not true, false or null.')
+    for key, kind in (("kept", bool), ("stop", str), ("reply", dict)):  # only teacher.py has them
+        if not isinstance(record.get(key, kind()), kind):
+            found = f"{record[key]!r:.60}, which is not of type {kind.__name__}"
+            raise ValueError(f'{where}: "{key}" is {found}.')
+        trace |= {key: record[key]} if key in record else {}
+    for key in ("thought", "answer") if "reply" in record else ():
+        _field(record["reply"], key, str, f"{where}, reply")
     return trace | {"verdict": verdict}
 
 
@@ -377,17 +506,15 @@ def _pali_reason_csv(path):
     names = {"question": "questions", "thought": "thoughts", "answer": "generated_answers"}
     names |= {"gold": "true_answers", "index": "indexes"}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(_file(path), newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist.") from None
-    except (csv.Error, ValueError) as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file that can be read ({error}).") from None
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
         record = {ours: _field(row, theirs, str, where) for ours, theirs in names.items()}
-        if not record["index"].isdecimal():
-            raise ValueError(f'{where}: "indexes" is {record["index"]!r}, not a position.')
+        if not _is_index(record["index"]):
+            raise ValueError(f'{where}: "indexes" is {record["index"][:60]!r}, not a position.')
         verdict = {"correct": row["validity"] == "yes", "by": _CLAUDE} if "validity" in row else {}
         id = int(record["index"]) + 1  # positions count from 0, MathVista's ids from 1
         yield where, record | {"id": id, "verdict": verdict, "teacher": _GEMINI}
@@ -402,7 +529,7 @@ def _pali_reason_json(path):
     for number, (prefix, suffix, image) in enumerate(zip(*lists, strict=True), 1):
         where = f"{path}, entry {number}"
         parts = re.fullmatch(r"Thoughts:\n(.*)\nAnswer:\n(.*)", str(suffix), re.DOTALL)
-        named = re.search(r"(mathvista_images/)?(\d+)\.\w+$", str(image))
+        named = re.search(r"(mathvista_images/)?([0-9]{1,9})\.\w{1,9}$", str(image))
         if not parts or not named:
             raise ValueError(f"{where}: no thoughts and answer, or an image that is not a number.")
         id = int(named[2]) + (named[1] is not None)  # the original's own folder counts from 0
@@ -542,17 +669,23 @@ def _one_line(text, faithful):
 def load_tokenizer(folder):
     """A checkpoint's tokenizer.json; where there is only spiece.model (UnifiedQA), T5's from it."""
     file = Path(folder, "tokenizer.json")
-    if not file.is_file():
+    if not file.exists():
         file = Path(folder, "spiece.model")
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"{folder} has neither tokenizer.json nor spiece.model.")
     read = Tokenizer.from_file if file.suffix == ".json" else _t5_tokenizer
     try:
+        content = _file(file).read_bytes()
+        for found in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', content):
+            _check_charsmap(base64.b64decode(found[1]))
         tokenizer = read(str(file))
-    except Exception as error:  # tokenizers raises bare Exceptions
+        tokenizer.no_truncation()
+        tokenizer.no_padding()  # then a trial: some can be read and not used
+        tokenizer.decode(tokenizer.encode(f"{string.printable} ½ é 中").ids)
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics, which are none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{file} is not a tokenizer that can be read ({error!r}).") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 
@@ -570,6 +703,8 @@ def _t5_tokenizer(file):
             charsmap = dict(_protobuf(value)).get(2, b"")
     if charsmap is None:
         raise ValueError("it has no normalizer: the file is cut off")
+    if charsmap:
+        _check_charsmap(charsmap)
     ids = {text: i for i, (text, _) in enumerate(vocabulary)}
     extras = [f"<extra_id_{i}>" for i in reversed(range(100))]
     vocabulary += [(extra, 0.0) for extra in extras]
@@ -586,6 +721,12 @@ def _t5_tokenizer(file):
     return tokenizer
 
 
+def _check_charsmap(content):
+    """The tokenizers library believes the size at its start: asked for gigabytes, it aborts."""
+    if struct.unpack_from("<I", content)[0] > len(content) - 4:
+        raise ValueError("its table of characters is shorter than it says")
+
+
 def _protobuf(data):
     """(field number, value) pairs of one protobuf message: int for a varint, otherwise bytes."""
     at = 0
@@ -598,6 +739,8 @@ def _protobuf(data):
             value, shift = value | (byte & 127) << shift, shift + 7
             if byte < 128:
                 return value
+            if shift > 63:
+                raise ValueError("it has a number of more than 64 bits")
 
     while at < len(data):
         number, wire = divmod(varint(), 8)
@@ -611,15 +754,28 @@ def _protobuf(data):
         at += size
 
 
+_NO_TAGS = dict.fromkeys(map(ord, "<\N{FULLWIDTH LESS-THAN SIGN}\N{SMALL LESS-THAN SIGN}"), "⟨")
+
+
 def encode(tokenizer, texts, max_length, tail=16):
     """Token ids of each text, at most max_length with the </s> the tokenizer appends.
 
     A text that is too long loses tokens before its last `tail`: a source keeps its cue "Answer:",
     a target its end. tail=1 is the original's truncation, which keeps </s> only. How many texts
     were cut is said on stderr.
+
+    No text holds a special token: T5's tokenizers find "</s>" and "<extra_id_0>" anywhere, as added
+    tokens and as pieces. Where one came of it, the text is read again with another character for
+    "<"; T5 has a piece for neither, so what was "<" is <unk> either way and the rest spelled out.
     """
     tail = min(tail, max_length)
     rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    added = tokenizer.get_added_tokens_decoder().items()
+    special = {id for id, token in added if token.content.startswith("<")}
+    special -= {tokenizer.token_to_id("<unk>")}
+    for i, row in enumerate(rows):
+        if not special.isdisjoint(row[:-1]):
+            rows[i] = tokenizer.encode(texts[i].translate(_NO_TAGS)).ids
     cut = [row[: max_length - tail] + row[-tail:] if len(row) > max_length else row for row in rows]
     count = sum(len(row) > max_length for row in rows)
     if count:
@@ -683,9 +839,19 @@ def collate(examples, pad_id=0):
         batch["labels"] = labels
         batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, pad_id)
     if "image_features" in examples[0]:
-        features = np.stack([example["image_features"] for example in examples])
-        batch["image_features"] = torch.from_numpy(features).float()  # (B, P, F)
+        batch["image_features"] = _stacked(examples)  # (B, P, F)
     return batch
+
+
+def _stacked(examples):
+    """The rows' features or pixels as one float32 tensor; NaN would silently become everything."""
+    stacked = np.stack([example["image_features"] for example in examples])
+    stacked = torch.from_numpy(stacked).float()
+    finite = stacked.flatten(1).isfinite().all(dim=1).tolist()
+    if not all(finite):
+        bad = ", ".join(e["id"] for e, fine in zip(examples, finite, strict=True) if not fine)
+        raise ValueError(f"The picture features of these problems are not finite: {bad}.")
+    return stacked
 
 
 def batches(lengths, batch_size, generator=None, chunk=50):
@@ -742,7 +908,8 @@ def pali_suffix(problem, trace=None):
 
 
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-_ANSWER = re.compile(r".*\banswer(?: is|:)[\s*:]*(.+)", re.IGNORECASE)
+# Without ^, which changes no match, a line of n characters without an answer takes n^2 steps.
+_ANSWER = re.compile(r"^.*\banswer(?: is|:)[\s*:]*(.+)", re.IGNORECASE | re.MULTILINE)
 
 
 def final_answer(problem, text):
@@ -752,7 +919,8 @@ def final_answer(problem, text):
     is for training data that nobody graded; eval.py has the grader.
     """
     said = _BOXED.findall(text) or _ANSWER.findall(text) or text.strip().splitlines()
-    said = re.sub(r"\\text\{(.*?)\}", r"\1", said[-1] if said else "").strip(" .*$")
+    said = said[-1][:10_000] if said else ""  # the next pattern is quadratic in it
+    said = re.sub(r"\\text\{(.*?)\}", r"\1", said).strip(" .*$")
     if not problem.choices:
         numbers = re.findall(r"-?\d+(?:\.\d+)?", said.replace(",", ""))
         is_number = problem.meta.get("answer_type") in ("integer", "float")
@@ -876,9 +1044,8 @@ def pali_collate(examples, pad_id=0, side="left"):
     }
     if "labels" in examples[0]:
         batch["labels"] = padded([example["labels"] for example in examples], -100)
-    stored = [example["image_features"] for example in examples if "image_features" in example]
-    if stored:
-        seen = torch.from_numpy(np.stack(stored)).float()  # (n, I, D) or (n, 3, S, S)
+    if pictured := [example for example in examples if "image_features" in example]:
+        seen = _stacked(pictured)  # (n, I, D) or (n, 3, S, S)
         batch["image_features" if seen.ndim == 3 else "pixel_values"] = seen
     return batch
 
@@ -913,17 +1080,44 @@ def shuffled(problem, generator):
 # --- Pictures and their features ------------------------------------------------------------------
 
 
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # an EPS would start Ghostscript
+_ONE_LARGE = threading.Lock()  # a picture takes up to 9 bytes a pixel while it is decoded
+
+
 def open_image(path):
-    """The picture in RGB. Alpha is dropped and EXIF rotation ignored, as in the original."""
+    """The picture in RGB, upright.
+
+    As in the original, alpha is dropped and not blended, and of an animation the first frame is
+    taken. The EXIF note of how a phone was held is obeyed, as every viewer does; the original does
+    not, but no picture of ScienceQA or MathVista that was seen has one. 16 bits of grey are scaled
+    to 8, where PIL would make all but the darkest white.
+    Raises FileNotFoundError, or ValueError for a file that is no whole picture and for one of over
+    Image.MAX_IMAGE_PIXELS (89 million), which is not decoded.
+    """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        with Image.open(_file(path), formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            return image.convert("RGB")
+            with _ONE_LARGE if pixels > 1 << 24 else contextlib.nullcontext():
+                return _upright_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"The image {path} does not exist.") from None
     except Exception as error:  # a broken file makes PIL's decoders raise almost anything
         raise ValueError(f"The image {path} cannot be read ({error}).") from None
+
+
+def _upright_rgb(image):
+    image.load()
+    with contextlib.suppress(Exception):  # a torn EXIF block turns nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: save it with 8 bits")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image) >> 8  # (H, W)
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    image.info.pop("transparency", None)  # dropped, without PIL's advice to keep it
+    return image.convert("RGB")
 
 
 def detr_pixels(image, size=224):
@@ -1029,10 +1223,9 @@ def cached_features(problems, extract, fingerprint, size, folder, pixels=detr_pi
 
 def _image_sha(problem):
     try:
-        return hashlib.sha256(Path(problem.image).read_bytes()).hexdigest()
-    except OSError as error:
-        text = f"Problem {problem.id}: the image {problem.image} cannot be read ({error.strerror})."
-        raise FileNotFoundError(text) from None
+        return _checksum(_file(problem.image))
+    except (OSError, ValueError) as error:
+        raise type(error)(f"Problem {problem.id}: the image {error}") from None
 
 
 @contextlib.contextmanager
@@ -1047,9 +1240,19 @@ def _locked(folder):
 
 
 def _feature_manifest(folder, fingerprint, size):
-    if not (folder / "manifest.json").is_file():
+    file = folder / "manifest.json"
+    if not file.exists():
         return {"fingerprint": fingerprint, "size": size, "shape": None, "rows": {}}
-    manifest = read_json(folder / "manifest.json")
+    try:
+        manifest = read_json(file)
+        shape = _field(manifest, "shape", list, file)
+        rows = list(_field(manifest, "rows", dict, file).values())
+        whole = all(type(x) is int for x in rows + shape) and sorted(rows) == list(range(len(rows)))
+        if not whole or len(shape) != 2 or min(shape) < 1 or math.prod(shape) > 10**8:
+            raise ValueError(f"{file} does not say which picture is in which row.")
+        _field(manifest, "fingerprint", str, file), _field(manifest, "size", int, file)
+    except ValueError as error:
+        raise ValueError(f"{error} Delete {folder}.") from None
     if (manifest["fingerprint"], manifest["size"]) != (fingerprint, size):
         raise ValueError(
             f"The feature cache {folder} was made by checkpoint {manifest['fingerprint']} at size "
@@ -1064,10 +1267,11 @@ def _feature_array(folder, manifest, count):
     file, shape, old = folder / "features.npy", tuple(manifest["shape"]), np.zeros(0)
     if manifest["rows"]:
         try:
-            old = np.load(file, mmap_mode="r+")
-        except (OSError, ValueError) as error:
+            old = np.load(_file(file), mmap_mode="r+")
+            fits = old.dtype == np.float16 and old.shape[1:] == shape
+        except Exception as error:  # numpy's reader of headers raises almost anything
             raise ValueError(f"{file} cannot be read ({error}). Delete {folder}.") from None
-        if old.shape[1:] != shape or len(old) < len(manifest["rows"]):
+        if not fits or len(old) < len(manifest["rows"]):
             raise ValueError(f"{file} does not fit its manifest. Delete {folder}.")
         if len(old) >= count:
             return old
@@ -1085,9 +1289,10 @@ def _extract_into(array, manifest, todo, extract, pixels, folder, chunk=32):
         items = todo[first : first + chunk]
         made = extract([next(decoded) for _ in items])
         for (sha, problem), features in zip(items, made, strict=True):
+            features = features.detach().cpu().half()  # fp16 ends at 65504
             if not torch.isfinite(features).all():
                 raise ValueError(f"Problem {problem.id}: the features of its image are not finite.")
-            array[len(manifest["rows"])] = features.detach().cpu().numpy()  # (P, F)
+            array[len(manifest["rows"])] = features.numpy()  # (P, F)
             manifest["rows"][sha] = len(manifest["rows"])
         _save_manifest(array, manifest, folder)
         progress("images", first + len(items), len(todo), start)
@@ -1119,12 +1324,12 @@ def _save_manifest(array, manifest, folder):
     os.replace(temporary, folder / "manifest.json")
 
 
-def progress(what, done, total, start):
+def progress(what, done, total, start, note=""):
     """One line on a terminal with the rate and the time left; nothing into a file or a pipe."""
     if sys.stderr.isatty():
         rate = max(done, 1e-9) / max(time.monotonic() - start, 1e-9)
         left = (total - done) / rate
-        text = f"{what}: {done:.0f} of {total:.0f}, {rate:.1f}/s, {left:.0f} s left"
+        text = f"{what}: {done:.0f} of {total:.0f}, {rate:.1f}/s, {left:.0f} s left{note}"
         print(f"\r{text:<60}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
@@ -1142,24 +1347,28 @@ def published_features(path, name_map):
     name_map  mm-cot's name_map.json, {problem id: row}. It includes the problems whose only
               pictures are the choices'. resnet.npy has one vector a picture, used 512 times.
     """
-    path, rows = Path(path), read_json(name_map)
+    path = Path(path)
+    rows = _field({"names": read_json(name_map)}, "names", dict, name_map)
     if path.name not in PUBLISHED:  # vit.npy is another model's: (11208, 577, 768)
         raise ValueError(f"{path} is none of {', '.join(PUBLISHED)}, which the checkpoints read.")
+    _file(path)
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
         else:
             mmap = zipfile.is_zipfile(path)
             array = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap).numpy()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist.") from None
+        shape, kind = array.shape[1:], array.dtype.kind
     except Exception as error:
-        raise ValueError(f"{path} is not a feature file ({error}).") from None
-    if array.shape[1:] != PUBLISHED[path.name]:
-        raise ValueError(f"{path} has rows of {array.shape[1:]}, not {PUBLISHED[path.name]}.")
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is not a feature file ({why}).") from None
+    if shape != PUBLISHED[path.name] or kind != "f":
+        needed = f"{PUBLISHED[path.name]}, of floats"
+        raise ValueError(f"{path} has {array.dtype} rows of {shape}, not {needed}.")
     for id, row in rows.items():
-        if not str(row).isdecimal() or int(row) >= len(array):
-            raise ValueError(f"{name_map}: {id} has row {row}, but {path} has {len(array)} rows.")
+        if not _is_index(str(row)) or int(row) >= len(array):
+            found = f"{id:.60} has row {row!s:.60}"
+            raise ValueError(f"{name_map}: {found}, but {path} has {len(array)} rows.")
     if path.name == "resnet.npy":
         array = np.broadcast_to(array[:, None, :], (len(array), 512, 2048))  # (N, P, F), no copy
     return Features(array, {id: int(row) for id, row in rows.items()})
@@ -1222,7 +1431,8 @@ def _fetch(url, part):
     with urllib.request.urlopen(request, timeout=60) as reply:
         if not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = 0  # the server sends the whole file
-        total = have + int(reply.headers.get("Content-Length", 0))
+        length = reply.headers.get("Content-Length", "0")
+        total = have + (int(length) if length.isdecimal() else 0)
         start, first = time.monotonic(), have
         with open(part, "ab" if have else "wb") as file:
             while block := reply.read(1 << 20):
@@ -1232,7 +1442,7 @@ def _fetch(url, part):
         raise ConnectionError(f"the connection was lost after {have} of {total} bytes")
 
 
-def _checksum(path, like):
+def _checksum(path, like=None):
     """sha256 of a file, or its git blob id where `like` is one (40 digits)."""
     if like is not None and len(like) == 40:
         data = path.read_bytes()
@@ -1245,21 +1455,29 @@ def unpack(archive, folder, top):
     """Unzip the archive's folder `top` as folder/top.
 
     An entry that would leave the folder (an absolute path, a drive, "..", a symbolic link) is
-    refused, and then nothing is unpacked.
+    refused, and so are entries that unpack to `most` times the archive's size (pictures hardly
+    shrink; a bomb says a thousand times, and no entry gets more than it says). Then nothing is
+    unpacked.
     """
-    try:
-        with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory(dir=folder) as temporary:
-            for entry in file.infolist():
-                name = PurePosixPath(entry.filename.replace("\\", "/"))
-                leaves = name.is_absolute() or ".." in name.parts or ":" in entry.filename
-                if leaves or stat.S_ISLNK(entry.external_attr >> 16):
-                    raise ValueError(f"{archive}: {entry.filename!r} would leave the folder.")
-            file.extractall(temporary)
-            os.replace(Path(temporary, top), Path(folder, top))
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} is not a whole zip file ({error}); delete it.") from None
-    except FileNotFoundError:
-        raise ValueError(f"{archive} has no folder {top}.") from None
+    size, most = os.path.getsize(_file(archive)), 100
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        try:
+            with zipfile.ZipFile(archive) as file:
+                for entry in file.infolist():
+                    name = PurePosixPath(entry.filename.replace("\\", "/"))
+                    leaves = name.is_absolute() or ".." in name.parts or ":" in entry.filename
+                    if leaves or stat.S_ISLNK(entry.external_attr >> 16):
+                        raise ValueError(f"{entry.filename!r:.60} would leave the folder")
+                if sum(entry.file_size for entry in file.infolist()) > most * size:
+                    raise ValueError(f"it would unpack to over {most} times its size")
+                file.extractall(temporary)
+        except Exception as error:  # zipfile's, the decompressors', RuntimeError if encrypted
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EIO):
+                raise  # not the archive's fault
+            raise ValueError(f"{archive} is not a whole zip file ({error}); delete it.") from None
+        if not Path(temporary, top).is_dir():
+            raise ValueError(f"{archive} has no folder {top}.")
+        os.replace(Path(temporary, top), Path(folder, top))
 
 
 def download_mathvista(folder):
@@ -1309,10 +1527,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     folder = Path(args.to) if args.to else cache_folder() / args.name
     try:
-        changed = read_json(args.addresses) if args.addresses else {}
+        file = args.addresses
+        changed = _field({"table": read_json(file)}, "table", dict, file) if file else {}
         for name, entry in changed.items():
-            if not isinstance(entry, list) or len(entry) != 2:
-                raise ValueError(f"{args.addresses}: {name} is not [address, checksum or null].")
+            if name not in SCIENCEQA:
+                raise ValueError(f"{file}: {name:.60} is none of {', '.join(SCIENCEQA)}.")
+            pair = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+            if not isinstance(pair[0], str) or not isinstance(pair[1], str | None):
+                raise ValueError(f"{file}: {name} is not [address, checksum or null].")
         if args.name == "mathvista":
             download_mathvista(folder)
         else:

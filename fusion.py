@@ -32,6 +32,7 @@ from model import (
     T5_KEYS,
     KeyTable,
     T5Config,
+    described,
     from_config,
     head_is_tied,
     load_weights,
@@ -154,8 +155,8 @@ class MultimodalT5(nn.Module):
             MULTIMODAL_KEYS.to_ours(n): shape for n, (_, shape) in stored_tensors(folder).items()
         }
         width = names.get("fusion.image_dense.weight")
-        with torch.device("meta"):
-            tied = head_is_tied(folder)
+        tied = head_is_tied(folder)
+        with described(folder):
             t5 = T5(from_config(T5Config, config), tied=tied)
             no_image = config.get("no_image", "zero")
             fusion = GatedFusion(t5.config.d_model, width[1], no_image) if width else None
@@ -195,12 +196,12 @@ class MultimodalT5(nn.Module):
         return self.t5.head(states)
 
     @torch.inference_mode()
-    def generate(
-        self, input_ids, attention_mask, image_features=None, *, max_new_tokens, **sampling
-    ):
-        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default."""
+    def generate(self, input_ids, attention_mask, image_features=None, *, max_new_tokens, **how):
+        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
+
+        `how` is as in `model.decode`."""
         memory = self.encode(input_ids, attention_mask, image_features)
-        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **sampling)
+        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **how)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -209,12 +210,12 @@ class MultimodalT5(nn.Module):
 
 
 @torch.inference_mode()
-def write(model, batches, tokenizer, max_new_tokens, **sampling):
+def write(model, batches, tokenizer, max_new_tokens, **how):
     """Decode every batch; {id: {"text", "stop": "eos" or "length", "tokens"}}.
 
-    `batches` yields `data.collate` dicts, labels not needed. The model never sees gold text here;
-    the first published commands scored the arg-max of teacher-forced logits instead (see
-    `teacher_forced`).
+    `batches` yields `data.collate` dicts, labels not needed; `how` is as in `model.decode`. The
+    model never sees gold text here; the first published commands scored the arg-max of
+    teacher-forced logits instead (see `teacher_forced`).
     """
     model.eval()
     config, outputs = model.t5.config, {}
@@ -224,7 +225,7 @@ def write(model, batches, tokenizer, max_new_tokens, **sampling):
         image_features = batch.get("image_features")
         if image_features is not None:
             inputs["image_features"] = image_features.to(device)
-        new_ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)  # (B, U)
+        new_ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **how)  # (B, U)
         for problem_id, row in zip(batch["ids"], new_ids.tolist(), strict=True):
             ended = config.eos_token_id in row
             row = row[: row.index(config.eos_token_id)] if ended else row
@@ -253,17 +254,17 @@ def teacher_forced(model, batches, tokenizer):
     return texts
 
 
-def two_stage(rationale_model, answer_model, make_batches, tokenizer, lengths):
+def two_stage(rationale_model, answer_model, make_batches, tokenizer, lengths, **how):
     """Stage 1 writes a rationale, stage 2 reads question and rationale and answers (section 4).
 
     `make_batches(generated)` yields the batches of stage 1 for None, and of stage 2 for a dict
-    {id: rationale}. `lengths` are the token limits of the two stages.
+    {id: rationale}. `lengths` are the token limits of the two stages; `how` is as in `write`.
     Returns {id: {"response", "rationale", "stop", "tokens"}}; `stop` is stage 2's unless the
     rationale was cut, `tokens` counts both.
     """
-    rationales = write(rationale_model, make_batches(None), tokenizer, lengths[0])
+    rationales = write(rationale_model, make_batches(None), tokenizer, lengths[0], **how)
     texts = {problem_id: r["text"] for problem_id, r in rationales.items()}
-    answers = write(answer_model, make_batches(texts), tokenizer, lengths[1])
+    answers = write(answer_model, make_batches(texts), tokenizer, lengths[1], **how)
     return {
         problem_id: {
             "response": answer["text"],

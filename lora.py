@@ -297,32 +297,46 @@ def load(model, folder):
     """
     config, stored = read(folder)
     names = names_in_file(model, stored)
-    layers = {
-        path: LoRALinear(model.get_submodule(path), *layer_settings(config, name))
+    settings = {
+        path: layer_settings(config, name)
         for path, name in names.items()
         if is_target(config, name)
     }
-    wanted = {
-        f"base_model.model.{names[path]}.{name}": p
-        for path, layer in layers.items()
-        for name, p in layer.adapter().items()
+    wanted = {  # before anything of that size is made: the rank may be any number
+        f"base_model.model.{names[path]}.{part}": shape
+        for path, how in settings.items()
+        for part, shape in adapter_shapes(model.get_submodule(path), how).items()
     }
     problems = {
         "missing": sorted(wanted.keys() - stored.keys()),
         "unexpected": sorted(stored.keys() - wanted.keys()),
         "of another shape": [
-            f"{key}: file {list(stored[key].shape)}, model {list(p.shape)}"
-            for key, p in wanted.items()
-            if key in stored and stored[key].shape != p.shape
+            f"{key}: file {list(stored[key].shape)}, model {shape}"
+            for key, shape in wanted.items()
+            if key in stored and list(stored[key].shape) != shape
         ],
+        "without finite floating-point numbers": sorted(
+            key
+            for key, t in stored.items()
+            if not t.is_floating_point() or not t.float().isfinite().all()
+        ),
     }
     if any(problems.values()):
         listed = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in problems.items() if v)
         reader = f"this {type(model).__name__} and their own {CONFIG}"
         raise ValueError(f"The adapters in {folder} do not fit {reader}. Tensors {listed}.")
-    for key, p in wanted.items():
-        p.data.copy_(stored[key])
+    layers = {path: LoRALinear(model.get_submodule(path), *how) for path, how in settings.items()}
+    for path, layer in layers.items():
+        for part, p in layer.adapter().items():
+            p.data.copy_(stored[f"base_model.model.{names[path]}.{part}"])
     return install(model, layers)
+
+
+def adapter_shapes(base, how):
+    """{name: shape} of the tensors LoRALinear(base, *how) will have."""
+    r, dora = how[0], how[-1]
+    shapes = {"lora_A.weight": [r, base.in_features], "lora_B.weight": [base.out_features, r]}
+    return shapes | ({"lora_magnitude_vector": [base.out_features]} if dora else {})
 
 
 def read(folder):
@@ -335,13 +349,15 @@ def read(folder):
                 "loads an old adapter_model.bin and saves it so)."
             )
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = json.loads(config.read_text(encoding="utf-8-sig"))
         tensors = load_file(weights)
-    except (ValueError, SafetensorError, OSError) as e:
+    except (ValueError, RecursionError, SafetensorError, OSError, AttributeError, KeyError) as e:
         raise ValueError(
             f"The adapter in {folder} cannot be read ({type(e).__name__}: {e}). Get it again."
         ) from e
     refuse_unsupported(settings, config)
+    settings = {key: value for key, value in settings.items() if value is not None}
+    check_settings(settings, config)
     return settings, tensors
 
 
@@ -362,6 +378,49 @@ def refuse_unsupported(config, path):
             f"{path} asks for what is not supported here: {listed}. Only LoRA, rsLoRA and DoRA on "
             "named Linear layers are: merge this adapter with PEFT and load the merged model."
         )
+
+
+NUMBER = int | float
+KINDS = {  # of the settings that are obeyed: the type, and that of the parts
+    "r": (int, None),
+    "lora_alpha": (NUMBER, None),
+    "lora_dropout": (NUMBER, None),
+    "use_rslora": (bool, None),
+    "use_dora": (bool, None),
+    "rank_pattern": (dict, int),
+    "alpha_pattern": (dict, NUMBER),
+    "target_modules": (str | list, str),
+    "exclude_modules": (str | list, str),
+    "layers_to_transform": (int | list, int),
+}
+
+
+def check_settings(config, path):
+    """ValueError for a setting of another type than PEFT writes, and for a pattern that could be
+    matched for ever: patterns come with the file, and Python's engine backtracks."""
+
+    def is_a(value, kind):
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return kind is bool and isinstance(value, bool)
+        return not isinstance(value, float) or math.isfinite(value)
+
+    for key, (kind, part) in KINDS.items():
+        value = config.get(key)
+        parts = value.values() if isinstance(value, dict) else value
+        parts = () if part is None or isinstance(parts, str | int | float | None) else parts
+        if key in config and not (is_a(value, kind) and all(is_a(x, part) for x in parts)):
+            raise ValueError(f"{path}: {key} is {value!r:.60}, which is of the wrong type.")
+    if not 0 <= config.get("lora_dropout", 0) < 1:
+        raise ValueError(f"{path}: lora_dropout is {config['lora_dropout']}, which is no share.")
+    patterns = [x for x in map(config.get, ("target_modules", "exclude_modules")) if x]
+    patterns = [x for x in patterns if isinstance(x, str)]
+    for pattern in [*patterns, *config.get("rank_pattern", ()), *config.get("alpha_pattern", ())]:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as e:
+            raise ValueError(f"{path}: {pattern!r:.60} is no pattern ({e}).") from e
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 5:
+            raise ValueError(f"{path}: {pattern!r:.60} has more repetitions than are matched here.")
 
 
 def names_in_file(model, stored):

@@ -25,11 +25,11 @@ Axes:
   C channels     L classes         K key-value heads I image tokens    G = N / K
 """
 
+import contextlib
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -90,24 +90,56 @@ def read_config(folder, model_type):
         raise FileNotFoundError(
             f"{path} does not exist: a checkpoint folder needs its config.json."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}). Download it again.") from e
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {type(config).__name__}, not a JSON object.")
+    config = json_object(path)
     if config.get("model_type") != model_type:
         raise ValueError(
-            f"{path} says model_type {config.get('model_type')!r}, but {model_type!r} is needed "
-            "here: these weights belong to another architecture."
+            f"{path} says model_type {config.get('model_type')!r:.60}, but {model_type!r} is "
+            "needed here: these weights belong to another architecture."
         )
     return config
 
 
+def json_object(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON ({e}). Download it again.") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
+    return value
+
+
 def from_config(cls, config):
-    """Dataclass `cls` from a config dict; absent and null fields keep the family's default."""
-    names = {f.name for f in fields(cls)}
-    return cls(**{k: v for k, v in config.items() if k in names and v is not None})
+    """Dataclass `cls` from a config dict; absent and null fields keep the family's default.
+    ValueError for a value of another type, or a size no model has: it would take hours to build."""
+    made = {}
+    for field in fields(cls):
+        value = config.get(field.name)
+        if value is None:
+            continue
+        kind = {float: (int, float), tuple: (list, tuple)}.get(field.type, field.type)
+        fits = isinstance(value, kind) and (field.type is bool or not isinstance(value, bool))
+        if fits and isinstance(value, int | float):
+            least = 0 if field.type is float else -1 if "token" in field.name else 1
+            fits = least <= value <= (256 if "layers" in field.name else 10**7)  # False for NaN
+        if not fits:
+            raise ValueError(f"{field.name} is {value!r:.60}, which no {cls.__name__} has.")
+        made[field.name] = value
+    return cls(**made)
+
+
+@contextlib.contextmanager
+def described(folder):
+    """The meta device, where a module takes no memory, to build what config.json describes."""
+    try:
+        with torch.device("meta"):
+            yield
+    except ValueError as e:
+        raise ValueError(f"{folder}/config.json: {str(e).rstrip('.')}.") from e
+    except Exception as e:  # torch's and Python's own, for sizes that do not go together
+        raise ValueError(
+            f"{folder}/config.json describes no model that can be built ({type(e).__name__}: {e})."
+        ) from e
 
 
 def convert_pickle(path):
@@ -118,29 +150,45 @@ def convert_pickle(path):
     """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except Exception as e:  # a broken pickle makes its reader raise almost anything
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ValueError(
             f"{path} is not a plain file of tensors and was not loaded ({reason}). Pickles that "
             "hold code are refused: use a safetensors version of these weights."
         ) from e
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and is_plain(t) for name, t in tensors.items()
+    ):
         raise ValueError(f"{path} does not hold a dict of tensors, so it is no model's weights.")
     kept = {}
     for name in sorted(tensors, key=len):  # of several names the shortest: "shared.weight"
         t = tensors[name]
         kept.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else name, name)
     target = path.with_name("model.safetensors")
-    write_safetensors({name: tensors[name] for name in kept.values()}, target)
+    try:
+        write_safetensors({name: tensors[name] for name in kept.values()}, target)
+    except (RuntimeError, ValueError, SafetensorError) as e:  # tensors that overlap in memory
+        raise ValueError(f"{path} could not be converted to {target.name} beside it ({e}).") from e
     return target
+
+
+def is_plain(t):
+    """Whether a tensor from a pickle has its numbers in memory. A view that says more of them than
+    its storage holds would be written out in full: a few bytes that become terabytes."""
+    if not torch.is_tensor(t) or t.layout != torch.strided or t.device.type != "cpu":
+        return False
+    return t.numel() * t.element_size() <= t.untyped_storage().nbytes()
 
 
 def write_safetensors(tensors, path):
     """Write beside `path`, then rename: whoever has the old file mapped keeps a whole one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, {"format": "pt"})
-    temporary.chmod(0o644)  # the library writes for the owner alone
-    os.replace(temporary, path)
+    temporary, plain = path.with_name(f".{path.name}.{os.getpid()}.tmp"), {"format": "pt"}
+    try:
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, plain)
+        temporary.chmod(0o644)  # the library writes for the owner alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def stored_tensors(folder):
@@ -148,7 +196,13 @@ def stored_tensors(folder):
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        paths = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        names = json_object(index).get("weight_map")
+        names = list(names.values()) if isinstance(names, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(
+                f"{index} has no weight_map from tensors to files of its own folder. Get it again."
+            )
+        paths = {folder / name for name in names}
     elif single.is_file():
         paths = {single}
     elif (folder / "pytorch_model.bin").is_file():
@@ -160,13 +214,22 @@ def stored_tensors(folder):
         )
     found = {}
     for path in sorted(paths):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    found[name] = (path, tuple(file.get_slice(name).get_shape()))
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} cannot be read as safetensors ({e}). Get it again.") from e
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                found[name] = (path, tuple(file.get_slice(name).get_shape()))
     return found
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A safetensors file; whatever its reader finds wrong with it is a ValueError that names it."""
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")  # a pipe would be waited for
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, AttributeError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path} cannot be read as safetensors ({e}). Get it again.") from e
 
 
 class KeyTable:
@@ -220,7 +283,8 @@ def load_weights(module, folder, table, dtype=torch.float32, skip=()):
 
     Tensors are memory-mapped into place and copied only where `dtype` differs from the file's.
     `skip` names (ours) that the caller knows to be copies of another tensor.
-    Raises ValueError that names each missing, unexpected and misshaped tensor as the file calls it.
+    Raises ValueError that names each missing, unexpected and misshaped tensor as the file calls it,
+    and each that is not of finite floating-point numbers.
     """
     check_dtype(dtype)
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
@@ -249,13 +313,26 @@ def load_weights(module, folder, table, dtype=torch.float32, skip=()):
             f"The weights in {folder} do not fit {type(module).__name__} as its config.json "
             f"describes it. Tensors {listed}."
         )
-    tensors = {}
+    tensors, bad = {}, []
     for path, names in by_file.items():
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             for theirs, ours in names:
-                tensors[ours] = file.get_tensor(theirs).to(dtype)
+                t = file.get_tensor(theirs)
+                tensors[ours] = t.to(dtype)
+                if not t.is_floating_point() or not finite(tensors[ours]):
+                    bad.append(theirs)
+    if bad:
+        raise ValueError(
+            f"The weights in {folder} are no finite numbers of type {dtype} in {len(bad)} tensors: "
+            f"{', '.join(sorted(bad))}. They were stored in integers, or by a run that diverged."
+        )
     module.load_state_dict(tensors, assign=True)
     return module
+
+
+def finite(t):
+    """Whether a tensor has neither NaN nor infinity; its extremes show both, and take no memory."""
+    return t.numel() == 0 or all(math.isfinite(x) for x in t.aminmax())
 
 
 def save_weights(module, folder, table, config):
@@ -287,9 +364,9 @@ def head_is_tied(folder):
         return True
     tensors = []
     for name in (heads[0], inputs[0]):
-        with safe_open(stored[name], "pt") as file:
+        with opened(stored[name]) as file:
             tensors.append(file.get_tensor(name))
-    return torch.equal(*tensors)
+    return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
 
 
 def check_dtype(dtype):
@@ -339,12 +416,14 @@ def decode(
     temperature=0.0,
     generator=None,
     stop_loops=False,
+    on_token=None,
 ):
     """Generate up to `max_new_tokens` ids per row; rows that have finished leave the batch.
 
     logits (B, V) choose the first id; `step(ids (B, 1), cache) -> logits (B, V)` runs the model on
     one more token per live row; `cache.keep(alive)` drops the rows where the boolean (B,) is False.
-    With `stop_loops` a row that repeats itself (see `looping`) ends as well.
+    With `stop_loops` a row that repeats itself (see `looping`) ends as well. `on_token(t, ids)`
+    hears the ids of the live rows at step t as soon as they are chosen: t = 0 begins a text.
     Returns (B, <= max_new_tokens) ids, EOS included, `pad_id` after the end of a row; and why each
     row stopped, a list of "eos", "loop" or "length".
     """
@@ -355,6 +434,8 @@ def decode(
     for t in range(max_new_tokens):
         ids = pick(logits, temperature, generator)  # (B,)
         out[rows, t] = ids
+        if on_token:
+            on_token(t, ids)
         ended = ids == eos_id
         looped = ~ended & looping(out[rows, : t + 1]) if stop_loops else torch.zeros_like(ended)
         alive = ~(ended | looped)
@@ -396,6 +477,11 @@ class T5Config:
     pad_token_id: int = 0
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
+
+    def __post_init__(self):
+        buckets, far = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or far <= buckets // 2:  # see relative_bucket
+            raise ValueError(f"{buckets} buckets of relative positions do not go up to {far}.")
 
     @property
     def decoder_layers(self):
@@ -655,9 +741,9 @@ class T5(nn.Module):
     def from_pretrained(cls, where, dtype=torch.float32):
         """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
         folder = resolve(where)
-        config = from_config(T5Config, read_config(folder, "t5"))
-        with torch.device("meta"):
-            model = cls(config, tied=head_is_tied(folder))
+        config, tied = read_config(folder, "t5"), head_is_tied(folder)
+        with described(folder):
+            model = cls(from_config(T5Config, config), tied)
         skip = ("lm_head.weight",) if model.lm_head is None else ()
         return load_weights(model, folder, T5_KEYS, dtype, skip).eval()
 
@@ -717,15 +803,15 @@ class T5(nn.Module):
         return self.head(states)  # (B, U, V)
 
     @torch.inference_mode()
-    def generate(self, input_ids, attention_mask, max_new_tokens, temperature=0.0, generator=None):
-        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default."""
+    def generate(self, input_ids, attention_mask, max_new_tokens, **how):
+        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
+
+        `how`: temperature, generator, stop_loops, on_token, as in `decode`."""
         memory = self.encode(input_ids, attention_mask)
-        return self.generate_from(memory, attention_mask, max_new_tokens, temperature, generator)
+        return self.generate_from(memory, attention_mask, max_new_tokens, **how)
 
     @torch.inference_mode()
-    def generate_from(
-        self, memory, attention_mask, max_new_tokens, temperature=0.0, generator=None
-    ):
+    def generate_from(self, memory, attention_mask, max_new_tokens, **how):
         """As `generate`, from encoder states (B, T, D), perhaps fused with a picture."""
         c = self.config
         cache = T5Cache(self.decoder, memory, self.mask_bias(attention_mask), max_new_tokens)
@@ -736,7 +822,7 @@ class T5(nn.Module):
         start = torch.full((len(memory), 1), c.decoder_start_token_id, device=memory.device)
         ends = (c.eos_token_id, c.pad_token_id)
         first = step(start, cache)  # (B, V)
-        return decode(first, step, cache, max_new_tokens, *ends, temperature, generator)[0]
+        return decode(first, step, cache, max_new_tokens, *ends, **how)[0]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -762,6 +848,7 @@ class DETRConfig:
     decoder_ffn_dim: int = 2048
     num_queries: int = 100  # Q
     num_labels: int = 91  # L, without "no object"
+    id2label: dict = None  # {"0": name, ...}
 
     @classmethod
     def from_hub(cls, config):
@@ -783,7 +870,10 @@ class DETRConfig:
             raise ValueError(
                 f"DETR backbone {self.backbone!r} is not known; {', '.join(RESNET_LAYERS)} are."
             )
-        return tuple(layers), tuple(kwargs.get("channels") or (64, 128, 256, 512))
+        sizes = tuple(layers), tuple(kwargs.get("channels") or (64, 128, 256, 512))
+        if any(len(size) != 4 or not max(size) <= 10_000 for size in sizes) or sum(layers) > 256:
+            raise ValueError(f"backbone_kwargs {kwargs!r:.60} are not four stages of a ResNet.")
+        return sizes
 
 
 _NORM = "<weight|bias|running_mean|running_var>"
@@ -984,9 +1074,9 @@ class DETR(nn.Module):
     def from_pretrained(cls, where, dtype=torch.float32):
         """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
         folder = resolve(where)
-        config = DETRConfig.from_hub(read_config(folder, "detr"))
-        with torch.device("meta"):
-            model = cls(config)
+        config = read_config(folder, "detr")
+        with described(folder):
+            model = cls(DETRConfig.from_hub(config))
         return load_weights(model, folder, DETR_KEYS, dtype).eval()
 
     def save_pretrained(self, folder):
@@ -995,7 +1085,8 @@ class DETR(nn.Module):
             "model_type": "detr",
             "architectures": ["DetrForObjectDetection"],
             "use_timm_backbone": True,
-            "id2label": {str(i): f"LABEL_{i}" for i in range(self.config.num_labels)},
+            "id2label": self.config.id2label
+            or {str(i): f"LABEL_{i}" for i in range(self.config.num_labels)},
         }
         config = {k: v for k, v in config.items() if v is not None}  # no empty backbone_kwargs
         save_weights(self, folder, DETR_KEYS, config)
@@ -1153,6 +1244,8 @@ class Gemma2Config:
         """From a config's text part. A soft-cap of null is "off", which is not the default; the
         base of the rotary angles has another name in transformers 5."""
         made = from_config(cls, config | {"rope_theta": rope_theta(config)})
+        if made.layer_types and len(made.layer_types) != made.num_hidden_layers:
+            raise ValueError("layer_types does not have an entry for each of num_hidden_layers.")
         caps = ("attn_logit_softcapping", "final_logit_softcapping")
         return replace(made, **{cap: config[cap] for cap in caps if cap in config})
 
@@ -1236,6 +1329,7 @@ class GemmaAttention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * H, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * H, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * H, c.hidden_size, bias=False)
+        self.softmax = nn.Softmax(-1)  # a module, so that a hook can watch the weights
 
     def forward(self, x, cos, sin, bias, cache=None):
         """x (B, T, D), angles (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D)."""
@@ -1253,7 +1347,7 @@ class GemmaAttention(nn.Module):
             scores = torch.add(bias[:, :, None], scores.tanh(), alpha=cap)
         else:
             scores = scores + bias[:, :, None]
-        weights = scores.float().softmax(-1).to(v.dtype).flatten(2, 3)  # (B, K, G*T, S)
+        weights = self.softmax(scores.float()).to(v.dtype).flatten(2, 3)  # (B, K, G*T, S)
         out = (weights @ v).unflatten(2, (-1, T)).flatten(1, 2)  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -1454,14 +1548,14 @@ class PaliGemma(nn.Module):
     def from_pretrained(cls, where, dtype=torch.float32):
         """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
         folder = resolve(where)
-        config = PaliGemmaConfig.from_hub(read_config(folder, "paligemma"), folder)
+        config = read_config(folder, "paligemma")
+        with described(folder):
+            model = cls(PaliGemmaConfig.from_hub(config, folder))
         if not head_is_tied(folder):
             raise ValueError(
                 f"{folder} has an lm_head of its own that differs from its embedding; PaliGemma 2 "
                 "has one matrix for both. These weights were trained by other code."
             )
-        with torch.device("meta"):
-            model = cls(config)
         return load_weights(model, folder, PALIGEMMA_KEYS, dtype).eval()
 
     def save_pretrained(self, folder):
@@ -1567,7 +1661,7 @@ class PaliGemma(nn.Module):
     ):
         """Continue prompts (B, T), of which a part may be suffix already.
 
-        `how`: temperature, generator, stop_loops, as in `decode`. Returns its (ids, stops).
+        `how`: temperature, generator, stop_loops, on_token, as in `decode`; returns what it does.
         """
         like = self.language_model.embed_tokens.weight
         cache = GemmaCache(

@@ -332,6 +332,15 @@ def report(stage, step, steps, entry, seconds):
         print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
 
 
+def load_splits(args):
+    """{split: problems}. Three different ones: none is cut off another."""
+    names = ("train", "val", args.test_split)
+    try:
+        return {name: data.load(args.data, name)[: args.limit] for name in names}
+    except ValueError as error:
+        raise ValueError(f"{error} A run needs problems of {', '.join(names)}.") from None
+
+
 # ---- mmcot: one run ----------------------------------------------------------------------------
 
 
@@ -352,7 +361,7 @@ def run_mmcot(args):
     """Train, decode and score one recipe; returns its metrics. Writes the run folder `args.out`."""
     out, config = Path(args.out), vars(args)
     print(f"{out}: recipe {args.recipe}, vision {args.vision}", flush=True)
-    splits = {s: data.load(args.data, s)[: args.limit] for s in ("train", "val", args.test_split)}
+    splits = load_splits(args)
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
     features = evaluation.image_features(config, [p for ps in splits.values() for p in ps])
     out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves nothing
@@ -368,7 +377,12 @@ def run_mmcot(args):
                 models.append(fusion.MultimodalT5.from_pretrained(out / name).to(args.device))
             if args.stage == name != names[-1]:
                 return None  # the rationale stage alone has nothing to score yet
-    how = argparse.Namespace(faithful_parse=False, teacher_forced=args.teacher_forced)
+    how = argparse.Namespace(
+        faithful_parse=False,
+        teacher_forced=args.teacher_forced,
+        looks=evaluation.LOOKS,
+        report=True,
+    )
     test = splits[args.test_split]
     return evaluation.evaluate(out, models, test, config, tokenizer, features, how)
 
@@ -443,7 +457,7 @@ def run_paligemma(args):
     """Train (unless --epochs 0), decode and score one recipe; returns its metrics."""
     out, config = Path(args.out), vars(args)
     print(f"{out}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
-    splits = {s: data.load(args.data, s)[: args.limit] for s in ("train", "val", args.test_split)}
+    splits = load_splits(args)
     test = splits[args.test_split]
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
     model = evaluation.load_paligemma(config)
@@ -467,7 +481,9 @@ def run_paligemma(args):
         else:
             lora.save(model, out, args.weights[0])
         tokenizer.save(str(out / "tokenizer.json"))
-    how = argparse.Namespace(faithful_parse=False, teacher_forced=False)
+    how = argparse.Namespace(
+        faithful_parse=False, teacher_forced=False, looks=evaluation.LOOKS, report=True
+    )
     return evaluation.evaluate(out, [model], test, config, tokenizer, features, how)
 
 
@@ -502,6 +518,8 @@ def kept_traces(args, by_id):
     known = [t for t in traces if t["id"] in by_id]
     wanted = {"all": (), "correct": ("correct",), "consistent": ("correct", "consistent")}
     kept = [t for t in known if all(holds(t, by_id[t["id"]], key) for key in wanted[args.keep])]
+    if args.keep == "consistent":  # teacher.py's word: too long, not distinct ...
+        kept = [t for t in kept if t.get("kept", True)]
     print(
         f"  {len(kept)} of {len(traces)} traces kept ({args.keep}); "
         f"{len(traces) - len(known)} are of no training problem here"
@@ -514,7 +532,8 @@ def holds(trace, problem, key):
     traces that were judged correct end in another: the thought then argues for that."""
     verdict = trace["verdict"][key]
     if verdict is None:
-        return data.final_answer(problem, trace["answer"]) == data.pali_suffix(problem)
+        said, _ = evaluation.commitment(problem, trace["answer"], prose=True)
+        return evaluation.right(problem, said)
     return verdict
 
 
@@ -618,9 +637,7 @@ def run_many(args, runs):
     run itself, in `args.out`; the others have folders in it."""
     rows, run = {}, {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model]
     for name, changed in runs.items():
-        folder = "".join(c if c.isalnum() else "-" for c in name.replace("->", "-"))
-        if changed:
-            changed = changed | {"out": str(Path(args.out) / folder)}
+        changed = changed | {"out": str(line_folder(args, name, changed))}
         if name in DECODED_AGAIN:
             changed |= {"weights": [args.out]} if args.full else {"adapter": args.out}
         rows[name] = run(argparse.Namespace(**vars(args) | changed))
@@ -628,7 +645,29 @@ def run_many(args, runs):
     return rows
 
 
+def line_folder(args, name, changed):
+    plain = "".join(c if c.isalnum() else "-" for c in name.replace("->", "-"))
+    return Path(args.out) / plain if changed else Path(args.out)
+
+
+def show_many(args, runs, rows):
+    """The summary of such a table, and each line's paired difference to the run itself."""
+    print(f"\n{evaluation.summary(rows)}")
+    problems, columns = data.load(args.data, args.test_split)[: args.limit], {}
+    for name in sorted(runs, key=lambda name: bool(runs[name])):  # the run itself first
+        folder = line_folder(args, name, runs[name])
+        if (folder / "predictions.jsonl").is_file():
+            graded = evaluation.graded_folder(folder, problems)
+            columns[name] = evaluation.Column(rows[name], graded, folder)
+    if len(columns) > 1:
+        print(f"\n{evaluation.differences(columns)[1]}")
+        evaluation.write_report(args.out, columns)
+
+
 # ---- command line ------------------------------------------------------------------------------
+
+AT_LEAST_ONE = """max_steps batch_size accumulate max_output eval_batch_size limit threads samples
+    image_size max_input max_suffix lora_r""".split()  # all other numbers may be 0, none negative
 
 
 def parse_args(argv=None):
@@ -642,6 +681,7 @@ def parse_args(argv=None):
     for name, value in DEFAULTS[args.model, args.data == "demo"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    refuse_senseless_numbers(parser, args)
     known = fusion.RECIPES if args.model == "mmcot" else ("reason", "answer")
     if args.recipe not in known:
         parser.error(f"--model {args.model} knows the recipes {', '.join(known)}")
@@ -658,6 +698,14 @@ def parse_args(argv=None):
     if args.model == "paligemma" and args.data == "demo":
         args.traces = args.traces or "demo"
     return args
+
+
+def refuse_senseless_numbers(parser, args):
+    for name, value in vars(args).items():
+        for x in value if isinstance(value, list) else [value]:
+            least = 1 if name in AT_LEAST_ONE else 0
+            if isinstance(x, int | float) and not x >= least:  # nan is refused as well
+                parser.error(f"--{name.replace('_', '-')} {x} makes no sense: {least} is the least")
 
 
 def add_what(parser):
@@ -795,10 +843,12 @@ def main(argv=None):
     if args.ablation:
         tables = {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}
         args.teacher_forced = True
-        print(f"\n{evaluation.summary(run_many(args, tables[args.model]))}")
+        rows = run_many(args, tables[args.model])
+        show_many(args, tables[args.model], rows)
     elif distilled and not args.alone:
         rows = run_many(args, BASELINES)
-        print(f"\n{evaluation.table(rows)}\n\n{evaluation.summary(rows)}")
+        print(f"\n{evaluation.table(rows)}")
+        show_many(args, BASELINES, rows)
     else:
         scores = run_mmcot(args) if args.model == "mmcot" else run_paligemma(args)
         if scores:

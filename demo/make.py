@@ -224,6 +224,7 @@ def make_detr(args):
         decoder_ffn_dim=128,
         num_queries=scenes.GRID**2,
         num_labels=len(scenes.CLASSES),
+        id2label={str(i): name for i, name in enumerate(scenes.CLASSES)},
     )
     model = DETR(config).to(memory_format=torch.channels_last)  # twice as fast on a CPU
     swap_norms(model, FrozenBatchNorm, nn.BatchNorm2d)

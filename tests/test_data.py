@@ -6,19 +6,23 @@ format, the start of the sha256 over all problems of NANOCOT_DATA (train, val, t
 8dd4ac0, then " ".join(text.split()) as its utils_data has it. To make them again, run that.
 """
 
+import contextlib
 import hashlib
 import http.server
 import io
 import json
 import os
 import random
+import re
 import struct
 import sys
 import threading
 import time
 import zipfile
-from base64 import b64decode
+import zlib
+from base64 import b64decode, b64encode
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -180,6 +184,7 @@ def test_prompt_empty_parts(tmp_path):
     assert made["QCM-AL"][1] == "The answer is (A). BECAUSE:"
 
 
+@pytest.mark.slow
 @needs_data
 def test_prompt_equals_original_on_all_problems():
     goldens = dict(entry.split(":") for entry in FORMATS.split())
@@ -208,6 +213,7 @@ def test_newlines_become_a_separator(tmp_path):
     assert source == data.prompt(problem, "QCM-LE", faithful=True)[0]
 
 
+@pytest.mark.slow
 @needs_data
 def test_separator_is_known_to_t5_and_nowhere_in_scienceqa():
     tokenizer = data.load_tokenizer(REAL / "tokenizers/t5")
@@ -262,6 +268,7 @@ def test_real_scienceqa():
     )
 
 
+@pytest.mark.slow
 @needs_data
 def test_real_images_open():
     paths = [p.image for split in ("train", "val", "test") for p in real(split) if p.image]
@@ -402,6 +409,166 @@ def test_bad_jsonl(tmp_path, line, sentence):
     assert str(file) in str(caught.value)
 
 
+# --- Bad input: what the fuzzing of tests/test_fuzz.py found, one by one --------------------------
+
+
+def deep(depth):
+    return b"[" * depth + b"]" * depth
+
+
+TEXTS = {  # what a file of JSON may hold instead
+    "nested too deep": deep(100_000),
+    "nested almost too deep": b'{"1": %s}' % deep(900),
+    "UTF-16": json.dumps({"1": "é"}).encode("utf-16"),
+    "latin-1": '{"1": "é"}'.encode("latin-1"),
+    "a surrogate in bytes": b'{"1": "\xed\xa0\x80"}',
+    "a key twice": b'{"1": {"question": "a", "question": "b"}}',
+    "digits": b'{"1": %s}' % (b"9" * 5000),
+    "NUL": b'{"1": "\0"}',
+    "a list": b"[1, 2]",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", ("problems.json", "pid_splits.json", "captions.json"))
+@pytest.mark.parametrize("content", TEXTS.values(), ids=TEXTS)
+def test_bad_json(tmp_path, name, content):
+    folder = scienceqa(tmp_path, captions={"1": "a"})
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        data.load(folder, "test")
+    assert type(caught.value) is ValueError and str(folder / name) in str(caught.value)
+
+
+def test_a_byte_order_mark_is_fine(tmp_path):
+    folder = scienceqa(tmp_path)
+    path = folder / "problems.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    (tmp_path / "own.jsonl").write_text(OWN, encoding="utf-8-sig")
+    assert data.load(folder, "test") and data.load(tmp_path / "own.jsonl", "train")
+
+
+OWN = '{"id": "0", "question": "q", "answer": "x"}\n'
+EVIL_RECORDS = [
+    ({"split": ["test"]}, '"split" is'),
+    ({"caption": 5}, '"caption" is 5'),
+    ({"answer": float("nan"), "choices": []}, '"answer" is nan, which is no number'),
+    ({"answer": 1e999, "choices": []}, '"answer" is inf'),
+    ({"question": "a" * 100_001}, "a text has 100001 characters"),
+    ({"image": "/etc/passwd"}, "/etc/passwd is outside"),
+    ({"id": {"a": 1}}, '"id" is'),
+]
+
+
+@pytest.mark.parametrize("changes, sentence", EVIL_RECORDS)
+def test_evil_records_stop_or_are_skipped(tmp_path, changes, sentence):
+    file, bad = tmp_path / "own.jsonl", {"id": "bad"} | record(split="train") | changes
+    file.write_text(OWN + json.dumps(bad) + '\n{"id": "cut\n' + OWN.replace("0", "1"))
+    with pytest.raises(ValueError, match=rf"line 2.*{sentence}"):
+        data.load(file, "train")
+    skipped = []
+    assert [p.id for p in data.load(file, "train", skipped)] == ["0", "1"]
+    name = "bad" if "id" not in changes else str(changes["id"])
+    assert [id for id, _ in skipped] == [name, "line 3"] and sentence in skipped[0][1]
+    data.write_skipped(skipped, tmp_path / "skipped.jsonl")
+    told = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(x["id"], x["reason"]) for x in told] == skipped
+
+
+def test_bad_records_of_a_folder_are_skipped(tmp_path):
+    records = {"1": record(), "2": record(answer=9), "3": []}
+    folder, skipped = scienceqa(tmp_path, records), []
+    assert [p.id for p in data.load(folder, "test", skipped)] == ["1"]
+    assert [id for id, _ in skipped] == ["2", "3"] and "problem 2" in skipped[0][1]
+    scienceqa(tmp_path, {"2": record(answer=9)})
+    with pytest.raises(ValueError, match='problem 2: "answer" is 9'):  # nothing is left
+        data.load(folder, "test", [])
+
+
+@pytest.mark.parametrize("pids", (["1", "1"], [["1"]], [1], [None], {"1": 1}, "1"))
+def test_bad_splits(tmp_path, pids):
+    with pytest.raises(ValueError, match="pid_splits.json"):
+        data.load(scienceqa(tmp_path, splits={"test": pids}), "test")
+
+
+def test_a_line_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MOST_LINE", 1000)
+    file = tmp_path / "own.jsonl"
+    file.write_text(OWN + '{"id": "' + "a" * 2000)
+    with pytest.raises(ValueError, match="line 2 has 1000 bytes or more"):
+        data.load(file, "train")
+    monkeypatch.setattr(data, "MOST_BYTES", 1000)
+    file.rename(tmp_path / "large.json")
+    with pytest.raises(ValueError, match="large.json has 2052 bytes"):
+        data.read_json(tmp_path / "large.json")
+
+
+def test_half_an_emoji_goes_through_tokenizers_and_files(tmp_path, spiece):
+    file = tmp_path / "own.jsonl"
+    question = r'"question": "a \ud83d \ud83d\ude00 \\ud83d"'
+    file.write_text(r'{"id": "\ud83d", "answer": "\uDE00", ' + question + "}")
+    [problem] = data.load(file, "train")
+    assert (problem.id, problem.answer) == ("\ufffd", "\ufffd")
+    assert problem.question == "a \ufffd \U0001f600 \\ud83d"  # a whole one, and a backslash, stay
+    data.encode(data.load_tokenizer(spiece), [problem.question], 50)
+    (tmp_path / problem.id).write_text(problem.question, encoding="utf-8")
+
+
+def places(folder):
+    """Paths that are no files: reading most of them would never end."""
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
+    for name, target in {"device": "/dev/zero", "loop": "loop", "dangling": "nowhere"}.items():
+        (folder / name).symlink_to(target)
+    names = ("folder", "pipe", "device", "loop", "dangling", "long" * 100, "nul\0", "dangling/x")
+    return [folder / name for name in names]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    """A pipe, a device, a link to itself ... in place of each kind of file."""
+    names, start = tmp_path / "names.json", time.monotonic()
+    names.write_text("{}")
+    for i, place in enumerate(places(tmp_path)):
+        problem = data.Problem("7", "q", (), "a", "", str(place), "", "", {})
+        assert [id for id, _ in data.unusable([problem])] == ["7"]
+        readers = [
+            (data.read_json, place),
+            (data.open_image, place),
+            (data._image_sha, problem),
+            (data.unpack, place, tmp_path, "x"),
+            (lambda file: list(data._json_lines(file)), place),
+        ]
+        if "\0" not in str(place) and len(place.name) < 99 and place.is_symlink() | place.exists():
+            for name in ("a.csv", "a.json", "a.jsonl"):
+                moved = tmp_path / f"{i}{name}"
+                moved.symlink_to(place)
+                readers.append((data.load_traces, moved))
+            for name in ("vit.pth", "detr.npy", "tokenizer.json"):
+                (tmp_path / str(i)).mkdir(exist_ok=True)
+                (tmp_path / str(i) / name).symlink_to(place)
+            readers.append((data.load_tokenizer, tmp_path / str(i)))
+            for name in ("vit.pth", "detr.npy"):
+                readers.append((data.published_features, tmp_path / str(i) / name, names))
+        for read, *args in readers:
+            with pytest.raises((ValueError, FileNotFoundError)) as caught:
+                read(*args)
+            assert str(tmp_path) in str(caught.value) and str(caught.value).endswith(".")
+    assert time.monotonic() - start < 5
+
+
+def test_unusable_problems(tmp_path):
+    whole, torn = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
+    torn.write_bytes(torn.read_bytes()[:60])
+    asked = data.Problem("e", "q", tuple("abcdefghijk"), "a", "", None, "", "", {})
+    paths = {"a": whole, "b": torn, "c": tmp_path / "c.png", "d": None}
+    problems = [replace(asked, id=i, choices=(), image=p and str(p)) for i, p in paths.items()]
+    problems.append(asked)
+    assert [id for id, _ in data.unusable(problems)] == ["c", "e"]
+    told = dict(data.unusable(problems, data.open_image))
+    assert list(told) == ["b", "c", "e"] and "b.png cannot be read" in told["b"]
+    assert "c.png does not exist" in told["c"] and "11 choices" in told["e"]
+
+
 # --- Tokens and batches ---------------------------------------------------------------------------
 
 STRINGS = [
@@ -486,6 +653,38 @@ def test_bad_tokenizers(spiece, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
         data.load_tokenizer(tmp_path)
+
+
+def test_tokenizers_that_never_end_or_cannot_encode(tmp_path, spiece):
+    file = tmp_path / "spiece.model"
+    file.write_bytes(b"\xff" * 300_000)
+    with pytest.raises(ValueError, match="more than 64 bits"):
+        data.load_tokenizer(tmp_path)
+    data.load_tokenizer(spiece).save(str(tmp_path / "tokenizer.json"))
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": b64encode(b"\xff" * 40).decode()}
+    changed = {"model": told["model"] | {"unk_id": None}, "normalizer": normalizer}
+    for key, sentence in (("model", "unk_id"), ("normalizer", "table of characters is shorter")):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(told | {key: changed[key]}))
+        with pytest.raises(ValueError, match=f"tokenizer.json is not .*{sentence}"):
+            data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    file.write_bytes(field(1, field(1, b"a")) + field(3, field(2, b"\xff" * 40)))
+    with pytest.raises(ValueError, match="spiece.model is not a tokenizer"):
+        data.load_tokenizer(tmp_path)
+
+
+SPECIAL = "</s> <pad> <extra_id_0> <extra_id_99> <<pad> </<pad>s> </s></s> ＜/s>".split()
+
+
+@pytest.mark.parametrize("text", SPECIAL)
+def test_special_tokens_in_a_text_are_text(spiece, text):
+    ours = data.load_tokenizer(spiece)
+    [ids] = data.encode(ours, [f"the rope {text} the belt"], 99)
+    special = {ours.token_to_id(name) for name in SPECIAL[:4]}
+    assert not special & set(ids[:-1]) and ids[-1] == 1  # its own </s>, at the end
+    plain = re.sub("[<＜]", "\N{SNOWMAN}", text)  # another character that is in no piece
+    assert ids == data.encode(ours, [f"the rope {plain} the belt"], 99)[0]
 
 
 @needs_data
@@ -614,6 +813,84 @@ def test_open_image(tmp_path, monkeypatch):
             data.open_image(picture(tmp_path / "bomb.png", size))
 
 
+@pytest.mark.parametrize("ending", ("jpg", "png", "webp", "tiff"))
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_upright(tmp_path, ending, orientation):
+    """However a phone was held: the red corner, written where that orientation has it, is at the
+    top left. 0 and 9 are none."""
+    upright = Image.new("RGB", (48, 32))
+    upright.paste((255, 0, 0), (0, 0, 16, 16))
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's Transpose that undoes the camera's
+    held = upright
+    if orientation in turns:
+        held = upright.transpose(turns[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{ending}"
+    held.save(path, exif=exif, **({"quality": 100} if ending in ("jpg", "webp") else {}))
+    seen = data.open_image(path)
+    assert seen.size == (48, 32)
+    red, black = seen.getpixel((4, 4)), seen.getpixel((40, 28))
+    assert red[0] > 200 and max(red[1:]) < 60 and max(black) < 40
+
+
+def test_a_torn_exif_block_turns_nothing(tmp_path):
+    image = Image.new("RGB", (30, 20), (9, 9, 9))
+    for block in (b"", b"MM\0*\xff\xff\xff\xff", bytes(40), b"\xff" * 50):
+        image.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + block)
+        assert data.open_image(tmp_path / "a.jpg").size == (30, 20)
+
+
+def test_odd_pictures(tmp_path):
+    red = Image.new("RGB", (16, 12), (255, 0, 0))
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    seen = data.open_image(tmp_path / "cmyk.jpg").getpixel((3, 3))
+    assert max(abs(a - b) for a, b in zip(seen, (255, 0, 0), strict=True)) < 6
+    red.convert("P").save(tmp_path / "palette.png", transparency=bytes(256))
+    red.quantize(4).save(tmp_path / "still.png")
+    red.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (16, 12))])
+    for name in ("palette.png", "still.png", "moving.gif"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("warnings.warn", None)  # nothing to warn of
+            assert data.open_image(tmp_path / name).getpixel((3, 3)) == (255, 0, 0), name
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "deeper.tiff")
+    for name in ("deep.png", "deeper.tiff"):
+        grey = np.asarray(data.open_image(tmp_path / name))[..., 0]
+        np.testing.assert_array_equal(grey, np.arange(256).reshape(16, 16))
+    Image.fromarray(np.eye(9, dtype=bool)).save(tmp_path / "bits.png")
+    assert data.open_image(tmp_path / "bits.png").getpixel((2, 2)) == (255, 255, 255)
+    Image.fromarray(np.eye(9, dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="float.tiff .*floating-point"):
+        data.open_image(tmp_path / "float.tiff")
+    for size in ((1, 1), (10_000, 10)):
+        path = picture(tmp_path / "size.png", size)
+        assert data.siglip_pixels(data.open_image(path), 14).shape == (3, 14, 14)
+
+
+def chunk(kind, content):
+    size, check = struct.pack(">I", len(content)), struct.pack(">I", zlib.crc32(kind + content))
+    return size + kind + content + check
+
+
+def test_hostile_pictures(tmp_path):
+    bomb, path = zlib.compress(bytes(80_000_000)), tmp_path / "a.png"
+    whole = picture(path).read_bytes()
+    for kind, head in ((b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0"), (b"iCCP", b"a\0\0")):
+        path.write_bytes(whole[:33] + chunk(kind, head + bomb) + whole[33:])
+        with contextlib.suppress(ValueError):  # read without it or refused
+            assert data.open_image(path).size == (40, 30)
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    path.write_bytes(whole[:8] + chunk(b"IHDR", header) + whole[33:])
+    with pytest.raises(ValueError, match="a.png cannot be read .*pixels"):
+        data.open_image(path)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(path)
+    with pytest.raises(ValueError, match="cannot identify"):  # not handed to Ghostscript
+        data.open_image(path)
+
+
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (64, 64), (53, 760), (760, 333)])
 def test_detr_pixels(size):
     """The shape rule of torchvision's Resize(224), ToTensor's scale, ImageNet's normalisation."""
@@ -740,7 +1017,7 @@ def test_feature_cache_bad_input(tmp_path):
     with pytest.raises(ValueError, match=f"Problem 1: The image {broken} cannot be read"):
         data.cached_features(problems, Extract(), "w", 32, cache_)
     broken.unlink()
-    with pytest.raises(FileNotFoundError, match="Problem 1: .*No such file"):
+    with pytest.raises(FileNotFoundError, match="Problem 1: .*does not exist"):
         data.cached_features(problems, Extract(), "w", 32, cache_)
     rest = [problem for problem in problems if problem.id != "1"]
 
@@ -753,6 +1030,84 @@ def test_feature_cache_bad_input(tmp_path):
     (cache_ / "features.npy").write_bytes((cache_ / "features.npy").read_bytes()[:100])
     with pytest.raises(ValueError, match=f"Delete {cache_}"):
         data.cached_features(rest, Extract(), "w", 32, cache_)
+
+
+MANIFESTS = [
+    {"size": ...},
+    {"fingerprint": ...},
+    {"rows": ...},
+    {"rows": []},
+    {"rows": {"a": 1}},
+    {"rows": {"a": 0, "b": 0}},
+    {"rows": {"a": "0"}},
+    {"shape": None},
+    {"shape": [2]},
+    {"shape": [2, "3"]},
+    {"shape": [10**6, 10**6]},
+    {"shape": [-2, -3]},
+]
+
+
+@pytest.mark.parametrize("changes", MANIFESTS)
+def test_bad_manifest(tmp_path, changes):
+    problems, cache_ = pictured(tmp_path / "set", 2), tmp_path / "cache"
+    data.cached_features(problems, Extract(), "w", 32, cache_)
+    changed = json.loads((cache_ / "manifest.json").read_text()) | changes
+    changed = {key: value for key, value in changed.items() if value is not Ellipsis}
+    (cache_ / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=f"manifest.*Delete {cache_}"):
+        data.cached_features(problems, Extract(), "w", 32, cache_)
+
+
+def npz(path):
+    with open(path, "wb") as file:
+        np.savez(file, a=np.zeros(3))
+
+
+BAD_ARRAYS = {
+    "an archive": npz,
+    "objects": lambda path: np.save(path, np.array([[None]]), allow_pickle=True),
+    "wrong type": lambda path: np.save(path, np.zeros((9, 2, 3), np.int16)),
+    "one number": lambda path: np.save(path, np.float16(1)),
+    "a torn header": lambda path: path.write_bytes(path.read_bytes()[:9] + b"(" * 200),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_ARRAYS.values(), ids=BAD_ARRAYS)
+def test_bad_arrays(tmp_path, spoil):
+    problems, cache_ = pictured(tmp_path / "set", 2), tmp_path / "cache"
+    data.cached_features(problems, Extract(), "w", 32, cache_)
+    spoil(cache_ / "features.npy")
+    with pytest.raises(ValueError, match=f"features.npy .*Delete {cache_}"):
+        data.cached_features(problems, Extract(), "w", 32, cache_)
+    names = tmp_path / "names.json"
+    names.write_text("{}")
+    np.save(tmp_path / "resnet.npy", np.zeros((1, 2048), np.float16))
+    spoil(tmp_path / "resnet.npy")
+    with pytest.raises(ValueError, match="resnet.npy (is not a feature file|has .* rows of)"):
+        data.published_features(tmp_path / "resnet.npy", names)
+
+
+@pytest.mark.parametrize("names", ([1], {"1": "9" * 5000}, {"1": "²"}, {"1": [0]}, {"1": -1}))
+def test_bad_name_map(tmp_path, names):
+    np.save(tmp_path / "resnet.npy", np.zeros((1, 2048), np.float16))
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match="names.json: "):
+        data.published_features(tmp_path / "resnet.npy", tmp_path / "names.json")
+
+
+@pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
+def test_features_that_are_not_finite_are_named(tmp_path, bad):
+    rows = [{"id": id, "input_ids": [1], "token_type_ids": [0]} for id in "abc"]
+    for row, value in zip(rows, (1.0, bad, 2.0), strict=True):
+        row["image_features"] = np.full((2, 3), value, np.float16)
+    for collate in (data.collate, data.pali_collate):
+        with pytest.raises(ValueError, match="not finite: b.$"):
+            collate(rows)
+    problems = pictured(tmp_path / "set", 1)
+    with pytest.raises(ValueError, match="Problem 0: .*not finite"):  # 70000 is more than fp16 has
+        huge = [torch.full((2, 3), 70_000.0)]
+        data.cached_features(problems[:1], lambda pixels: huge, "w", 32, tmp_path / "cache")
 
 
 def test_features_without_any_picture(tmp_path):
@@ -988,9 +1343,51 @@ def test_evil_zip(tmp_path, entry):
     archive, folder = tmp_path / "a/train.zip", tmp_path / "a/b"
     folder.mkdir(parents=True)
     archive.write_bytes(zipped([("train/1/image.png", b"x"), (entry, b"/etc")]))
-    with pytest.raises(ValueError, match="train.zip: .* would leave the folder"):
+    with pytest.raises(ValueError, match="train.zip .* would leave the folder"):
         data.unpack(archive, folder, "train")
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b", "train.zip"]
+
+
+BAD_ZIPS = {
+    "a bomb": ([("train/a", bytes(10**7))], "over 100 times its size"),
+    "a folder in place of a file": ([("train/a", b"x"), ("train/a/b", b"x")], "not a whole zip"),
+    "a file in place of the folder": ([("train", b"x")], "no folder train"),
+    "a name too long": ([("train/" + "a" * 300, b"x")], "not a whole zip"),
+    "no name": ([("", b"x")], "not a whole zip"),
+}
+
+
+@pytest.mark.parametrize("entries, sentence", BAD_ZIPS.values(), ids=BAD_ZIPS)
+def test_hostile_zip(tmp_path, entries, sentence):
+    archive = tmp_path / "train.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries:
+            file.writestr(name or zipfile.ZipInfo(""), content)
+    with pytest.raises(ValueError, match=f"train.zip .*{sentence}"):
+        data.unpack(archive, tmp_path, "train")
+    assert [path.name for path in tmp_path.iterdir()] == ["train.zip"]
+
+
+def test_a_zip_with_a_password(tmp_path):
+    archive = tmp_path / "train.zip"
+    whole = bytearray(zipped([("train/a", b"x")]))
+    for start in (6, whole.index(b"PK\1\2") + 8):  # the flag, in both of its places
+        whole[start] |= 1
+    archive.write_bytes(whole)
+    with pytest.raises(ValueError, match="train.zip is not a whole zip file .*encrypted"):
+        data.unpack(archive, tmp_path, "train")
+
+
+TABLES = [[], {"../../x.json": ["http://x", None]}, {"val.zip": [5, None]}, {"val.zip": ["x", 5]}]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_bad_addresses(tmp_path, table):
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps(table))
+    with pytest.raises(SystemExit, match="table.json: "):
+        data.main(["scienceqa", "--to", str(tmp_path / "set"), "--addresses", str(file)])
+    assert not (tmp_path / "set").exists()
 
 
 def test_broken_zip(tmp_path):

@@ -289,6 +289,7 @@ def test_claims(facts, text, holds):
     assert teacher.claims(text, facts) == [(text, holds)]
 
 
+@pytest.mark.slow
 def test_claims_read_any_text(sample, told):
     """Words in disorder, statements of other families, no full stops: a list, never an error."""
     rng = random.Random(0)

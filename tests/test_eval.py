@@ -1,5 +1,6 @@
 """eval.py: reading answers, the text scores against the packages the authors used, the table."""
 
+import gzip
 import json
 import math
 import os
@@ -147,6 +148,7 @@ def perturbed(text, rng):
     return " ".join(words)
 
 
+@pytest.mark.slow
 @needs_data
 def test_scores_equal_the_packages_on_real_solutions():
     rng = random.Random(0)
@@ -263,6 +265,52 @@ def test_categories_equal_a_count_on_the_raw_file():
         assert f"{got[name]:.2f}" == f"{100 * sum(hits) / len(hits):.2f}", name
 
 
+def published_problems(labels):
+    """({category: are its labels known of all 4,241}, the test split) from all that is there of
+    ScienceQA; of a problem that is not, only the published label and whether it has a caption."""
+    records = json.loads((SCIENCEQA / "problems.json").read_text())
+    rest = SCIENCEQA / "problems_partial.json.gz"
+    records |= json.loads(gzip.decompress(rest.read_bytes())) if rest.is_file() else {}
+    splits = SCIENCEQA / "pid_splits_full.json"
+    pids = json.loads((splits if splits.is_file() else SCIENCEQA / "pid_splits.json").read_text())
+    pictured = json.loads((SCIENCEQA / "captions.json").read_text())["captions"]
+    problems, fields = [], dict.fromkeys(("subject", "grade", "hint"), True)
+    for pid, label in zip(pids["test"], labels, strict=True):
+        record, gold = records.get(pid, {}), "ABCDE".index(scoring.ANSWER.search(label)[1])
+        fields = {k: known and record.get(k) is not None for k, known in fields.items()}
+        meta = {k: record.get(k) for k in fields} | {"has_image": pid in pictured}
+        choices = tuple(record.get("choices") or "vwxyz")
+        problems.append(problem(pid, choices, gold, hint=record.get("hint") or "", meta=meta))
+    needs = ["subject"] * 3 + ["hint", None, "hint"] + ["grade"] * 2
+    known = {c: fields.get(x, True) for c, x in zip(scoring.CATEGORIES, needs, strict=True)}
+    return known | {"avg": True}, problems
+
+
+@needs_data
+@pytest.mark.skipif(
+    "NANOCOT_PUBLISHED" not in os.environ,
+    reason="set NANOCOT_PUBLISHED to a folder of mm-cot's predictions_ans_test.json of stage 2",
+)
+def test_published_predictions_keep_their_scores_to_two_decimals(tmp_path):
+    names = "natural social language has_text has_image no_context grade_1_6 grade_7_12".split()
+    names = dict(zip(scoring.CATEGORIES, names, strict=True)) | {"avg": "average"}
+    files = sorted(Path(os.environ["NANOCOT_PUBLISHED"]).rglob("*.json"))
+    files = [file for file in files if "answer" in json.loads(file.read_text()).get("scores", {})]
+    assert files
+    for file in files:
+        told = json.loads(file.read_text())
+        known, problems = published_problems(told["labels"])
+        graded = scoring.grade_all(problems, scoring.read_predictions(file, problems), True)
+        got = scoring.metrics_of(graded, True)["accuracy"]
+        for category in [name for name, complete in known.items() if complete]:
+            official = told["scores"]["answer"][f"acc_{names[category]}"]
+            assert f"{got[category]:.2f}" == official, (file, category)
+        verdicts = told.get("per_question_correct", {})
+        assert {p.id: g.correct for p, _, g in graded} == verdicts or not verdicts
+        equal = [name for name, complete in known.items() if complete]
+        print(f"{file}: n = {len(graded)}, equal in {', '.join(equal)}")
+
+
 def test_wilson_against_published_values():
     """Newcombe (1998), Statistics in Medicine 17, Table I, method 3: four (hits, n)."""
     assert scoring.wilson(81, 263) == [25.53, 36.62]
@@ -323,7 +371,8 @@ def test_predictions_must_be_of_these_problems(ids, message):
     [
         ('{"id": "2", "resp', "line 3: not complete JSON"),
         ('["2"]', 'line 3: "id" must be a string'),
-        ('{"id": 2, "response": "x"}', 'line 3: "id" must be a string'),
+        ('{"id": 2.5, "response": "x"}', 'line 3: "id" must be a string'),
+        ('{"id": true, "response": "x"}', 'line 3: "id" must be a string'),
         ('{"id": "2"}', 'line 3: "response" must be a string'),
         ('{"id": "2", "response": "x", "rationale": 3}', 'line 3: "rationale" must be a string'),
     ],
@@ -341,6 +390,26 @@ def test_a_file_of_one_line_and_a_line_separator_inside_a_text(tmp_path):
     x = {"id": "1", "response": "one\u2028two", "rationale": None}
     file.write_text(json.dumps(x, ensure_ascii=False), encoding="utf-8")
     assert scoring.read_predictions(file) == [x]
+
+
+def test_ids_as_numbers_and_a_file_from_windows(tmp_path):
+    file = tmp_path / "p.jsonl"
+    lines = [{"id": 1, "response": "x"}, {"id": "02", "response": "y"}]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, lines)).encode())
+    assert [x["id"] for x in scoring.read_predictions(file)] == ["1", "02"]
+    file.write_bytes("{}".encode("utf-16"))
+    with pytest.raises(ValueError, match="p.jsonl is no text in UTF-8"):
+        scoring.read_predictions(file)
+
+
+def test_mathvistas_official_file(tmp_path):
+    """{pid: the whole record with "response"}: what the model said is taken, and nothing else."""
+    file, record = tmp_path / "output_m.json", {"question": "?", "answer": "3", "extraction": "3"}
+    file.write_text(json.dumps({"7": record | {"response": "It is 3."}}))
+    assert scoring.read_predictions(file) == [{"id": "7", "response": "It is 3."}]
+    file.write_text(json.dumps({"7": record | {"response": "x"}, "8": record}))
+    with pytest.raises(ValueError, match='output_m.json, problem 8: "response" must be a string'):
+        scoring.read_predictions(file)
 
 
 def test_the_released_codes_own_file(tmp_path):
@@ -371,8 +440,8 @@ def test_table_has_chance_beside_accuracy_and_fits():
     avg = next(line for line in lines if line.startswith("avg"))
     assert avg.split() == ["avg", "8", "31.25"] + ["62.50", "[30.57,", "86.32]"] * 3
     assert not any(line.startswith("LAN") for line in lines)  # no such problem
-    assert lines[-1].split() == ["parse", "failures", "%", "12.50", "12.50", "12.50"]
-    assert len({line.rfind("]") for line in lines[1:-1]}) == 1  # aligned
+    assert next(x for x in lines if x.startswith("parse")).split()[3:] == ["12.50"] * 3
+    assert len({line.rfind("]") for line in lines if "]" in line}) == 1  # aligned
 
 
 def test_table_in_markdown_and_over_different_problems():
@@ -405,8 +474,9 @@ def test_command_line_grades_a_file_and_shows_runs(tmp_path, capsys):
     assert json.loads(graded[2]) == {
         "id": "q2", "response": says("B"), "mine": 2,
         "correct": False, "parsed": "B", "how": "letter", "kind": "wrong",
+        "because": "the answer is another",
     }  # fmt: skip
-    assert [json.loads(x)["kind"] for x in graded] == ["correct", "correct", "wrong", "no parse"]
+    assert [json.loads(x)["kind"] for x in graded] == ["right", "right", "wrong", "no parse"]
     assert json.loads((tmp_path / "runs/x/metrics.json").read_text())["parse_failures"] == 25.0
     scoring.main([str(tmp_path / "runs/x"), str(tmp_path / "runs/x") + "/"])
     assert len(re.findall(r"50\.00 \[15\.00, 85\.00\]", capsys.readouterr().out)) >= 2
@@ -426,6 +496,7 @@ def test_command_line_errors_are_sentences(tmp_path):
             scoring.parse_args(wrong)
 
 
+@pytest.mark.slow
 def test_speed():
     """10,000 answers within 10 s, and the rationales of a ScienceQA test split in a few more."""
     rng = random.Random(3)
@@ -434,11 +505,11 @@ def test_speed():
              for _ in range(1000)]  # fmt: skip
     problems = [problem(str(i), solution=texts[i % 1000]) for i in range(10_000)]
     predictions = [{"id": p.id, "response": says("A")} for p in problems]
-    start = time.perf_counter()
+    start = time.process_time()
     scoring.metrics(problems, predictions)
-    assert time.perf_counter() - start < 10
-    start = time.perf_counter()
+    assert time.process_time() - start < 10
+    start = time.process_time()
     for x in predictions[:1000]:
         x["rationale"] = perturbed(texts[int(x["id"])], rng)
     assert scoring.metrics(problems, predictions)["n_rationales"] == 1000
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10

@@ -646,6 +646,59 @@ def test_absent_and_torn_files(t5, name, adapter):
         lora.load(t5.ours(), adapter)
 
 
+WRONG_SETTINGS = [
+    ("r", "8", "wrong type"),
+    ("r", True, "wrong type"),
+    ("r", 10**12, "of another shape"),  # and nothing of that size is made
+    ("r", -1, "of another shape"),
+    ("lora_alpha", [16], "wrong type"),
+    ("lora_alpha", float("nan"), "wrong type"),
+    ("lora_dropout", 7, "no share"),
+    ("use_dora", "no", "wrong type"),
+    ("rank_pattern", [8], "wrong type"),
+    ("rank_pattern", {"q": "8"}, "wrong type"),
+    ("alpha_pattern", {"(": 8}, "no pattern"),
+    ("target_modules", {"q": 1}, "wrong type"),
+    ("target_modules", ["q", None], "wrong type"),
+    ("target_modules", "(((", "no pattern"),
+    ("target_modules", "(a+)+$", "more repetitions"),
+    ("target_modules", ".*.*.*.*.*.*x", "more repetitions"),
+    ("exclude_modules", 5, "wrong type"),
+    ("layers_to_transform", "1", "wrong type"),
+    ("layers_to_transform", [1, "2"], "wrong type"),
+]
+
+
+@pytest.mark.parametrize("key, value, sentence", WRONG_SETTINGS)
+def test_wrong_settings_are_named(t5, key, value, sentence, adapter):
+    rewrite(adapter, **{key: value})
+    with pytest.raises(ValueError, match=sentence) as caught:
+        lora.load(t5.ours(), adapter)
+    assert str(adapter) in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), 3))
+def test_adapters_that_are_not_finite_are_named(t5, bad, adapter):
+    key = "base_model.model.encoder.block.1.layer.0.SelfAttention.q.lora_B.weight"
+
+    def spoil(tensors):
+        tensors[key][0, 0] = bad
+        return tensors | ({key: tensors[key].int()} if bad == 3 else {})
+
+    rewrite(adapter, spoil)
+    ours = t5.ours()
+    with pytest.raises(ValueError, match=f"1 without finite floating-point numbers: {key}"):
+        lora.load(ours, adapter)
+    assert not lora.adapters(ours)
+
+
+@pytest.mark.parametrize("text", (b"[" * 100_000, b"\xe9", b"[]", b"5", b""))
+def test_a_config_that_is_none(t5, text, adapter):
+    (adapter / lora.CONFIG).write_bytes(text)
+    with pytest.raises(ValueError, match="adapter_config.json|cannot be read"):
+        lora.load(t5.ours(), adapter)
+
+
 # ---- MultimodalT5 -------------------------------------------------------------------------------
 
 

@@ -710,7 +710,7 @@ def test_detr_defaults_are_the_familys():
     from transformers import DetrConfig
 
     ours, theirs = vars(DETRConfig.from_hub({"model_type": "detr"})), DetrConfig()
-    for name in ours.keys() - {"backbone", "backbone_kwargs", "num_labels"}:
+    for name in ours.keys() - {"backbone", "backbone_kwargs", "num_labels", "id2label"}:
         assert ours[name] == getattr(theirs, name), name
     assert ours["backbone"] == theirs.backbone_config.backbone
     assert ours["num_labels"] == 91  # COCO's; transformers itself would say 2
@@ -861,6 +861,129 @@ def test_a_shard_that_is_not_there(pair, tmp_path):
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="model-00002-of-00003"):
         T5.from_pretrained(tmp_path)
+
+
+BAD_VALUES = [
+    ("num_layers", "six"),
+    ("num_layers", 10**9),
+    ("num_layers", True),
+    ("d_model", 1e308),
+    ("d_model", [24]),
+    ("d_model", -3),
+    ("vocab_size", 10**30),
+    ("num_heads", 0.5),
+    ("layer_norm_epsilon", "1e-6"),
+    ("layer_norm_epsilon", float("nan")),
+    ("feed_forward_proj", {}),
+    ("scale_decoder_outputs", 1),
+    ("relative_attention_num_buckets", 10**12),
+    ("relative_attention_max_distance", 0),
+    ("relative_attention_max_distance", 4),
+    ("relative_attention_max_distance", -5),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD_VALUES)
+def test_a_config_value_no_model_has(pair, name, value, tmp_path):
+    oracle.write_checkpoint(tmp_path, pair.config | {name: value}, oracle.t5_stored(pair.hf))
+    with pytest.raises(ValueError, match="config.json"):
+        T5.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone_kwargs": {"layers": [10**9, 1, 1, 1]}},
+        {"backbone_kwargs": {"layers": [1, 1], "channels": [8, 8, 8, 8]}},
+        {"backbone_kwargs": {"layers": "abcd"}},
+        {"backbone_kwargs": 5},
+        {"backbone_config": 5, "backbone": None},
+        {"id2label": 5},
+        {"d_model": 33},
+    ],
+)
+def test_a_detr_config_of_no_model(changes, detr_files, tmp_path):
+    weights = load_file(detr_files("tiny") / "model.safetensors")
+    oracle.write_checkpoint(tmp_path, oracle.DETR_CONFIGS["tiny"] | changes, weights)
+    with pytest.raises(ValueError, match="config.json"):
+        DETR.from_pretrained(tmp_path)
+
+
+INDEXES = {
+    "no object": "[]",
+    "no map": "{}",
+    "a list": '{"weight_map": ["a"]}',
+    "another folder": '{"weight_map": {"a": "../model.safetensors"}}',
+    "the root": '{"weight_map": {"a": "/etc/passwd"}}',
+    "the folder above": '{"weight_map": {"a": ".."}}',
+    "no text": '{"weight_map": {"a": 5}}',
+    "NUL": '{"weight_map": {"a": "\\u0000"}}',
+    "too long": '{"weight_map": {"a": "%s"}}' % ("a" * 5000),
+    "half a surrogate": '{"weight_map": {"a": "\\ud800"}}',
+    "deep": "[" * 100_000,
+    "latin-1": b"\xe9",
+    "cut": '{"weight_map": {',
+}
+
+
+@pytest.mark.parametrize("text", INDEXES.values(), ids=INDEXES)
+def test_a_bad_index(pair, text, tmp_path):
+    oracle.write_checkpoint(tmp_path / "a", pair.config, oracle.t5_stored(pair.hf))
+    text = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "a/model.safetensors.index.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"index\.json|cannot be read as safetensors") as caught:
+        T5.from_pretrained(tmp_path / "a")
+    assert type(caught.value) is ValueError
+
+
+def test_what_is_no_file_is_not_waited_for(pair, tmp_path):
+    sharded(tmp_path, pair.config, pair.hf)
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)):
+        shard.unlink()
+        make(shard)
+        with pytest.raises(ValueError, match="model-00002-of-00003.*cannot be read"):
+            T5.from_pretrained(tmp_path)
+        shard.rmdir() if shard.is_dir() else shard.unlink()
+        shard.touch()
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_weights_that_are_not_finite_are_named(pair, bad, dtype, tmp_path):
+    stored = {name: t.detach().clone() for name, t in oracle.t5_stored(pair.hf).items()}
+    name = "decoder.block.0.layer.2.DenseReluDense.wo.weight"
+    stored[name][3, 5] = bad
+    oracle.write_checkpoint(tmp_path, pair.config, stored)
+    with pytest.raises(ValueError, match=f"no finite numbers .* in 1 tensors: {name}"):
+        T5.from_pretrained(tmp_path, dtype)
+
+
+def test_weights_in_integers_are_refused(pair, tmp_path):
+    stored = {name: t.detach().clone() for name, t in oracle.t5_stored(pair.hf).items()}
+    stored["shared.weight"] = stored["shared.weight"].to(torch.int8)
+    oracle.write_checkpoint(tmp_path, pair.config, stored)
+    with pytest.raises(ValueError, match="in 1 tensors: shared.weight.* stored in integers"):
+        T5.from_pretrained(tmp_path)
+
+
+base = torch.arange(6.0)
+ODD_STATES = {
+    "terabytes in four bytes": {"a": torch.zeros(1).expand(10**6, 10**6)},
+    "numbers for names": {1: torch.ones(2)},
+    "sparse": {"a": torch.eye(3).to_sparse()},
+    "no memory": {"a": torch.ones(3, device="meta")},
+    "overlapping": {"a": base[:4], "b": base[2:]},
+}
+
+
+@pytest.mark.parametrize("state", ODD_STATES.values(), ids=ODD_STATES)
+def test_a_bin_of_odd_tensors_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(oracle.TINY_T5))
+    with pytest.raises(ValueError, match="pytorch_model.bin (does not hold|could not be conv)"):
+        T5.from_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"pytorch_model.bin", "config.json"}
 
 
 # ---- the Hub ------------------------------------------------------------------------------------

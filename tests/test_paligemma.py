@@ -1105,6 +1105,7 @@ def occurrences(ids, n):
     return max(Counter(zip(*(ids[i:] for i in range(n)), strict=False)).values(), default=0)
 
 
+@pytest.mark.slow
 def test_sound_thoughts_are_not_stopped():
     """Gemini's own thoughts restate a formula as often as they need it. By the measure of a loop
     first used here (an 8-gram four times) every fifth of them would have been cut off."""

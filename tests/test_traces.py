@@ -6,7 +6,9 @@ Real files (NANOCOT_DATA): MathVista's testmini, pali_reason's traces, the PaliG
 import csv
 import json
 import os
+import random
 import re
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -124,6 +126,9 @@ BAD = [
     (annotation(1, choices=["a"], answer="b"), "problem 1: \"answer\" is 'b'"),
     (annotation(1, answer=None), 'problem 1: "answer" is None'),
     (annotation("x"), "problem x: the id is not a number"),
+    (annotation("9" * 5000), "the id is not a number"),
+    (annotation(1, precision=1e9), '"precision" is no number of decimals'),
+    (annotation(1, precision="2"), '"precision" is'),
 ]
 
 
@@ -315,6 +320,47 @@ def test_traces_pali_reason(tmp_path, capsys):
     assert data.load_traces(tmp_path / "c.json") == [first | {"gold": None}] * 2
 
 
+EVIL_TRACES = [
+    {"gold": ["B"]},
+    {"teacher": 5},
+    {"gold": float("nan")},
+    {"verdict": [1]},
+    {"id": None},
+    {"id": True},
+]
+
+
+@pytest.mark.parametrize("changes", EVIL_TRACES)
+def test_evil_traces(tmp_path, changes):
+    file = tmp_path / "traces.jsonl"
+    file.write_text(json.dumps({"question": "q"} | trace() | changes))
+    with pytest.raises(ValueError, match="traces.jsonl, line 1: "):
+        data.load_traces(file)
+
+
+@pytest.mark.parametrize("index", ("9" * 5000, "²", "-1", ""))
+def test_evil_positions(tmp_path, index):
+    names = ("questions", "thoughts", "generated_answers", "true_answers", "indexes")
+    for encoding in ("utf-8", "utf-8-sig"):  # as Excel saves it
+        with open(tmp_path / "t.csv", "w", newline="", encoding=encoding) as file:
+            csv.writer(file).writerows([names, ("q", "t", "a", "B", "7")])
+        assert data.load_traces(tmp_path / "t.csv")[0]["id"] == "8"
+    text = (tmp_path / "t.csv").read_text(encoding="utf-8-sig")
+    (tmp_path / "t.csv").write_text(text.replace("7", index))
+    with pytest.raises(ValueError, match='row 1: "indexes" is'):
+        data.load_traces(tmp_path / "t.csv")
+
+
+def test_an_image_name_without_end(tmp_path):
+    columns = {"prefixes": ["q"], "suffixes": ["Thoughts:\nt\nAnswer:\nB"]}
+    start = time.monotonic()
+    for name in ("9" * 10**6, "²²", "9." + "a" * 10**6):
+        (tmp_path / "t.json").write_text(json.dumps(columns | {"images": [name]}))
+        with pytest.raises(ValueError, match="t.json, entry 1: .* an image that is not a number"):
+            data.load_traces(tmp_path / "t.json")
+    assert time.monotonic() - start < 2
+
+
 def test_bad_pali_reason(tmp_path):
     with pytest.raises(ValueError, match='a.csv, row 1 has no "indexes"'):
         data.load_traces(table(tmp_path / "a.csv", ROW[:4], columns=COLUMNS[:4]))
@@ -430,6 +476,24 @@ def test_final_answer_of_choices(text, answer):
 @pytest.mark.parametrize("text, kind, answer", NUMBERS)
 def test_final_answer_without_choices(text, kind, answer):
     assert data.final_answer(asked(choices=(), meta={"answer_type": kind}), text) == answer
+
+
+@pytest.mark.parametrize(
+    "text", [part * 10**5 for part in ("a" * 9, "answer ", "\\text{", "\\boxed{", "answer: ")]
+)
+def test_final_answer_of_a_line_without_end(text):
+    start = time.monotonic()
+    data.final_answer(asked(choices=(), meta={}), text)
+    assert time.monotonic() - start < 2
+
+
+def test_final_answer_reads_as_the_plain_pattern_does():
+    """The pattern that is fast on long lines finds what the one without its ^ finds."""
+    plain, rng = re.compile(data._ANSWER.pattern.removeprefix("^"), re.IGNORECASE), random.Random(0)
+    parts = "answer is|Answer:|answer|:| is |\n|\n\n|*| |(A)|x|\r|an".split("|")
+    for _ in range(3000):
+        text = "".join(rng.choices(parts, k=rng.randrange(12)))
+        assert data._ANSWER.findall(text) == plain.findall(text), text
 
 
 @needs_traces

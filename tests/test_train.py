@@ -130,14 +130,14 @@ def test_windows_cover_every_example_once_an_epoch():
 
 
 def test_a_loss_that_is_not_finite_names_the_records(tmp_path):
-    broken = [dict(e) for e in EXAMPLES]
-    broken[3]["image_features"] = torch.full((5, 6), float("nan"))
-    args = settings(batch_size=6)
+    model, args = tiny_model(), settings(batch_size=6)
+    with torch.no_grad():
+        next(model.fusion.parameters()).fill_(float("nan"))
     with (
         open(tmp_path / "log.jsonl", "w") as log,
         pytest.raises(FloatingPointError, match=r"rationale, step 1: loss nan.*q3.*--lr"),
     ):
-        train.fit(tiny_model(), broken, watched(args), args, "rationale", 1, log)
+        train.fit(model, EXAMPLES, watched(args), args, "rationale", 1, log)
 
 
 def test_training_lowers_the_loss_and_logs_each_step(tmp_path):
@@ -197,6 +197,7 @@ def test_the_same_seed_gives_the_same_run(short_run, tmp_path):
     assert not torch.equal(weights(short_run / "answer"), weights(other / "answer"))
 
 
+@pytest.mark.slow
 def test_decoding_a_run_again_gives_the_same_predictions(short_run, capsys):
     before = (short_run / "predictions.jsonl").read_bytes()
     evaluation.main([str(short_run), "--decode", "--limit", "24"])
@@ -205,6 +206,7 @@ def test_decoding_a_run_again_gives_the_same_predictions(short_run, capsys):
     assert "chance" in out and "avg" in out
 
 
+@pytest.mark.slow
 def test_one_stage_can_be_trained_after_the_other(short_run, tmp_path):
     folder = run(tmp_path, "--stage", "rationale")
     assert not (folder / "metrics.json").exists()
@@ -213,6 +215,7 @@ def test_one_stage_can_be_trained_after_the_other(short_run, tmp_path):
     assert (folder / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_text_only_runs_have_no_fusion_and_captions_are_in_the_prompt(tmp_path, capsys):
     plain = run(tmp_path, "--vision", "none", "--recipe", "answer")
     assert fusion.MultimodalT5.from_pretrained(plain / "answer").fusion is None
@@ -223,6 +226,7 @@ def test_text_only_runs_have_no_fusion_and_captions_are_in_the_prompt(tmp_path, 
     assert problem.meta["caption"] and problem.meta["caption"].split()[-1] in source
 
 
+@pytest.mark.slow
 def test_one_output_limit_serves_both_stages(tmp_path):
     folder = run(tmp_path, "--max-output", "20")
     assert max(x["tokens"] for x in lines_of(folder / "predictions.jsonl")) <= 40
@@ -273,6 +277,26 @@ def test_errors_are_sentences_without_traceback(tmp_path):
     told = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 1 and "Traceback" not in told.stderr
     assert "nowhere" in told.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--batch-size 0", "--accumulate 0", "--max-steps 0", "--limit 0", "--eval-batch-size -1",
+     "--epochs -1", "--epochs 3 -2", "--max-output 64 0", "--lr -1", "--lr nan", "--threads 0"],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "mmcot", *flags.split()])
+    assert f"{flags.split()[0]} " in capsys.readouterr().err.splitlines()[-1]
+    assert train.parse_args("--model mmcot --epochs 0 --weight-decay 0".split()).epochs == [0.0]
+
+
+def test_your_own_data_need_all_three_splits(tmp_path):
+    record = {"id": 1, "question": "?", "choices": ["a", "b"], "answer": 0, "split": "train"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(record))
+    message = r'own.jsonl has no record with "split": "val".* needs problems of train, val, test'
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "--data", str(tmp_path / "own.jsonl"))
 
 
 @pytest.mark.slow

@@ -642,7 +642,8 @@ def adapter(folder):
 def test_a_run_folder_has_what_the_design_says(short, tokenizer):
     names = "config.json log.jsonl adapter_model.safetensors adapter_config.json tokenizer.json"
     files = {path.name for path in short.folder.iterdir() if path.is_file()}
-    assert files == {*names.split(), "predictions.jsonl", "metrics.json"}
+    scored = "predictions.jsonl metrics.json looks.json report.html"
+    assert files == {*names.split(), *scored.split()}
     config = data.read_json(short.folder / "config.json")
     assert config["seed"] == 42 and config["recipe"] == "reason" and config["max_steps"] == 3
     assert {"versions", "commit", "traces", "lora_r", "samples"} <= config.keys()
@@ -1050,7 +1051,7 @@ def test_a_text_that_answers_by_itself_is_left_alone(heard, tokenizer):
     assert told["tokens"] == len(ids) + 1  # and <eos>
     assert told["response"] == tokenizer.decode(ids)
     assert told["rationale"] == "Red is most." and set(told) == {
-        "id", "response", "rationale", "stop", "tokens"
+        "id", "response", "ids", "rationale", "stop", "tokens"
     }  # fmt: skip
     assert heard("Answer: A")[0]["rationale"] == ""
 
@@ -1105,7 +1106,7 @@ def test_an_end_without_an_answer_is_asked_for_one(heard):
 
 def test_an_answer_run_has_no_rationale_and_a_short_budget(heard):
     told, calls = heard("B", "--recipe", "answer")
-    assert set(told) == {"id", "response", "stop", "tokens"} and told["stop"] == "eos"
+    assert set(told) == {"id", "response", "ids", "stop", "tokens"} and told["stop"] == "eos"
     told, calls = heard(LOOP, "--recipe", "answer")
     assert told["stop"] == "length" and told["tokens"] == 4
     assert [call[2:] for call in calls] == [(4, False)]
@@ -1305,9 +1306,16 @@ def test_two_equal_texts_are_not_read_as_a_choice():
 
 def test_multimodal_cots_own_form_comes_first():
     problem = own_problem(index=1)
-    assert evaluation.grade(problem, "The answer is (B). Answer: A").parsed == "B"
+    assert evaluation.grade(problem, "Answer: A. The answer is (B).").parsed == "B"
     assert evaluation.grade(problem, "The answer is (A). The answer is (B).").parsed is None
-    assert evaluation.grade(problem, "The answer is (D).\nAnswer: B").parsed is None
+    assert evaluation.grade(problem, "The answer is (D).").parsed is None
+
+
+def test_an_answer_line_behind_it_is_the_last_word():
+    problem = own_problem(index=1)
+    assert evaluation.grade(problem, "So: The answer is (A).\nAnswer: B").parsed == "B"
+    assert evaluation.grade(problem, "The answer is (D).\nAnswer: B").parsed == "B"
+    assert evaluation.grade(problem, "The answer is (B).\nAnswer:").parsed is None
 
 
 def test_the_original_guess_knows_nothing_of_these_forms():
@@ -1329,6 +1337,7 @@ def test_answers_without_choices(response, correct):
 # ---- errors ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_errors_have_no_traceback(tmp_path):
     bad = [sys.executable, "train.py", *TINY, "--traces", "nowhere.jsonl"]
     bad += ["--out", str(tmp_path / "run")]
