@@ -306,6 +306,7 @@ def test_decode_tells_each_token_as_it_is_chosen():
     assert out.tolist() == script.tolist() and stops == ["eos", "length"]
 
 
+@pytest.mark.slow
 def test_text_appears_in_whole_characters_as_it_is_written(monkeypatch):
     if not (REAL / "paligemma").is_dir():
         pytest.skip("no tokenizer of PaliGemma; set NANOCOT_DATA")
@@ -389,6 +390,7 @@ def test_errors_of_asking_are_sentences(runs, tmp_path, capsys):
 # ---- files --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mm", "pali"])
 def test_a_decoded_run_keeps_looks_and_the_same_predictions(runs, name, tmp_path):
     shutil.copytree(runs / name, tmp_path / "run")

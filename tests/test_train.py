@@ -186,6 +186,7 @@ def test_a_run_folder_has_what_the_design_says(short_run, capsys):
     assert 0 < metrics["rougeL"] <= 100 and 0 < metrics["rougeL_teacher_forced"] <= 100
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(short_run, tmp_path):
     again = run(tmp_path)
     for stage in ("rationale", "answer"):

@@ -764,6 +764,7 @@ def test_a_question_can_be_asked_of_a_run(short, capsys, tokenizer):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_the_adapter_loads_in_peft_and_writes_the_same(short, tokenizer):
     """Our files in other people's libraries: transformers' PaliGemma with PEFT's LoRA."""
     peft = pytest.importorskip("peft")
@@ -789,6 +790,7 @@ def test_the_adapter_loads_in_peft_and_writes_the_same(short, tokenizer):
     assert not torch.equal(merged[name], base)  # it was there
 
 
+@pytest.mark.slow
 def test_full_training_moves_the_image_tower_and_is_decoded_from_its_folder(tmp_path, capsys):
     folder = run(tmp_path / "full", "--full", "--lr", "1e-3", "--no-final-soft-cap").folder
     names = {path.name for path in folder.iterdir()}
@@ -815,6 +817,7 @@ def test_full_training_sees_pictures_not_a_cache():
     assert isinstance(features, data.Pictures)
 
 
+@pytest.mark.slow
 def test_adapters_on_the_image_tower_see_pictures_too(tmp_path):
     """The cache is the base's: an adapter made elsewhere may have changed what the tower sees."""
     target = "vision_tower.encoder.layers.0.self_attn.q_proj"
@@ -893,6 +896,7 @@ def test_eos_is_always_there_and_in_the_loss_unless_told(learns, spied, tmp_path
         assert row["labels"][-1] == (1 if learns else -100)
 
 
+@pytest.mark.slow
 def test_choices_can_be_shuffled_in_training_rows_only(spied, tmp_path, tokenizer):
     flags = ["--limit", "20", "--keep", "all"]
     plain = spied(tmp_path / "plain", *flags)
@@ -911,6 +915,7 @@ def test_choices_can_be_shuffled_in_training_rows_only(spied, tmp_path, tokenize
     assert moved > 3
 
 
+@pytest.mark.slow
 def test_checkpointing_gives_the_same_adapters(tiny, tmp_path, monkeypatch):
     calls = []
     original = backbones.checkpoint
@@ -923,6 +928,7 @@ def test_checkpointing_gives_the_same_adapters(tiny, tmp_path, monkeypatch):
         torch.testing.assert_close(tensor, adapter(tiny.folder)[name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_is_for_frozen_weights_alone(tiny, tmp_path, spied):
     got = spied(tmp_path / "half", "--dtype", "bfloat16")
     dtypes = {(p.requires_grad, p.dtype) for p in got.model.parameters()}
