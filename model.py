@@ -119,8 +119,9 @@ def from_config(cls, config):
             continue
         kind = {float: (int, float), tuple: (list, tuple)}.get(field.type, field.type)
         fits = isinstance(value, kind) and (field.type is bool or not isinstance(value, bool))
-        if fits and isinstance(value, int | float):
-            least = 0 if field.type is float else -1 if "token" in field.name else 1
+        if fits and isinstance(value, int | float) and not isinstance(value, bool):
+            least = 0 if field.type is float or "token" in field.name else 1
+            least = -1 if field.name == "eos_token_id" else least  # -1: there is none
             fits = least <= value <= (256 if "layers" in field.name else 10**7)  # False for NaN
         if not fits:
             raise ValueError(f"{field.name} is {value!r:.60}, which no {cls.__name__} has.")
@@ -482,6 +483,8 @@ class T5Config:
         buckets, far = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4 or far <= buckets // 2:  # see relative_bucket
             raise ValueError(f"{buckets} buckets of relative positions do not go up to {far}.")
+        if max(self.pad_token_id, self.decoder_start_token_id) >= self.vocab_size:
+            raise ValueError("pad_token_id or decoder_start_token_id is not below vocab_size.")
 
     @property
     def decoder_layers(self):
@@ -850,6 +853,11 @@ class DETRConfig:
     num_labels: int = 91  # L, without "no object"
     id2label: dict = None  # {"0": name, ...}
 
+    def __post_init__(self):
+        heads = self.encoder_attention_heads, self.decoder_attention_heads
+        if any(self.d_model % n for n in heads) or self.d_model % 4:  # 4: sines, cosines, two axes
+            raise ValueError(f"d_model is {self.d_model}, no multiple of 4 and of {heads} heads.")
+
     @classmethod
     def from_hub(cls, config):
         """From config.json: transformers 5 moves the backbone's name into `backbone_config`, and
@@ -1146,6 +1154,10 @@ class SigLIPConfig:
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
 
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads or self.image_size < self.patch_size:
+            raise ValueError("hidden_size is no multiple of its heads, or a patch is too large.")
+
     @property
     def patches(self):
         return (self.image_size // self.patch_size) ** 2  # I
@@ -1239,13 +1251,21 @@ class Gemma2Config:
     attn_logit_softcapping: float = 50.0  # None: off
     final_logit_softcapping: float = 30.0  # None: off
 
+    def __post_init__(self):
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError("layer_types does not have an entry for each of num_hidden_layers.")
+        groups, halves = self.num_attention_heads % self.num_key_value_heads, self.head_dim % 2
+        if groups or halves or not (self.query_pre_attn_scalar > 0 and self.rope_theta > 0):
+            raise ValueError(
+                "num_attention_heads is no multiple of num_key_value_heads, head_dim is odd, or "
+                "query_pre_attn_scalar or rope_theta is not above 0."
+            )
+
     @classmethod
     def from_hub(cls, config):
         """From a config's text part. A soft-cap of null is "off", which is not the default; the
         base of the rotary angles has another name in transformers 5."""
         made = from_config(cls, config | {"rope_theta": rope_theta(config)})
-        if made.layer_types and len(made.layer_types) != made.num_hidden_layers:
-            raise ValueError("layer_types does not have an entry for each of num_hidden_layers.")
         caps = ("attn_logit_softcapping", "final_logit_softcapping")
         return replace(made, **{cap: config[cap] for cap in caps if cap in config})
 
@@ -1538,6 +1558,8 @@ class PaliGemma(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if max(config.image_token_index, config.pad_token_id) >= config.text.vocab_size:
+            raise ValueError("image_token_index or pad_token_id is not below vocab_size.")
         self.config = config
         self.vision_tower, self.multi_modal_projector = SigLIP(config.vision), nn.Module()
         width = config.vision.hidden_size

@@ -877,6 +877,8 @@ BAD_VALUES = [
     ("feed_forward_proj", {}),
     ("scale_decoder_outputs", 1),
     ("relative_attention_num_buckets", 10**12),
+    ("decoder_start_token_id", -1),
+    ("decoder_start_token_id", 10**6),
     ("relative_attention_max_distance", 0),
     ("relative_attention_max_distance", 4),
     ("relative_attention_max_distance", -5),
@@ -900,6 +902,7 @@ def test_a_config_value_no_model_has(pair, name, value, tmp_path):
         {"backbone_config": 5, "backbone": None},
         {"id2label": 5},
         {"d_model": 33},
+        {"encoder_attention_heads": 5},
     ],
 )
 def test_a_detr_config_of_no_model(changes, detr_files, tmp_path):
