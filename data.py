@@ -154,7 +154,7 @@ def demo_folder():
     return folder
 
 
-def _file(path):
+def regular_file(path):
     """The path of a file that can be read. What looks like one and has no end is refused unread."""
     try:
         mode = os.stat(path).st_mode
@@ -171,15 +171,15 @@ def _file(path):
 
 def read_json(path):
     """Parsed JSON; a missing or broken file is an error that names it."""
-    if (size := os.path.getsize(_file(path))) > MOST_BYTES:
+    if (size := os.path.getsize(regular_file(path))) > MOST_BYTES:
         raise ValueError(f"{path} has {size} bytes; JSON of over {MOST_BYTES} is not read.")
     try:
-        return _parsed(Path(path).read_bytes())
+        return parsed(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not complete JSON ({error}); fetch it again.") from None
 
 
-def _parsed(content):
+def parsed(content):
     """What JSON bytes say. Half a surrogate pair ("\\ud83d", an emoji cut in two), which neither a
     tokenizer nor a file can take, becomes U+FFFD."""
     try:
@@ -379,7 +379,7 @@ def _own_jsonl(file, split, skipped=None):
     record is training data. Other keys (caption, subject, grade) go to meta.
     """
     problems, seen = [], set()
-    for where, record in _json_lines(file, skipped=skipped):
+    for where, record in json_lines(file, skipped=skipped):
         named = isinstance(record, dict) and record.get("id")
         with _noted(skipped, str(named or where.rpartition(", ")[2])):
             id = str(_field(record, "id", str | int, where))
@@ -398,9 +398,9 @@ def _own_jsonl(file, split, skipped=None):
     return problems
 
 
-def _json_lines(file, may_be_torn=False, skipped=None):
+def json_lines(file, may_be_torn=False, skipped=None):
     """(where, record) of each line; may_be_torn: a last line without its end is left out."""
-    with open(_file(file), "rb") as lines:
+    with open(regular_file(file), "rb") as lines:
         for number in itertools.count(1):
             where, line = f"{file}, line {number}", lines.readline(MOST_LINE)
             if not line:
@@ -408,7 +408,7 @@ def _json_lines(file, may_be_torn=False, skipped=None):
             if len(line) == MOST_LINE:
                 raise ValueError(f"{where} has {MOST_LINE} bytes or more: no record is so long.")
             try:
-                record = _parsed(line) if line.strip() else None
+                record = parsed(line) if line.strip() else None
             except ValueError as error:
                 if may_be_torn and not line.endswith(b"\n"):
                     print(f"{where} was skipped: its writer was interrupted.", file=sys.stderr)
@@ -426,7 +426,7 @@ def unusable(problems, look=None):
     look  what has to be possible with a picture's path, by default only to read the file:
           `open_image` decodes it whole.
     """
-    look, start, reasons = look or _file, time.monotonic(), []
+    look, start, reasons = look or regular_file, time.monotonic(), []
 
     def reason(problem):
         try:
@@ -462,7 +462,7 @@ def load_traces(path):
     """
     path = Path(path)
     readers = {".csv": _pali_reason_csv, ".json": _pali_reason_json}
-    readers[".jsonl"] = functools.partial(_json_lines, may_be_torn=True)
+    readers[".jsonl"] = functools.partial(json_lines, may_be_torn=True)
     if path.suffix not in readers:
         raise ValueError(f"{path} is not a file of traces: they end in {', '.join(readers)}.")
     traces = [_trace(record, where) for where, record in readers[path.suffix](path)]
@@ -506,7 +506,7 @@ def _pali_reason_csv(path):
     names = {"question": "questions", "thought": "thoughts", "answer": "generated_answers"}
     names |= {"gold": "true_answers", "index": "indexes"}
     try:
-        with open(_file(path), newline="", encoding="utf-8-sig") as file:
+        with open(regular_file(path), newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file that can be read ({error}).") from None
@@ -675,7 +675,7 @@ def load_tokenizer(folder):
         raise FileNotFoundError(f"{folder} has neither tokenizer.json nor spiece.model.")
     read = Tokenizer.from_file if file.suffix == ".json" else _t5_tokenizer
     try:
-        content = _file(file).read_bytes()
+        content = regular_file(file).read_bytes()
         for found in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', content):
             _check_charsmap(base64.b64decode(found[1]))
         tokenizer = read(str(file))
@@ -1095,7 +1095,7 @@ def open_image(path):
     Image.MAX_IMAGE_PIXELS (89 million), which is not decoded.
     """
     try:
-        with Image.open(_file(path), formats=FORMATS) as image:
+        with Image.open(regular_file(path), formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
@@ -1223,7 +1223,7 @@ def cached_features(problems, extract, fingerprint, size, folder, pixels=detr_pi
 
 def _image_sha(problem):
     try:
-        return _checksum(_file(problem.image))
+        return _checksum(regular_file(problem.image))
     except (OSError, ValueError) as error:
         raise type(error)(f"Problem {problem.id}: the image {error}") from None
 
@@ -1267,7 +1267,7 @@ def _feature_array(folder, manifest, count):
     file, shape, old = folder / "features.npy", tuple(manifest["shape"]), np.zeros(0)
     if manifest["rows"]:
         try:
-            old = np.load(_file(file), mmap_mode="r+")
+            old = np.load(regular_file(file), mmap_mode="r+")
             fits = old.dtype == np.float16 and old.shape[1:] == shape
         except Exception as error:  # numpy's reader of headers raises almost anything
             raise ValueError(f"{file} cannot be read ({error}). Delete {folder}.") from None
@@ -1351,7 +1351,7 @@ def published_features(path, name_map):
     rows = _field({"names": read_json(name_map)}, "names", dict, name_map)
     if path.name not in PUBLISHED:  # vit.npy is another model's: (11208, 577, 768)
         raise ValueError(f"{path} is none of {', '.join(PUBLISHED)}, which the checkpoints read.")
-    _file(path)
+    regular_file(path)
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
@@ -1459,7 +1459,7 @@ def unpack(archive, folder, top):
     shrink; a bomb says a thousand times, and no entry gets more than it says). Then nothing is
     unpacked.
     """
-    size, most = os.path.getsize(_file(archive)), 100
+    size, most = os.path.getsize(regular_file(archive)), 100
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         try:
             with zipfile.ZipFile(archive) as file:

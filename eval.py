@@ -732,8 +732,8 @@ def refine(graded, spec, cache):
 
 def rationale_quality(graded, facts=None):
     """Of `explained` answers {"failure_modes": {kind: n}}; of their thoughts {"consistency": of the
-    "n_consistency" that come to an answer those that give it, "rationale_words": {"mean", "median"},
-    "loop_share" of all words, "hallucination"?: see there}; rates in percent."""
+    "n_consistency" that come to an answer those that give it, "rationale_words": {"mean",
+    "median"}, "loop_share" of all words, "hallucination"?: see there}; rates in percent."""
     kinds = Counter(x["kind"] for _, x, _ in graded if "kind" in x)
     found = {name: kinds[name] for name in KINDS if name in kinds}
     found = {"failure_modes": found} if kinds else {}
@@ -944,11 +944,9 @@ def mcnemar(better, worse):
 def read_predictions(path, problems=()):
     """Predictions of a JSONL file, of MathVista's {pid: {"response"}} or of the released code's
     predictions_ans_*.json. Raises ValueError naming the line, the problem or the position."""
+    content = data.regular_file(path).read_bytes()
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        whole = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}).") from None
+        whole = data.parsed(content)
     except ValueError:  # several lines, as it should be
         whole = None
     if isinstance(whole, dict) and "preds" in whole:
@@ -956,30 +954,20 @@ def read_predictions(path, problems=()):
     if isinstance(whole, dict) and whole and all(isinstance(x, dict) for x in whole.values()):
         told = [(f"problem {pid}", {"id": pid} | picked(x)) for pid, x in whole.items()]
     else:
-        told = list(json_lines(path, text))
+        told = [(where.removeprefix(f"{path}, "), x) for where, x in data.json_lines(path)]
     for where, x in told:
         if isinstance(x, dict) and type(x.get("id")) is int:
             x["id"] = str(x["id"])
         for key, kinds in {"id": str, "response": str, "rationale": str | None}.items():
             if not isinstance(x, dict) or not isinstance(x.get(key), kinds):
                 found = f"found {json.dumps(x, ensure_ascii=False)[:60]}"
-                raise ValueError(f'{path}, {where}: "{key}" must be a string; {found}')
+                raise ValueError(f'{path}, {where}: "{key}" must be a string; {found}.')
     return [x for _, x in told]
 
 
 def picked(record):
     """What of MathVista's official record is the model's: the rest is the problem."""
     return {key: record[key] for key in ("response", "rationale") if key in record}
-
-
-def json_lines(path, text):
-    """(where, parsed) of each line that is not blank."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not complete JSON ({error}).") from None
 
 
 def in_split_order(path, preds, labels, problems):
@@ -1889,7 +1877,7 @@ def loss_curves(file):
     """[{"stage", "loss", "val_loss", "val_accuracy"}], each a list of [step, value]; the training
     loss as means over a window of steps. A stage that starts again is another curve."""
     stages, before = [], (None, 0)
-    for _, entry in json_lines(file, file.read_text(encoding="utf-8")):
+    for _, entry in data.json_lines(file, may_be_torn=True):
         if entry["stage"] != before[0] or entry["step"] <= before[1]:
             stages.append({"stage": entry["stage"], "loss": [], "val_loss": [], "val_accuracy": []})
         before = entry["stage"], entry["step"]

@@ -597,6 +597,8 @@ class Ledger:
         self.path, folder = Path(path), Path(path).absolute().parent
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} for {self.path.name}: make it.")
+        if os.path.lexists(path):
+            data.regular_file(path)  # a pipe would be waited for
         self.file = open(path, "a+b")  # noqa: SIM115 (held until close)
         lock(self.file, path)
         self.file.seek(0)
@@ -613,7 +615,7 @@ class Ledger:
             return []
         try:
             json.loads(torn)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.file.truncate(self.file.tell() - len(torn))
             print(f"{self.path}: its last line, cut off half-way, is dropped.", file=sys.stderr)
             return []
@@ -721,10 +723,11 @@ def picture(problem):
     if problem.image is None:
         return None
     with contextlib.suppress(Exception):  # what is wrong with it, open_image says below
-        body = Path(problem.image).read_bytes()
-        with Image.open(io.BytesIO(body)) as image:
+        body = data.regular_file(problem.image).read_bytes()
+        with Image.open(io.BytesIO(body), formats=data.FORMATS) as image:
             fits = len(body) <= MOST_BYTES and max(image.size) <= MOST_SIDE
-            if fits and image.format in SENT:
+            upright = image.getexif().get(0x0112, 1) == 1  # the student's is, see data.open_image
+            if fits and upright and image.format in SENT:
                 return body, SENT[image.format]
     try:
         image = data.open_image(problem.image)
@@ -751,8 +754,8 @@ def seen(path):
     if path is None:
         return None, None
     try:
-        body = Path(path).read_bytes()
-        with Image.open(io.BytesIO(body)) as image:
+        body = data.regular_file(path).read_bytes()
+        with Image.open(io.BytesIO(body), formats=data.FORMATS) as image:
             return hashlib.sha256(body).hexdigest(), image.size
     except Exception as error:  # PIL's can be almost anything
         why = getattr(error, "strerror", None) or "it is no picture"

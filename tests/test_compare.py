@@ -216,7 +216,7 @@ def test_what_is_not_there_is_said(two, capsys):
     with pytest.raises(FileNotFoundError, match="no run folder"):
         scoring.main([two.a])
     Path(two.b, "predictions.jsonl").write_text('{"id": "q0", "resp')
-    with pytest.raises(ValueError, match="predictions.jsonl, line 1: not complete JSON"):
+    with pytest.raises(ValueError, match="predictions.jsonl, line 1 is not complete JSON"):
         scoring.main([two.b])
 
 

@@ -536,7 +536,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
             (data.open_image, place),
             (data._image_sha, problem),
             (data.unpack, place, tmp_path, "x"),
-            (lambda file: list(data._json_lines(file)), place),
+            (lambda file: list(data.json_lines(file)), place),
         ]
         if "\0" not in str(place) and len(place.name) < 99 and place.is_symlink() | place.exists():
             for name in ("a.csv", "a.json", "a.jsonl"):

@@ -369,7 +369,7 @@ def test_predictions_must_be_of_these_problems(ids, message):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"id": "2", "resp', "line 3: not complete JSON"),
+        ('{"id": "2", "resp', "line 3 is not complete JSON"),
         ('["2"]', 'line 3: "id" must be a string'),
         ('{"id": 2.5, "response": "x"}', 'line 3: "id" must be a string'),
         ('{"id": true, "response": "x"}', 'line 3: "id" must be a string'),
@@ -398,7 +398,7 @@ def test_ids_as_numbers_and_a_file_from_windows(tmp_path):
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, lines)).encode())
     assert [x["id"] for x in scoring.read_predictions(file)] == ["1", "02"]
     file.write_bytes("{}".encode("utf-16"))
-    with pytest.raises(ValueError, match="p.jsonl is no text in UTF-8"):
+    with pytest.raises(ValueError, match="p.jsonl, line 1 is not complete JSON .it is no text in UTF-8"):
         scoring.read_predictions(file)
 
 
@@ -490,7 +490,7 @@ def test_command_line_errors_are_sentences(tmp_path):
     command = [sys.executable, ROOT / "eval.py", *arguments]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert re.match(r"eval\.py: .*p\.jsonl, line 2: not complete JSON", run.stderr)
+    assert re.match(r"eval\.py: .*p\.jsonl, line 2 is not complete JSON", run.stderr)
     for wrong in ([], ["run", *arguments], ["--predictions", "x"], ["run", "--data", "x"]):
         with pytest.raises(SystemExit):
             scoring.parse_args(wrong)
