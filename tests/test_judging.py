@@ -332,7 +332,7 @@ def test_summary():
 
 
 # --- the real traces
-# Thoughts of the 251 that were read by a person: those of which the rule, as it was then, said that
+# Thoughts of the 251 that were read one by one: those of which the rule, as it was then, said that
 # they lead elsewhere or to nothing, and some more. All lead to the teacher's answer but these ten.
 READ = (
     "4 11 12 13 14 15 18 19 20 21 22 23 24 26 27 28 29 30 31 34 36 38 41 43 45 46 48 51 57 58 "
@@ -391,7 +391,7 @@ def main():
     commits = Counter(verdict["consistent"] for verdict in verdicts.values())
     print("of all 251, the thought commits to the answer / to none / to another:",
           *(commits[word] for word in (True, None, False)))  # fmt: skip
-    rows = [["read by a person", "rule: leads", "says nothing", "leads elsewhere"]]
+    rows = [["read one by one", "rule: leads", "says nothing", "leads elsewhere"]]
     led = [id for id in READ if id not in ELSEWHERE + NOWHERE]
     for name, ids in (("leads", led), ("elsewhere", ELSEWHERE), ("nowhere", NOWHERE)):
         said = Counter(verdicts[id]["consistent"] for id in ids)
