@@ -388,7 +388,7 @@ class Journal:
         rows = [[e["id"], e["input_ids"], e["labels"]] for e in examples]
         self.rows = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         self.file.seek(0)
-        log = self.file.readlines()
+        log = [line for line in self.file.readlines() if line.endswith("\n")]
         facts, tensors = newest_state(self.folder, self.trainings, stage, len(log))
         if facts and facts["rows"] != self.rows:
             raise ValueError(
@@ -396,8 +396,9 @@ class Journal:
                 "learned from. Give it the same data again, or another --out."
             )
         self.lines = facts["lines"] if facts else self.lines
-        self.file.seek(sum(map(len, log[: self.lines])))
-        self.file.truncate()
+        if not facts or facts["step"] < facts["steps"]:  # else the next one's lines may follow
+            self.file.seek(sum(map(len, log[: self.lines])))
+            self.file.truncate()
         if not facts:
             return 0, None, 0.0
         best = restore(tensors, model, optimizer)
