@@ -53,6 +53,7 @@ except ImportError:  # Windows: nothing is locked
     fcntl = None
 
 HERE = Path(__file__).parent
+VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_THREADS = torch.get_num_threads()
 MMCOT_DEMO = {  # three minutes on one core
@@ -447,21 +448,18 @@ def snapshot(model, optimizer, best):
 def restore(tensors, model, optimizer):
     """Undo `snapshot`; returns the best weights. Clones: memory is aligned as it always is."""
     parts, moments = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}, {}
-    for name, tensor in tensors.items():
+    for name in list(tensors):
         part, _, rest = name.partition(".")
-        parts[part][rest] = tensor.clone()
-    with torch.no_grad():
-        for name, p in trained(model).items():
-            p.copy_(parts["model"][name])
+        parts[part][rest] = tensors.pop(name).clone()
+    model.load_state_dict(parts["model"], strict=False)
     for name, tensor in parts["optimizer"].items():
         i, _, key = name.partition(".")
         moments.setdefault(int(i), {})[key] = tensor
     if moments:
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     device = next(model.parameters()).device
     torch.set_rng_state(parts["rng"]["cpu"])
-    if device.type == "cuda" and "cuda" in parts["rng"]:
+    if "cuda" in parts["rng"]:
         torch.cuda.set_rng_state(parts["rng"]["cuda"], device)
     return {name: tensor.to(device) for name, tensor in parts["best"].items()}
 
@@ -506,12 +504,13 @@ def checksum(file, facts):
 
 
 def flush(path):
-    """To the disk itself, file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """To the disk itself, file or folder; Windows cannot."""
+    if fcntl:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(value, path):
@@ -527,8 +526,7 @@ def write_json(value, path):
 def in_use(folder):
     """While this process works in a run folder: no other may, SIGTERM and Ctrl-C stop it when the
     step is done (a second one at once), and a full disk is a sentence."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, before = os.open(folder, os.O_RDONLY), {}
+    before = {}
 
     def stop(number, frame):
         for number in before:
@@ -538,48 +536,59 @@ def in_use(folder):
             raise Stopped
         os.write(2, b"\nstopping after this step; once more: at once\n")
 
-    try:
-        lock(handle, folder)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop)
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in FULL and "os error 28" not in str(error):
-            raise
-        raise OSError(
-            f"{folder}: the disk is full ({error}). What was saved before is whole: make room, "
-            "then give the same command with --resume."
-        ) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        Journal.training = Journal.stopping = False
-        if before:  # it is ours: of a run that could not start nothing is left
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        os.close(handle)
+    with locked(folder):
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, stop)
+            yield
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) not in FULL and "os error 28" not in str(error):
+                raise
+            raise OSError(
+                f"{folder}: the disk is full ({error}). What was saved before is whole: make "
+                "room, then give the same command with --resume."
+            ) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            Journal.training = Journal.stopping = False
 
 
-def lock(handle, folder):
-    """The folder itself is locked: the kernel lets go of it however the process ends."""
-    if fcntl is None:
-        return
+@contextlib.contextmanager
+def locked(folder):
+    """The folder itself is locked, so the kernel lets go of it however the process ends. Of a run
+    that could not start nothing is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = fcntl and os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(handle)
         raise ValueError(
-            f"Another process works in {folder}: wait for it, or take another --out."
+            f"Another process works in {folder}: wait, or take another --out."
         ) from None
-    except OSError:  # some network disks cannot
-        print(f"{folder} cannot be locked: see that no other process works in it", file=sys.stderr)
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error}): let no other run use it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        if fcntl:
+            os.close(handle)
 
 
 def begin(args):
     """The folder of a run that can start, with config.json and last/."""
-    out = Path(args.out)
-    (out / "last").mkdir(parents=True, exist_ok=True)  # first: from now on it is not complete
-    if not args.resume or other_flags(args) != []:
+    out, anew = Path(args.out), not args.resume or other_flags(args) != []
+    if anew:
+        (out / "config.json").unlink(missing_ok=True)
+    (out / "last").mkdir(parents=True, exist_ok=True)  # from now on it is not complete
+    if anew:
         write_config(vars(args), out)
+    elif (then := data.read_json(out / "config.json")["versions"]) != VERSIONS:
+        print(f"begun with {then}, goes on with {VERSIONS}: bits may differ", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -618,13 +627,11 @@ def check_resume(runs):
     """Before anything is done: --resume goes with the flags that an unfinished run of these was
     started with, and without it nothing that was saved is written over."""
     unfinished = [args for args in runs if (Path(args.out) / "last").is_dir()]
-    for args in runs:
-        out = Path(args.out)
-        saved = [*out.glob("last/*.json"), *out.glob("predictions.part.jsonl")]
-        if saved and not args.resume:
+    for out in (Path(args.out) for args in runs if not args.resume):
+        if saved := [*out.glob("last/*.json"), *out.glob("predictions.part.jsonl")]:
             raise ValueError(
-                f"{out} has a run that was interrupted ({saved[0]}): add --resume to go on with "
-                "it, or delete the folder to begin anew."
+                f"{out} has a run that was interrupted: add --resume to go on with it, or delete "
+                f"{' and '.join(map(str, saved))} to begin anew."
             )
     for args in unfinished or runs:
         if args.resume and (other := other_flags(args)):
@@ -763,8 +770,7 @@ def write_config(config, out):
     """config.json: every flag, the versions it ran with and the commit."""
     git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    config = config | {"versions": versions, "commit": commit}
+    config = config | {"versions": VERSIONS, "commit": commit}
     write_json({k: v for k, v in config.items() if k != "resume"}, out / "config.json")
 
 

@@ -5,6 +5,7 @@
 
 import argparse
 import errno
+import functools
 import json
 import os
 import random
@@ -16,7 +17,6 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
 
 import data
 import eval as evaluation
@@ -89,8 +89,9 @@ def without_seconds(log):
 
 
 @pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+def no_waiting_for_the_disk(monkeypatch, request):
+    if not request.node.get_closest_marker("slow"):
+        monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")
@@ -356,28 +357,126 @@ def test_flags_that_differ_are_named(tmp_path, monkeypatch):
 
 def test_without_resume_nothing_saved_is_written_over(tmp_path):
     killed(tmp_path, "one", 5)
-    with pytest.raises(ValueError, match="interrupted.*add --resume.*delete the folder"):
+    with pytest.raises(ValueError, match="interrupted: add --resume.*delete .*04.json"):
         train.main([*MMCOT, "--out", str(tmp_path)])
 
 
-def run(folder, flags, resume=False):
-    """(exit status or None, what it said) of a run of its own process, which lives for `flags`."""
-    command = [sys.executable, "train.py", *flags, "--out", str(folder)]
-    return subprocess.Popen(
-        [*command, *(["--resume"] if resume else [])], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 def results(folder):
-    """Everything that a run leaves, its weights and metrics and log among it."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".safetensors":
-            found[name] = {k: t.tolist() for k, t in load_file(path).items()}
-        elif path.name == "log.jsonl":
-            found[name] = without_seconds(path)
-        elif path.is_file() and path.name not in ("report.html", "config.json"):
-            found[name] = path.read_bytes()
-    return found
+    """Everything that a run leaves, but what names the folder and the seconds of the log."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    kept = {path: path.read_bytes() for path in files if path.suffix not in (".html", ".log")}
+    kept |= {path: without_seconds(path) for path in kept if path.name == "log.jsonl"}
+    named = {str(path.relative_to(folder)): content for path, content in kept.items()}
+    return {name: x for name, x in named.items() if not name.endswith("config.json")}
+
+
+def started(folder, flags):
+    """The id of a process of its own that trains; what it says goes to told.log."""
+    folder.mkdir(exist_ok=True)
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        with open(folder.with_suffix(".told"), "w") as sys.stdout:
+            sys.stderr = sys.stdout
+            train.main([*flags, "--out", str(folder)])
+            status = 0
+    except BaseException as error:
+        folder.with_suffix(".error").write_text(repr(error))
+    finally:
+        os._exit(status)
+
+
+def ended(pid, after=None):
+    """Its exit status; SIGKILL `after` so many seconds, unless it has ended by itself."""
+    start = time.monotonic()
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if after is not None and time.monotonic() - start > after:
+            os.kill(pid, signal.SIGKILL)
+            after = None
+        time.sleep(0.002)
+
+
+def final_table(folder):
+    return folder.with_suffix(".told").read_text().splitlines()[-15:-2]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """Read once: the forked processes have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", functools.cache(data.load))
+        for split in ("train", "val", "test"):
+            data.load("demo", split)
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, kills", [(MMCOT, 13), (PALI, 12)], ids=["mmcot", "paligemma"])
+def test_sigkill_at_random_moments(flags, kills, demo, tmp_path):
+    whole, chance, count, runs = tmp_path / "whole", random.Random(6), 0, 0
+    start = time.monotonic()
+    assert ended(started(whole, flags)) == 0
+    seconds, folder = time.monotonic() - start, tmp_path / "run0"
+    status = -signal.SIGKILL
+    while count < kills or status:
+        again = ["--resume"] if status and count else []
+        pid = started(folder, [*flags, *again])
+        status = ended(pid, chance.uniform(0, 0.7 * seconds) if count < kills else None)
+        count += status == -signal.SIGKILL
+        assert status in (0, -signal.SIGKILL), folder.with_suffix(".error").read_text()
+        if status == 0:
+            found, expected = results(folder), results(whole)
+            assert found.keys() == expected.keys()
+            assert [name for name in found if found[name] != expected[name]] == []
+            assert final_table(folder) == [
+                text.replace(str(whole), str(folder)) for text in final_table(whole)
+            ]
+            runs += 1
+            folder = tmp_path / f"run{runs}"
+    print(f"{count} kills of {runs} runs of {seconds:.1f} s in {time.monotonic() - start:.0f} s")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """size -> mounts a tmpfs of so many KiB, or changes the size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size, *how):
+        how = ["-o", f"{','.join([*how, f'size={size}k'])}", "tmpfs", str(disk)]
+        told = subprocess.run(["mount", "-t", "tmpfs", *how], capture_output=True, text=True)
+        if told.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {told.stderr.strip()}")
+        return disk
+
+    yield mount
+    subprocess.run(["umount", str(disk)], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [6_000, 14_000])
+def test_a_disk_that_is_really_full(size, small_disk, demo, tmp_path):
+    assert ended(started(tmp_path / "whole", MMCOT)) == 0
+    folder = small_disk(size) / "run"
+    assert ended(started(folder, MMCOT)) == 1
+    error = folder.with_suffix(".error").read_text()
+    assert "the disk is full" in error and "--resume" in error
+    small_disk(64_000, "remount")
+    assert ended(started(folder, [*MMCOT, "--resume"])) == 0
+    assert results(folder) == results(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_sigterm_of_the_command_exits_0(tmp_path):
+    command = [sys.executable, "train.py", *MMCOT, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("run/last/*.json")):
+        time.sleep(0.01)
+    process.terminate()
+    told, _ = process.communicate()
+    assert process.returncode == 0 and list(tmp_path.glob("run/last/*.json"))
+    assert told.endswith("stopped; the same command with --resume goes on from here\n")
