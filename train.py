@@ -14,6 +14,8 @@ right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 t
 table has what that must be compared with: chance, the model as it was, and the same model trained
 as long on the same answers without the thoughts.
 
+A run that was killed goes on with --resume and ends in the same bits (on a CPU): see `Journal`.
+
 Left out on purpose: trainer classes, callbacks, autocast (weights that are trained are fp32, frozen
 ones bf16 where the device is good at it), loggers other than log.jsonl.
 
@@ -577,6 +579,9 @@ def locked(folder):
             folder.rmdir()
         if fcntl:
             os.close(handle)
+
+
+# ---- run folders -------------------------------------------------------------------------------
 
 
 def begin(args):

@@ -361,6 +361,59 @@ def test_without_resume_nothing_saved_is_written_over(tmp_path):
         train.main([*MMCOT, "--out", str(tmp_path)])
 
 
+def test_of_many_runs_the_finished_ones_stay_and_a_torn_one_is_made_again(tmp_path, monkeypatch):
+    ran, problem = [], data.load("demo", "val")[0]
+    scores = evaluation.metrics([problem], [{"id": problem.id, "response": "Answer: A"}])
+
+    def one(args):
+        train.begin(args)
+        ran.append(os.path.relpath(args.out, tmp_path))
+        if len(ran) == 3:
+            raise Killed
+        train.write_json(scores, tmp_path / ran[-1] / "metrics.json")
+        train.complete(tmp_path / ran[-1])
+        return scores
+
+    monkeypatch.setattr(train, "run_paligemma", one)
+    given = [*PALI, "--out", str(tmp_path), "--limit", "1"]
+    with pytest.raises(Killed):
+        train.main(given)
+    assert ran == ["base", "base--asked-to-reason", "answer-only"]
+    with pytest.raises(ValueError, match="begun otherwise: --lr was"):
+        train.main([*given, "--resume", "--lr", "0.5"])
+    cut(tmp_path / "base/metrics.json")
+    train.main([*given, "--resume"])
+    assert ran[3:] == ["base", "answer-only", "."]
+    train.main([*given, "--resume"])
+    assert len(ran) == 6
+
+
+def test_what_an_older_finished_run_left_is_not_taken_for_this_ones(tmp_path, monkeypatch):
+    """Killed in the second of four runs over an older table: the last two have other flags."""
+    ran, scores, older = (
+        [],
+        {"n": 1},
+        train.parse_args([*PALI, "--out", str(tmp_path), "--lr", "1"]),
+    )
+    for args in train.lines_of(older, train.BASELINES).values():
+        train.begin(args)
+        train.write_json(scores, tmp_path / args.out / "metrics.json")
+        train.complete(tmp_path / args.out)
+    given = train.parse_args([*PALI, "--out", str(tmp_path)])
+    lines = list(train.lines_of(given, train.BASELINES).values())
+    train.begin(lines[0])
+    train.complete(tmp_path / lines[0].out)
+    train.begin(lines[1])
+    for args in lines:
+        args.resume = True
+    monkeypatch.setattr(train, "run_paligemma", ran.append)
+    train.check_resume(lines)
+    assert train.run_one(lines[0]) == scores and not ran
+    for args in lines[1:]:
+        train.run_one(args)
+    assert ran == lines[1:]
+
+
 def results(folder):
     """Everything that a run leaves, but what names the folder and the seconds of the log."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
