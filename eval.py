@@ -30,6 +30,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -1245,13 +1246,52 @@ def in_batches(examples, batch_size, label, collate=data.collate):
             data.progress(label, done, len(examples), start)
 
 
+class Part:
+    """predictions.part.jsonl: the batches that are decoded already, a line each, so that who was
+    interrupted goes on where he was. A batch is known by the weights, by how it is decoded and by
+    its ids: what another model left behind is never taken for this one's, and the result is, to
+    the bit, that of decoding at once. A torn last line is dropped."""
+
+    def __init__(self, folder, models):
+        self.path, self.done = Path(folder) / "predictions.part.jsonl", {}
+        digest = hashlib.sha256()
+        for model in models:
+            for tensor in model.state_dict().values():
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        self.models, whole = digest.hexdigest(), 0
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        for line in lines:
+            try:
+                key, told = json.loads(line)
+            except (ValueError, TypeError):
+                break
+            self.done[key], whole = told, whole + len(line) * line.endswith(b"\n")
+        if lines:
+            os.truncate(self.path, whole)
+
+    def batch(self, what, decode, *given):
+        """What `decode(*given)` returns, a dict fit for JSON; from the file if that has it. `what`
+        says which batch it is, and how it is decoded."""
+        key = hashlib.sha256(json.dumps([self.models, what]).encode()).hexdigest()
+        if key not in self.done:
+            self.done[key] = decode(*given)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps([key, self.done[key]]) + "\n")
+        return self.done[key]
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)
+
+
 def predict(models, problems, config, tokenizer, features, on_token=None):
     """Decode problems with a run's models: one, or rationale and answer. Predictions in order; of
-    PaliGemma with their "ids". `on_token` is as in `model.decode`, and hears no votes."""
+    PaliGemma with their "ids". `on_token` is as in `model.decode`, and hears no votes. With a
+    `Part` as config["part"], batches that it has are not decoded again."""
     if config["model"] == "paligemma":
         return paligemma_predict(models[0], problems, config, tokenizer, features, on_token)
     formats = fusion.RECIPES[config["recipe"]]
-    lengths = config["max_output"]
+    lengths, how = config["max_output"], {"on_token": on_token, "part": config.get("part")}
 
     def make_batches(generated=None):
         fmt = formats[0] if generated is None else formats[-1]
@@ -1260,9 +1300,9 @@ def predict(models, problems, config, tokenizer, features, on_token=None):
 
     if len(formats) == 2:
         limits = (lengths[0], lengths[-1])
-        told = fusion.two_stage(*models, make_batches, tokenizer, limits, on_token=on_token)
+        told = fusion.two_stage(*models, make_batches, tokenizer, limits, **how)
     else:
-        texts = fusion.write(models[0], make_batches(), tokenizer, lengths[0], on_token=on_token)
+        texts = fusion.write(models[0], make_batches(), tokenizer, lengths[0], **how)
         told = {i: {"response": t.pop("text")} | t for i, t in texts.items()}
     return [{"id": p.id} | told[p.id] for p in problems]
 
@@ -1303,8 +1343,7 @@ def paligemma_write(
     are those the answer was written behind, and the answer's: of a loop, one round.
     """
     task, budgets = config["recipe"], config["max_output"]
-    generator = torch.Generator(model.language_model.embed_tokens.weight.device).manual_seed(seed)
-    how = {"temperature": temperature, "generator": generator, "on_token": on_token}
+    how = (temperature, seed, on_token)
     rows = [(p, task, None, False) for p in problems]
     examples = {e["id"]: e for e in data.pali_examples(rows, tokenizer, features, config)}
     reasons = task == "reason"
@@ -1345,17 +1384,29 @@ def paligemma_inputs(model, batch):
 def continued(model, examples, tokenizer, config, budget, loops, how):
     """{id: {"response", "ids", "stop", "tokens"}}: what the model writes behind each example."""
     device, told = model.language_model.embed_tokens.weight.device, {}
-    examples = list(examples)
+    examples, part = list(examples), config.get("part")
     for batch in in_batches(examples, config["eval_batch_size"], "decoded", data.pali_collate):
-        ids = batch.pop("ids")
-        batch = paligemma_inputs(model, {k: v.to(device) for k, v in batch.items()})
-        new_ids, stops = model.write(max_new_tokens=budget, stop_loops=loops, **batch, **how)
-        for problem_id, row, stop in zip(ids, new_ids.tolist(), stops, strict=True):
-            ends = [i for i in (model.config.eos_token_id, model.config.pad_token_id) if i in row]
-            row = row[: min(map(row.index, ends))] if ends else row
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            tokens = len(row) + (stop == "eos")
-            told[problem_id] = {"response": text, "ids": row, "stop": stop, "tokens": tokens}
+        heat, seed, on_token = how
+        what = [budget, loops, heat, seed, batch["ids"], batch["input_ids"].tolist()]
+        # Seeded by what the batch is: a sample is the same whatever was decoded before it.
+        seed = int.from_bytes(hashlib.sha256(json.dumps(what).encode()).digest()[:6], "big")
+        draw = {"temperature": heat, "generator": torch.Generator(device).manual_seed(seed)}
+        given = (model, batch, tokenizer, budget, loops, draw | {"on_token": on_token})
+        told |= part.batch(what, continue_batch, *given) if part else continue_batch(*given)
+    return told
+
+
+def continue_batch(model, batch, tokenizer, budget, loops, how):
+    device, told = model.language_model.embed_tokens.weight.device, {}
+    ids = batch.pop("ids")
+    batch = paligemma_inputs(model, {k: v.to(device) for k, v in batch.items()})
+    new_ids, stops = model.write(max_new_tokens=budget, stop_loops=loops, **batch, **how)
+    for problem_id, row, stop in zip(ids, new_ids.tolist(), stops, strict=True):
+        ends = [i for i in (model.config.eos_token_id, model.config.pad_token_id) if i in row]
+        row = row[: min(map(row.index, ends))] if ends else row
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        tokens = len(row) + (stop == "eos")
+        told[problem_id] = {"response": text, "ids": row, "stop": stop, "tokens": tokens}
     return told
 
 
@@ -1389,8 +1440,10 @@ def teacher_forced_rouge(model, problems, config, tokenizer, features):
 def evaluate(folder, models, problems, config, tokenizer, features, how):
     """Decode, grade, write predictions.jsonl and metrics.json into the run folder; the metrics.
 
-    `how` has the flags faithful_parse, teacher_forced, looks and report."""
-    written = predict(models, problems, config, tokenizer, features)
+    `how` has the flags faithful_parse, teacher_forced, looks and report. Interrupted decoding is
+    gone on with (see `Part`)."""
+    part = Part(folder, models)
+    written = predict(models, problems, config | {"part": part}, tokenizer, features)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
     graded = grade_all(problems, predictions, how.faithful_parse)
     fmt = target_format(config)
@@ -1406,6 +1459,7 @@ def evaluate(folder, models, problems, config, tokenizer, features, how):
     (Path(folder) / "looks.json").write_text(json.dumps(seen) + "\n", encoding="utf-8")
     if how.report:
         write_report(folder, {str(folder): Column(scores, graded, Path(folder))})
+    part.remove()
     return scores
 
 

@@ -210,28 +210,37 @@ class MultimodalT5(nn.Module):
 
 
 @torch.inference_mode()
-def write(model, batches, tokenizer, max_new_tokens, **how):
+def write(model, batches, tokenizer, max_new_tokens, part=None, **how):
     """Decode every batch; {id: {"text", "stop": "eos" or "length", "tokens"}}.
 
-    `batches` yields `data.collate` dicts, labels not needed; `how` is as in `model.decode`. The
-    model never sees gold text here; the first published commands scored the arg-max of
-    teacher-forced logits instead (see `teacher_forced`).
+    `batches` yields `data.collate` dicts, labels not needed; `how` is as in `model.decode`; `part`
+    is an `eval.Part`, which has the batches that are decoded already. The model never sees gold
+    text here; the first published commands scored the arg-max of teacher-forced logits instead (see
+    `teacher_forced`).
     """
     model.eval()
+    outputs = {}
+    for batch in batches:
+        given = (model, batch, tokenizer, max_new_tokens, how)
+        what = [max_new_tokens, batch["ids"], batch["input_ids"].tolist()] if part else None
+        outputs |= part.batch(what, write_batch, *given) if part else write_batch(*given)
+    return outputs
+
+
+def write_batch(model, batch, tokenizer, max_new_tokens, how):
     config, outputs = model.t5.config, {}
     device = next(model.parameters()).device
-    for batch in batches:
-        inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-        image_features = batch.get("image_features")
-        if image_features is not None:
-            inputs["image_features"] = image_features.to(device)
-        new_ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **how)  # (B, U)
-        for problem_id, row in zip(batch["ids"], new_ids.tolist(), strict=True):
-            ended = config.eos_token_id in row
-            row = row[: row.index(config.eos_token_id)] if ended else row
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            stop = "eos" if ended else "length"
-            outputs[problem_id] = {"text": text, "stop": stop, "tokens": len(row) + ended}
+    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
+    image_features = batch.get("image_features")
+    if image_features is not None:
+        inputs["image_features"] = image_features.to(device)
+    new_ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **how)  # (B, U)
+    for problem_id, row in zip(batch["ids"], new_ids.tolist(), strict=True):
+        ended = config.eos_token_id in row
+        row = row[: row.index(config.eos_token_id)] if ended else row
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        stop = "eos" if ended else "length"
+        outputs[problem_id] = {"text": text, "stop": stop, "tokens": len(row) + ended}
     return outputs
 
 

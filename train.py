@@ -14,6 +14,8 @@ right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 t
 table has what that must be compared with: chance, the model as it was, and the same model trained
 as long on the same answers without the thoughts.
 
+A run that was killed goes on with --resume and ends in the same bits (on a CPU): see `Journal`.
+
 Left out on purpose: trainer classes, callbacks, autocast (weights that are trained are fp32, frozen
 ones bf16 where the device is good at it), loggers other than log.jsonl.
 
@@ -21,9 +23,15 @@ Axes: B batch, T length, U target length, D width, V vocabulary.
 """
 
 import argparse
+import contextlib
+import errno
+import hashlib
 import json
 import math
+import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,15 +39,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as evaluation
 import fusion
 import lora
-from model import resolve
+from model import resolve, write_safetensors
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked
+    fcntl = None
 
 HERE = Path(__file__).parent
+VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_THREADS = torch.get_num_threads()
 MMCOT_DEMO = {  # three minutes on one core
@@ -242,7 +258,8 @@ def windows(examples, args, epochs, generator):
 
 
 def fit(model, examples, validate, args, stage, epochs, log):
-    """Train in place; `validate(model)` gives what is logged after each epoch.
+    """Train in place; `validate(model)` gives what is logged after each epoch. `log` is a
+    `Journal`, which goes on from the last saved step, or any text file.
 
     If that has "val_accuracy", the weights of the best epoch are what is left in the end.
     FloatingPointError names the records of a non-finite loss.
@@ -251,10 +268,11 @@ def fit(model, examples, validate, args, stage, epochs, log):
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     generator = torch.Generator().manual_seed(args.seed)
     plan = list(windows(examples, args, epochs, generator))[: args.max_steps]
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, len(plan), args))
-    per_epoch, best = steps_per_epoch(examples, args), None
-    start = time.monotonic()
-    for step, window in enumerate(plan, 1):
+    per_epoch = steps_per_epoch(examples, args)
+    journal = log if isinstance(log, Journal) else Journal(log)
+    done, best, seconds = journal.begin(stage, model, optimizer, examples)
+    start = time.monotonic() - seconds
+    for step, window in enumerate(plan[done:], done + 1):
         model.train()
         batches = [to_device(COLLATE[args.model](rows), args.device) for rows in window]
         count = sum(units(batch, args) for batch in batches)
@@ -267,31 +285,34 @@ def fit(model, examples, validate, args, stage, epochs, log):
         stop_unless_finite(total, norm, window, stage, step)
         if step == 1:
             stop_unless_learning(model)
-        lr = rate.get_last_lr()[0]
+        lr = args.lr * schedule(step - 1, len(plan), args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
-        rate.step()
         optimizer.zero_grad(set_to_none=True)
         entry = {"stage": stage, "step": step, "loss": round(total.item(), 6), "lr": lr}
         entry |= {"grad_norm": round(norm.item(), 4), args.weighting + "s": count}
-        if step % per_epoch == 0 or step == len(plan):
+        validates = step % per_epoch == 0 or step == len(plan)
+        if validates:
             entry |= validate(model)
             best = better(best, entry, model)
         seconds = time.monotonic() - start
-        print(json.dumps(entry | {"seconds": round(seconds, 2)}), file=log, flush=True)
+        journal.write(entry | {"seconds": round(seconds, 2)})
         report(stage, step, len(plan), entry, seconds)
+        journal.step(step, len(plan), best, seconds, validates)
+    journal.end()
     if best:
-        model.load_state_dict(best[1], strict=False)
-        print(f"  kept: the weights after step {best[2]}, validation accuracy {best[0]:.2f}")
+        model.load_state_dict(best[2], strict=False)
+        print(f"  kept: the weights after step {best[1]}, validation accuracy {best[0]:.2f}")
     return model.eval()
 
 
 def better(best, entry, model):
-    """(accuracy, trained weights, step) of the best epoch so far; of equal ones the later."""
+    """(accuracy, step, trained weights) of the best epoch so far; of equal ones the later."""
     accuracy = entry.get("val_accuracy")
     if accuracy is None or (best and accuracy < best[0]):
         return best
-    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    return accuracy, trained, entry["step"]
+    return accuracy, entry["step"], {n: p.detach().clone() for n, p in trained(model).items()}
 
 
 def stop_unless_finite(loss, norm, window, stage, step):
@@ -332,6 +353,313 @@ def report(stage, step, steps, entry, seconds):
         print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
 
 
+# ---- never losing work -------------------------------------------------------------------------
+# RUN/last/ has the two newest states of each training of a run: N-STEP.safetensors (weights,
+# AdamW's moments, the best weights, the generators) and N-STEP.json (where it is; a SHA-256 of
+# both). The JSON is renamed into place last, so a kill leaves the state before. All else is made
+# again on --resume: it follows from the flags. The folder is there until the run is complete.
+
+MAY_DIFFER = ("resume", "save_every", "out", "features_cache")  # flags that change no result
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C came; what was done is saved."""
+
+
+class Journal:
+    """log.jsonl of a run, and its states in `folder`; without a folder none is kept."""
+
+    training = stopping = False  # of this process, see `in_use`
+
+    def __init__(self, file, folder=None, every=None):
+        self.file, self.folder, self.every = file, folder, every
+        self.lines = self.trainings = 0
+
+    def write(self, entry):
+        print(json.dumps(entry), file=self.file, flush=True)
+        self.lines += 1
+
+    def begin(self, stage, model, optimizer, examples):
+        """Put the newest whole state of the run's next training into model, optimizer and
+        generators; (steps done, best, seconds spent), see `fit`. The log is cut to it."""
+        self.trainings += 1
+        self.model, self.optimizer, self.due = model, optimizer, time.monotonic() + 60
+        if self.folder is None:
+            return 0, None, 0.0
+        Journal.training = True
+        rows = [[e["id"], e["input_ids"], e["labels"]] for e in examples]
+        self.rows = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        self.file.seek(0)
+        log = [line for line in self.file.readlines() if line.endswith("\n")]
+        facts, tensors = newest_state(self.folder, self.trainings, stage, len(log))
+        if facts and facts["rows"] != self.rows:
+            raise ValueError(
+                f"{self.folder.parent}: the training rows of {stage} are not those that its state "
+                "learned from. Give it the same data again, or another --out."
+            )
+        self.lines = facts["lines"] if facts else self.lines
+        if not facts or facts["step"] < facts["steps"]:  # else the next one's lines may follow
+            self.file.seek(sum(map(len, log[: self.lines])))
+            self.file.truncate()
+        if not facts:
+            return 0, None, 0.0
+        best = restore(tensors, model, optimizer)
+        print(f"  {stage}: {facts['step']} of {facts['steps']} steps are done", flush=True)
+        return facts["step"], facts["best"] and (*facts["best"], best), facts["seconds"]
+
+    def step(self, step, steps, best, seconds, validated):
+        """Save after a validation and every --save-every steps, else once a minute, but at most a
+        twentieth of the time. Raises Stopped, the state saved, if that was asked for."""
+        start = time.monotonic()
+        due = step % self.every == 0 if self.every else start >= self.due
+        if self.folder is None or not (due or validated or Journal.stopping):
+            return
+        facts = {"step": step, "steps": steps, "lines": self.lines, "rows": self.rows}
+        facts |= {"seconds": seconds, "best": best and best[:2]}
+        optimizer = self.optimizer if step < steps else None
+        os.fsync(self.file.fileno())
+        save_state(self.folder, self.trainings, facts, snapshot(self.model, optimizer, best))
+        self.due = time.monotonic() + max(60, 20 * (time.monotonic() - start))
+        if Journal.stopping:
+            raise Stopped
+
+    def end(self):
+        Journal.training = False
+        if Journal.stopping:  # the signal came behind the last step
+            raise Stopped
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def snapshot(model, optimizer, best):
+    """Tensors by name; without an optimizer, of a training that has ended."""
+    tensors = {f"model.{name}": p for name, p in trained(model).items()}
+    tensors |= {f"best.{name}": p for name, p in best[2].items()} if best else {}
+    for i, moments in optimizer.state_dict()["state"].items() if optimizer else ():
+        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    device = next(model.parameters()).device
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore(tensors, model, optimizer):
+    """Undo `snapshot`; returns the best weights. Clones: memory is aligned as it always is."""
+    parts, moments = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}, {}
+    for name in list(tensors):
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensors.pop(name).clone()
+    model.load_state_dict(parts["model"], strict=False)
+    for name, tensor in parts["optimizer"].items():
+        i, _, key = name.partition(".")
+        moments.setdefault(int(i), {})[key] = tensor
+    if moments:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    device = next(model.parameters()).device
+    torch.set_rng_state(parts["rng"]["cpu"])
+    if "cuda" in parts["rng"]:
+        torch.cuda.set_rng_state(parts["rng"]["cuda"], device)
+    return {name: tensor.to(device) for name, tensor in parts["best"].items()}
+
+
+def save_state(folder, number, facts, tensors):
+    name = f"{number}-{facts['step']:08d}"
+    write_safetensors(tensors, folder / f"{name}.safetensors")
+    flush(folder / f"{name}.safetensors")
+    state = {"state": facts, "sha256": checksum(folder / f"{name}.safetensors", facts)}
+    write_json(state, folder / f"{name}.json")
+    kept = sorted(path.stem for path in folder.glob(f"{number}-*.json"))[-2:]
+    for path in sorted(folder.iterdir()):  # the JSON of a state goes first
+        if path.stem not in kept and path.name.lstrip(".").startswith(f"{number}-"):
+            path.unlink()
+
+
+def newest_state(folder, number, stage, lines):
+    """(facts, tensors) of the newest whole state of a training, whose log has `lines` or fewer;
+    (None, None) if there is none. What is torn is said, and removed."""
+    paths = sorted(folder.glob(f"{number}-*.json"), reverse=True)
+    for path in paths:
+        try:
+            state, file = data.read_json(path), path.with_suffix(".safetensors")
+            if state["sha256"] != checksum(file, state["state"]):
+                raise ValueError("the checksum is another")
+            if state["state"]["lines"] > lines:
+                raise ValueError("log.jsonl is shorter than it was then")
+            return state["state"], load_file(file)
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            print(f"{path} is not whole ({error}): it is left out", file=sys.stderr)
+            path.unlink()
+    if paths:
+        print(f"{folder}: no state is whole: {stage} starts from its beginning", file=sys.stderr)
+    return None, None
+
+
+def checksum(file, facts):
+    with open(file, "rb") as tensors:
+        digest = hashlib.file_digest(tensors, "sha256")
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def flush(path):
+    """To the disk itself, file or folder; Windows cannot."""
+    if fcntl:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(value, path):
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    flush(temporary)
+    temporary.replace(path)
+    flush(path.parent)
+
+
+@contextlib.contextmanager
+def in_use(folder):
+    """While this process works in a run folder: no other may, SIGTERM and Ctrl-C stop it when the
+    step is done (a second one at once), and a full disk is a sentence."""
+    before = {}
+
+    def stop(number, frame):
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+        Journal.stopping = True
+        if not Journal.training:
+            raise Stopped
+        os.write(2, b"\nstopping after this step; once more: at once\n")
+
+    with locked(folder):
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, stop)
+            yield
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) not in FULL and "os error 28" not in str(error):
+                raise
+            raise OSError(
+                f"{folder}: the disk is full ({error}). What was saved before is whole: make "
+                "room, then give the same command with --resume."
+            ) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            Journal.training = Journal.stopping = False
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """The folder itself is locked, so the kernel lets go of it however the process ends. Of a run
+    that could not start nothing is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = fcntl and os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(
+            f"Another process works in {folder}: wait, or take another --out."
+        ) from None
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error}): let no other run use it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        if fcntl:
+            os.close(handle)
+
+
+# ---- run folders -------------------------------------------------------------------------------
+
+
+def begin(args):
+    """The folder of a run that can start, with config.json and last/."""
+    out, anew = Path(args.out), not args.resume or other_flags(args) != []
+    if anew:
+        (out / "config.json").unlink(missing_ok=True)
+    (out / "last").mkdir(parents=True, exist_ok=True)  # from now on it is not complete
+    if anew:
+        write_config(vars(args), out)
+    elif (then := data.read_json(out / "config.json")["versions"]) != VERSIONS:
+        print(f"begun with {then}, goes on with {VERSIONS}: bits may differ", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def opened_journal(args):
+    path = Path(args.out) / "log.jsonl"
+    mode = "r+" if args.resume and path.is_file() else "w+"
+    with open(path, mode, encoding="utf-8") as file:
+        yield Journal(file, path.parent / "last", args.save_every)
+
+
+def complete(out):
+    """last/ goes when all files of the run are on the disk."""
+    for path in out.iterdir():
+        if path.is_file():
+            flush(path)
+    shutil.rmtree(out / "last")
+
+
+def other_flags(args):
+    """The flags that config.json has otherwise, as sentences; None if it has no flags."""
+    try:
+        config = data.read_json(Path(args.out) / "config.json")
+    except (FileNotFoundError, ValueError):
+        return None
+    if "recipe" not in config:
+        return None
+    now = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in MAY_DIFFER}
+    return [
+        f"--{k.replace('_', '-')} was {config[k]}, is {v}"
+        for k, v in now.items()
+        if k in config and config[k] != v
+    ]
+
+
+def check_resume(runs):
+    """Before anything is done: --resume goes with the flags that an unfinished run of these was
+    started with, and without it nothing that was saved is written over."""
+    unfinished = [args for args in runs if (Path(args.out) / "last").is_dir()]
+    for out in (Path(args.out) for args in runs if not args.resume):
+        if saved := [*out.glob("last/*.json"), *out.glob("predictions.part.jsonl")]:
+            raise ValueError(
+                f"{out} has a run that was interrupted: add --resume to go on with it, or delete "
+                f"{' and '.join(map(str, saved))} to begin anew."
+            )
+    for args in unfinished or runs:
+        if args.resume and (other := other_flags(args)):
+            raise ValueError(f"{args.out} was begun otherwise: {'; '.join(other)}.")
+    if runs[0].resume and not unfinished and not any(is_complete(args) for args in runs):
+        print(f"{runs[-1].out}: nothing was saved; it starts from its beginning", flush=True)
+
+
+def is_complete(args):
+    """Whether --resume finds nothing to do in a run's folder."""
+    out = Path(args.out)
+    whole = evaluation.metrics_then(out) and not (out / "last").exists()
+    return bool(args.resume and whole and other_flags(args) == [])
+
+
+def run_one(args):
+    """The metrics of a run, which is trained and decoded unless it is complete."""
+    if is_complete(args):
+        print(f"{args.out}: complete already", flush=True)
+        return evaluation.metrics_then(Path(args.out))
+    return {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model](args)
+
+
 def load_splits(args):
     """{split: problems}. Three different ones: none is cut off another."""
     names = ("train", "val", args.test_split)
@@ -364,10 +692,9 @@ def run_mmcot(args):
     splits = load_splits(args)
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
     features = evaluation.image_features(config, [p for ps in splits.values() for p in ps])
-    out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves nothing
-    write_config(config, out)
+    begin(args)  # only now: a run that cannot start leaves nothing
     names, models = fusion.stage_names(args.recipe), []
-    with open(out / "log.jsonl", "w", encoding="utf-8") as log:
+    with opened_journal(args) as log:
         for stage, name in enumerate(names):
             if args.stage in ("both", name):
                 models.append(run_stage(args, stage, splits, tokenizer, features, log))
@@ -376,7 +703,7 @@ def run_mmcot(args):
             else:
                 models.append(fusion.MultimodalT5.from_pretrained(out / name).to(args.device))
             if args.stage == name != names[-1]:
-                return None  # the rationale stage alone has nothing to score yet
+                return complete(out)  # the rationale stage alone has nothing to score yet
     how = argparse.Namespace(
         faithful_parse=False,
         teacher_forced=args.teacher_forced,
@@ -384,7 +711,9 @@ def run_mmcot(args):
         report=True,
     )
     test = splits[args.test_split]
-    return evaluation.evaluate(out, models, test, config, tokenizer, features, how)
+    scores = evaluation.evaluate(out, models, test, config, tokenizer, features, how)
+    complete(out)
+    return scores
 
 
 def run_stage(args, stage, splits, tokenizer, features, log):
@@ -419,7 +748,8 @@ def own_rationales(args, problems, val, tokenizer, features, log, folds=2):
         model = run_stage(args, 0, splits, tokenizer, features, log)
         examples = data.examples(unseen, "QCM-LE", tokenizer, features, None, vars(args))
         batches = evaluation.in_batches(examples, args.eval_batch_size, "own rationales")
-        texts = fusion.write(model, batches, tokenizer, args.max_output[0])
+        part = log and evaluation.Part(args.out, [model])
+        texts = fusion.write(model, batches, tokenizer, args.max_output[0], part)
         generated |= {problem_id: told["text"] for problem_id, told in texts.items()}
     return generated
 
@@ -445,9 +775,8 @@ def write_config(config, out):
     """config.json: every flag, the versions it ran with and the commit."""
     git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    config = config | {"versions": versions, "commit": commit}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config = config | {"versions": VERSIONS, "commit": commit}
+    write_json({k: v for k, v in config.items() if k != "resume"}, out / "config.json")
 
 
 # ---- paligemma: one run ------------------------------------------------------------------------
@@ -468,12 +797,11 @@ def run_paligemma(args):
     rows = with_pictures(rows, args)
     pictured = [row[0] for row in rows] + splits["val"][: args.eval_problems] + test
     features = evaluation.image_features(config, pictured, model)
-    out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot start leaves nothing
-    write_config(config, out)
+    begin(args)  # only now: a run that cannot start leaves nothing
     if rows and args.data != "demo":  # its splits are disjoint by construction
         warn_of_overlap([row[0] for row in rows], test)
     if args.epochs[0]:
-        with open(out / "log.jsonl", "w", encoding="utf-8") as log:
+        with opened_journal(args) as log:
             tune(args, model, rows, splits["val"], tokenizer, features, log)
         if args.full:
             model.save_pretrained(out)
@@ -484,7 +812,9 @@ def run_paligemma(args):
     how = argparse.Namespace(
         faithful_parse=False, teacher_forced=False, looks=evaluation.LOOKS, report=True
     )
-    return evaluation.evaluate(out, [model], test, config, tokenizer, features, how)
+    scores = evaluation.evaluate(out, [model], test, config, tokenizer, features, how)
+    complete(out)
+    return scores
 
 
 def training_rows(args, problems):
@@ -632,15 +962,23 @@ PALIGEMMA_ABLATION = BASELINES | {  # one part changed in each
 DECODED_AGAIN = ("no loop stop, no forced answer", "vote of 5")  # the weights of the run itself
 
 
-def run_many(args, runs):
-    """Every line of a table like the above; {name: metrics}. The line that changes nothing is the
+def lines_of(args, runs):
+    """{name: flags} of every line of a table like the above. The line that changes nothing is the
     run itself, in `args.out`; the others have folders in it."""
-    rows, run = {}, {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model]
+    lines = {}
     for name, changed in runs.items():
         changed = changed | {"out": str(line_folder(args, name, changed))}
         if name in DECODED_AGAIN:
             changed |= {"weights": [args.out]} if args.full else {"adapter": args.out}
-        rows[name] = run(argparse.Namespace(**vars(args) | changed))
+        lines[name] = argparse.Namespace(**vars(args) | changed)
+    return lines
+
+
+def run_many(lines):
+    """{name: metrics} of such lines, each shown as it is there."""
+    rows = {}
+    for name, args in lines.items():
+        rows[name] = run_one(args)
         print(evaluation.summary(rows), flush=True)
     return rows
 
@@ -667,7 +1005,7 @@ def show_many(args, runs, rows):
 # ---- command line ------------------------------------------------------------------------------
 
 AT_LEAST_ONE = """max_steps batch_size accumulate max_output eval_batch_size limit threads samples
-    image_size max_input max_suffix lora_r""".split()  # all other numbers may be 0, none negative
+    image_size max_input max_suffix lora_r save_every""".split()  # others may be 0, none negative
 
 
 def parse_args(argv=None):
@@ -744,6 +1082,10 @@ def add_how(parser):
     how.add_argument("--max-output", type=int, nargs="+", help="new tokens: rationale, answer")
     how.add_argument("--eval-batch-size", type=int, default=64, help="(%(default)s)")
     how.add_argument("--limit", type=int, help="only the first N problems of each split")
+    resume = "go on, to the bit, with the run in --out that was interrupted"
+    how.add_argument("--resume", action="store_true", help=resume)
+    every = "steps between two saved states (one a minute, at most a twentieth of the time)"
+    how.add_argument("--save-every", type=int, metavar="N", help=every)
     how.add_argument("--seed", type=int, default=42, help="(%(default)s)")
     how.add_argument("--device", default=DEVICE, help="(%(default)s)")
     how.add_argument("--threads", type=int, help="CPU threads (demo: 1, else all)")
@@ -840,18 +1182,19 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     start = time.monotonic()
     distilled = args.model == "paligemma" and args.recipe == "reason" and args.epochs[0]
-    if args.ablation:
-        tables = {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}
-        args.teacher_forced = True
-        rows = run_many(args, tables[args.model])
-        show_many(args, tables[args.model], rows)
-    elif distilled and not args.alone:
-        rows = run_many(args, BASELINES)
-        print(f"\n{evaluation.table(rows)}")
-        show_many(args, BASELINES, rows)
-    else:
-        scores = run_mmcot(args) if args.model == "mmcot" else run_paligemma(args)
-        if scores:
+    compared = distilled and not args.alone
+    tables = {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}
+    runs = tables[args.model] if args.ablation else BASELINES if compared else None
+    args.teacher_forced |= args.ablation
+    with in_use(Path(args.out)):
+        lines = lines_of(args, runs) if runs else {args.out: args}
+        check_resume([*lines.values()])
+        if runs:
+            rows = run_many(lines)
+            if not args.ablation:
+                print(f"\n{evaluation.table(rows)}")
+            show_many(args, runs, rows)
+        elif scores := run_one(args):
             print(f"\n{evaluation.table({args.out: scores})}")
     print(f"\n{args.out}: done in {time.monotonic() - start:.0f} s")
 
@@ -859,5 +1202,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except Stopped:
+        print("\ntrain.py: stopped; the same command with --resume goes on from here")
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         sys.exit(f"train.py: {error}")
