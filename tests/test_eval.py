@@ -484,6 +484,7 @@ def test_command_line_grades_a_file_and_shows_runs(tmp_path, capsys):
         scoring.main([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_command_line_errors_are_sentences(tmp_path):
     arguments = write_own_data(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"id": "q0", "response": "x"}\n{"id": ')

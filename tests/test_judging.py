@@ -232,6 +232,7 @@ def test_a_rationale_cannot_end_its_part():
     assert prompt == teacher.judge_prompt(p, thought, "B")  # else no reply would be found again
 
 
+@pytest.mark.slow
 def test_the_schema_is_one_that_both_sdks_take_as_it_is():
     anthropic, types = pytest.importorskip("anthropic"), pytest.importorskip("google.genai.types")
     assert anthropic.transform_schema(teacher.JUDGE_SCHEMA) == teacher.JUDGE_SCHEMA

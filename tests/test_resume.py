@@ -256,6 +256,7 @@ def test_a_signal_saves_after_the_step(whole, tmp_path):
     same(fitted(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_a_signal_outside_training_stops_at_once_and_a_second_one_kills(tmp_path):
     with pytest.raises(train.Stopped), train.in_use(tmp_path / "run"):
         os.kill(os.getpid(), signal.SIGINT)

@@ -706,6 +706,7 @@ def test_a_batch_stays_below_max_cost(ask, server, wire):
 # --- offline
 
 
+@pytest.mark.slow
 def test_the_demo_teacher_says_the_same_every_time(ask, monkeypatch):
     for names in teacher.KEYS.values():
         for name in names:

@@ -272,6 +272,7 @@ def test_a_question_can_be_asked_of_a_run(short_run, capsys):
     assert len(lines) == 2
 
 
+@pytest.mark.slow
 def test_errors_are_sentences_without_traceback(tmp_path):
     nowhere = ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
     bad = [sys.executable, "train.py", *SHORT, *nowhere]

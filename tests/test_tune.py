@@ -491,6 +491,7 @@ def test_validation_accuracy_is_of_real_answers(tuned, tokenizer, monkeypatch):
     assert none.validate(none.model).keys() == {"val_loss"}
 
 
+@pytest.mark.slow
 def test_suffixes_that_are_too_long_are_dropped_and_counted(tuned, tokenizer, capsys):
     got = tuned("--limit-traces", "12")
     lengths = sorted(sum(e["token_type_ids"]) for e in got.examples)
@@ -731,6 +732,7 @@ def test_decoding_a_run_again_gives_the_same_predictions(short, capsys):
     assert "chance" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_adapter_can_be_decoded_by_itself(tiny, tmp_path):
     folder = run(tmp_path / "decoded", "--adapter", str(tiny.folder), "--epochs", "0").folder
     before = (tiny.folder / "predictions.jsonl").read_bytes()
@@ -740,6 +742,7 @@ def test_an_adapter_can_be_decoded_by_itself(tiny, tmp_path):
     assert (folder / "predictions.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter(tiny, tmp_path):
     rank = data.read_json(tiny.folder / lora.CONFIG)["r"]
     flags = ["--adapter", str(tiny.folder), "--lora-r", str(rank + 3), "--lr", "1e-12"]
@@ -841,6 +844,7 @@ def test_plain_adapters_are_on_all_seven_projections(tiny):
     assert not any("magnitude" in key or "vision" in key for key in adapter(tiny.folder))
 
 
+@pytest.mark.slow
 def test_dora(tmp_path):
     folder = run(tmp_path / "dora", "--lora-dora").folder
     moved = {k: t for k, t in adapter(folder).items() if "lora_magnitude_vector" in k}
@@ -861,6 +865,7 @@ def test_lora_settings_reach_the_adapter(tmp_path):
     assert len(adapter(folder)) == 2 * 2 * TEXT["num_hidden_layers"]
 
 
+@pytest.mark.slow
 def test_the_final_soft_cap_can_be_off(tiny, tmp_path, monkeypatch):
     logits = []
 
@@ -1188,6 +1193,7 @@ def test_what_is_no_loop_to_the_detector_stays_whole():
     assert 20 < found < 280
 
 
+@pytest.mark.slow
 def test_batched_equals_single(tokenizer):
     """In fp32, with adapters that make it talk at random, cut rows and forced answers included."""
     model, args = adapted()
