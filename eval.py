@@ -125,7 +125,8 @@ CONCLUDES = re.compile(
     r"consequently|finally|∴|因此|所以|故|بنابراین)(?![a-z])",
     re.IGNORECASE | re.MULTILINE)  # fmt: skip
 LETTER = re.compile(
-    r"(?!N/A)(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)[\s:]\s*)?(?:\(\s*([A-Za-z])\s*\)|([a-z])(?=$|[.)])|"
+    r"(?!N/A)(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)[\s:]\s*)?"
+    r"(?:\(\s*([A-Za-z])\s*\)|([a-z])(?=$|[.)])|"
     r"([A-Z])(?=$|\s*[).:,;/&]|\s-|\s(?:because|since|as|is|and|or)\b))")  # fmt: skip
 ANOTHER = re.compile(r"\s*(?:,?\s*(?:and|or)\b|[,&/])\s*\(?([A-Z])(?:\)|(?=$|\s*[.,;]))")
 NAMED = re.compile(r"(?:\(|\b[Oo]ption )([A-Z])\b")
@@ -866,8 +867,9 @@ def metrics_of(graded, faithful=False, rationale_format="QCM-LE", facts=None):
     """The table's numbers of `explained` grades; rates are percentages with two decimals.
 
     Returns {"n", "accuracy": {"avg", "NAT", ...}, "ci95": [low, high], "chance", "parse_failures",
-    "n_rationales"?, "rougeL"?, "bleu1"?, "bleu4"?, "families"?, "axes"?: {axis: its rows}, "stop"?,
-    "n_by", "ci95_by", "chance_by"}; a category without problems is None.
+    "n_rationales"?, "rougeL"?, "bleu1"?, "bleu4"?, what `rationale_quality` says, "families"?,
+    "axes"?: {axis: its rows}, "stop"?, "n_by", "ci95_by", "chance_by"}; a category without problems
+    is None.
     """
     found = rows_by_axis(graded)
     families = found.pop("family", {})
