@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import gc
 import io
 import itertools
 import json
@@ -856,8 +857,10 @@ def told_well(error, folder):
 
 
 def judged(read, folder):
-    """The outcome of one reader on one folder."""
+    """The outcome of one reader on one folder. The garbage collector waits: what it calls (pytest,
+    hypothesis) at the bottom of a file nested too deep has no room left, and that is no outcome."""
     start, error = time.monotonic(), None
+    gc.disable()
     signal.signal(signal.SIGALRM, alarm)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
@@ -874,6 +877,7 @@ def judged(read, folder):
         kind = "refused" if told_well(caught, folder) else kind
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        gc.enable()
     return Outcome(kind, time.monotonic() - start, error)
 
 
