@@ -50,7 +50,7 @@ import torch
 import data
 import fusion
 import lora
-from model import DETR, PaliGemma, resolve, stored_tensors
+from model import DETR, PaliGemma, of_all_ranks, rank, resolve, stored_tensors, world
 
 CUE = "Answer:"  # what PaliGemma's last line begins with
 ANSWER = re.compile(r"The answer is \(([A-Z])\)")
@@ -1238,38 +1238,45 @@ def feature_extractor(folder, device):
     return extract
 
 
-def in_batches(examples, batch_size, label, collate=data.collate):
-    """Collated batches of like lengths, with progress on a terminal as they are used up."""
+def in_batches(examples, batch_size, label, collate=data.collate, dealt=True):
+    """Collated batches of like lengths, with progress on a terminal as they are used up. Under
+    torchrun those of this process (see `model.of_all_ranks`), unless they are not to be dealt."""
     start, done = time.monotonic(), 0
-    for rows in data.batches([len(e["input_ids"]) for e in examples], batch_size):
+    order = data.batches([len(e["input_ids"]) for e in examples], batch_size)
+    order = order[rank() :: world()] if dealt else order
+    total = sum(map(len, order))
+    for rows in order:
         yield collate([examples[i] for i in rows])
         done += len(rows)
-        if len(examples) > 1:
-            data.progress(label, done, len(examples), start)
+        if total > 1:
+            data.progress(label, done, total, start)
 
 
 class Part:
     """predictions.part.jsonl: the batches that are decoded already, a line each, so that who was
     interrupted goes on where he was. A batch is known by the weights, by how it is decoded and by
     its ids: what another model left behind is never taken for this one's, and the result is, to
-    the bit, that of decoding at once. A torn last line is dropped."""
+    the bit, that of decoding at once. A torn last line is dropped. Under torchrun each process
+    writes a file of its own, and reads all."""
 
     def __init__(self, folder, models):
-        self.path, self.done = Path(folder) / "predictions.part.jsonl", {}
+        name = f"predictions.part{rank() or ''}.jsonl"
+        self.path, self.done = Path(folder) / name, {}
         digest = hashlib.sha256()
         for model in models:
             for tensor in model.state_dict().values():
                 digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        self.models, whole = digest.hexdigest(), 0
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
-        for line in lines:
-            try:
-                key, told = json.loads(line)
-            except (ValueError, TypeError):
-                break
-            self.done[key], whole = told, whole + len(line) * line.endswith(b"\n")
-        if lines:
-            os.truncate(self.path, whole)
+        self.models = digest.hexdigest()
+        for path in Path(folder).glob("predictions.part*.jsonl"):
+            whole, lines = 0, path.read_bytes().splitlines(keepends=True)
+            for line in lines:
+                try:
+                    key, told = json.loads(line)
+                except (ValueError, TypeError):
+                    break
+                self.done[key], whole = told, whole + len(line) * line.endswith(b"\n")
+            if lines and path == self.path:
+                os.truncate(path, whole)
 
     def batch(self, what, decode, *given):
         """What `decode(*given)` returns, a dict fit for JSON; from the file if that has it. `what`
@@ -1283,7 +1290,8 @@ class Part:
         return self.done[key]
 
     def remove(self):
-        self.path.unlink(missing_ok=True)
+        for path in self.path.parent.glob("predictions.part*.jsonl"):
+            path.unlink()
 
 
 def predict(models, problems, config, tokenizer, features, on_token=None):
@@ -1385,7 +1393,7 @@ def paligemma_inputs(model, batch):
 
 def continued(model, examples, tokenizer, config, budget, loops, how):
     """{id: {"response", "ids", "stop", "tokens"}}: what the model writes behind each example."""
-    device, told = model.language_model.embed_tokens.weight.device, {}
+    device, told = model.language_model.embed_tokens.weight.device, []
     examples, part = list(examples), config.get("part")
     for batch in in_batches(examples, config["eval_batch_size"], "decoded", data.pali_collate):
         heat, seed, on_token = how
@@ -1394,8 +1402,8 @@ def continued(model, examples, tokenizer, config, budget, loops, how):
         seed = int.from_bytes(hashlib.sha256(json.dumps(what).encode()).digest()[:6], "big")
         draw = {"temperature": heat, "generator": torch.Generator(device).manual_seed(seed)}
         given = (model, batch, tokenizer, budget, loops, draw | {"on_token": on_token})
-        told |= part.batch(what, continue_batch, *given) if part else continue_batch(*given)
-    return told
+        told.append(part.batch(what, continue_batch, *given) if part else continue_batch(*given))
+    return of_all_ranks(told)
 
 
 def continue_batch(model, batch, tokenizer, budget, loops, how):
@@ -1443,7 +1451,7 @@ def evaluate(folder, models, problems, config, tokenizer, features, how):
     """Decode, grade, write predictions.jsonl and metrics.json into the run folder; the metrics.
 
     `how` has the flags faithful_parse, teacher_forced, looks and report. Interrupted decoding is
-    gone on with (see `Part`)."""
+    gone on with (see `Part`). Under torchrun all processes decode, and the first one writes."""
     part = Part(folder, models)
     written = predict(models, problems, config | {"part": part}, tokenizer, features)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
@@ -1455,6 +1463,8 @@ def evaluate(folder, models, problems, config, tokenizer, features, how):
         scores["rougeL_teacher_forced"] = teacher_forced_rouge(
             models[0], problems, config, tokenizer, features
         )
+    if rank():
+        return scores
     write_graded(folder, graded, scores)
     some = (problems[: how.looks], written[: how.looks])
     seen = looks(config, models, *some, tokenizer, features) if how.looks else {}
@@ -1503,7 +1513,8 @@ def fusion_looks(models, problems, predictions, config, tokenizer, features):
     for stage, fmt, model in zip(stages, formats, models, strict=True):
         told = generated if "G" in fmt else None
         examples = data.examples(problems, fmt, tokenizer, features, told, config)
-        for batch in in_batches(examples, config["eval_batch_size"], f"{stage} looked at"):
+        label = f"{stage} looked at"
+        for batch in in_batches(examples, config["eval_batch_size"], label, dealt=False):
             names = ("input_ids", "attention_mask", "image_features")
             ids, mask, pictures = (batch[name].to(config["device"]) for name in names)
             _, gate, attention = model.fusion.explain(model.t5.encode(ids, mask), pictures)

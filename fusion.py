@@ -36,6 +36,7 @@ from model import (
     from_config,
     head_is_tied,
     load_weights,
+    of_all_ranks,
     read_config,
     resolve,
     save_weights,
@@ -213,18 +214,19 @@ class MultimodalT5(nn.Module):
 def write(model, batches, tokenizer, max_new_tokens, part=None, **how):
     """Decode every batch; {id: {"text", "stop": "eos" or "length", "tokens"}}.
 
-    `batches` yields `data.collate` dicts, labels not needed; `how` is as in `model.decode`; `part`
-    is an `eval.Part`, which has the batches that are decoded already. The model never sees gold
+    `batches` yields `data.collate` dicts, labels not needed, under torchrun those dealt to this
+    process; `how` is as in `model.decode`; `part` is an `eval.Part`, which has the batches that are
+    decoded already. The model never sees gold
     text here; the first published commands scored the arg-max of teacher-forced logits instead (see
     `teacher_forced`).
     """
     model.eval()
-    outputs = {}
+    outputs = []
     for batch in batches:
         given = (model, batch, tokenizer, max_new_tokens, how)
         what = [max_new_tokens, batch["ids"], batch["input_ids"].tolist()] if part else None
-        outputs |= part.batch(what, write_batch, *given) if part else write_batch(*given)
-    return outputs
+        outputs.append(part.batch(what, write_batch, *given) if part else write_batch(*given))
+    return of_all_ranks(outputs)
 
 
 def write_batch(model, batch, tokenizer, max_new_tokens, how):
@@ -252,15 +254,16 @@ def teacher_forced(model, batches, tokenizer):
     on test as well; it is here to show how much it inflates ROUGE-L, and nothing reads it.
     """
     model.eval()
-    device, texts = next(model.parameters()).device, {}
+    device, texts = next(model.parameters()).device, []
     for batch in batches:
         names = ("input_ids", "attention_mask", "image_features", "decoder_input_ids")
         inputs = [batch[k].to(device) if k in batch else None for k in names]
         best = model(*inputs).argmax(-1).cpu()  # (B, U)
+        texts.append({})
         for problem_id, row, labels in zip(batch["ids"], best, batch["labels"], strict=True):
             ids = row[labels != -100].tolist()
-            texts[problem_id] = tokenizer.decode(ids, skip_special_tokens=True)
-    return texts
+            texts[-1][problem_id] = tokenizer.decode(ids, skip_special_tokens=True)
+    return of_all_ranks(texts)
 
 
 def two_stage(rationale_model, answer_model, make_batches, tokenizer, lengths, **how):

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -376,6 +377,32 @@ def check_dtype(dtype):
             "float16 is refused: T5 and Gemma overflow in it and small gradients vanish. Use "
             "bfloat16 where the device is good at it, else float32."
         )
+
+
+# ----------------------------------------------------------------------------------------------
+# Many processes, one a device; train.py starts them
+# ----------------------------------------------------------------------------------------------
+
+
+def world():
+    """How many processes train and decode together; 1 but under torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Which of them this is."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def of_all_ranks(told):
+    """One dict of what was told of every batch. Batches were dealt like cards: this process has
+    a list of dicts, of batches rank, rank + world ...; every process gets all, in that order."""
+    every = [told]
+    if world() > 1:
+        every = [None] * world()
+        dist.all_gather_object(every, told)
+    turns = itertools.zip_longest(*every, fillvalue={})
+    return {key: value for turn in turns for batch in turn for key, value in batch.items()}
 
 
 # ----------------------------------------------------------------------------------------------

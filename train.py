@@ -15,6 +15,7 @@ table has what that must be compared with: chance, the model as it was, and the 
 as long on the same answers without the thoughts.
 
 A run that was killed goes on with --resume and ends in the same bits (on a CPU): see `Journal`.
+`torchrun --nproc-per-node N train.py ...` takes N devices: see "many devices".
 
 Left out on purpose: trainer classes, callbacks, autocast (weights that are trained are fp32, frozen
 ones bf16 where the device is good at it), loggers other than log.jsonl.
@@ -24,6 +25,7 @@ Axes: B batch, T length, U target length, D width, V vocabulary.
 
 import argparse
 import contextlib
+import datetime
 import errno
 import hashlib
 import json
@@ -38,6 +40,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -47,7 +50,7 @@ import data
 import eval as evaluation
 import fusion
 import lora
-from model import resolve, write_safetensors
+from model import of_all_ranks, rank, resolve, world, write_safetensors
 
 try:
     import fcntl
@@ -182,10 +185,10 @@ LOSS = {"mmcot": t5_loss, "paligemma": paligemma_loss}
 COLLATE = {"mmcot": data.collate, "paligemma": data.pali_collate}
 
 
-def units(batch, args):
-    """What a batch's summed loss is divided by: its supervised tokens, or its rows."""
-    supervised = batch["labels"] != -100
-    return int((supervised.any(1) if args.weighting == "example" else supervised).sum())
+def units(window, args):
+    """What a window's summed loss is divided by: its supervised tokens, or its rows."""
+    counts = [len(e["labels"]) - e["labels"].count(-100) for rows in window for e in rows]
+    return sum(map(bool, counts)) if args.weighting == "example" else sum(counts)
 
 
 def to_device(batch, device):
@@ -197,10 +200,12 @@ def mean_loss(model, examples, args):
     """Cross-entropy in nats per supervised token (or of the mean example, see --weighting)."""
     model.eval()
     total = count = 0
-    for rows in data.batches([len(e["input_ids"]) for e in examples], args.batch_size):
+    order = data.batches([len(e["input_ids"]) for e in examples], args.batch_size)
+    for rows in order[rank() :: world()]:
         batch = COLLATE[args.model]([examples[i] for i in rows])
         loss, n = LOSS[args.model](model, to_device(batch, args.device), args)
         total, count = total + loss.item(), count + n
+    total, count = summed(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / count
 
 
@@ -265,23 +270,27 @@ def fit(model, examples, validate, args, stage, epochs, log):
     FloatingPointError names the records of a non-finite loss.
     """
     model.to(args.device)
+    loss_of = on_devices(model, args)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     generator = torch.Generator().manual_seed(args.seed)
     plan = list(windows(examples, args, epochs, generator))[: args.max_steps]
     per_epoch = steps_per_epoch(examples, args)
     journal = log if isinstance(log, Journal) else Journal(log)
     done, best, seconds = journal.begin(stage, model, optimizer, examples)
+    own_dropout(args, done)
     start = time.monotonic() - seconds
     for step, window in enumerate(plan[done:], done + 1):
         model.train()
-        batches = [to_device(COLLATE[args.model](rows), args.device) for rows in window]
-        count = sum(units(batch, args) for batch in batches)
+        batches = [to_device(COLLATE[args.model](rows), args.device) for rows in dealt(window)]
+        count = units(window, args)
         total = 0.0
         for batch in batches:
-            loss, _ = LOSS[args.model](model, batch, args)
-            (loss / count).backward()
+            loss_of.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
+            loss = loss_of(batch)
+            (loss * world() / count).backward()  # as the devices' gradients are averaged
             total += loss.detach() / count
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        total = summed(total)
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         stop_unless_finite(total, norm, window, stage, step)
         if step == 1:
             stop_unless_learning(model)
@@ -294,7 +303,7 @@ def fit(model, examples, validate, args, stage, epochs, log):
         entry |= {"grad_norm": round(norm.item(), 4), args.weighting + "s": count}
         validates = step % per_epoch == 0 or step == len(plan)
         if validates:
-            entry |= validate(model)
+            entry |= validate(whole_model(model))
             best = better(best, entry, model)
         seconds = time.monotonic() - start
         journal.write(entry | {"seconds": round(seconds, 2)})
@@ -304,7 +313,7 @@ def fit(model, examples, validate, args, stage, epochs, log):
     if best:
         model.load_state_dict(best[2], strict=False)
         print(f"  kept: the weights after step {best[1]}, validation accuracy {best[0]:.2f}")
-    return model.eval()
+    return whole_model(model).eval()
 
 
 def better(best, entry, model):
@@ -353,13 +362,165 @@ def report(stage, step, steps, entry, seconds):
         print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
 
 
+# ---- many devices ------------------------------------------------------------------------------
+# Under torchrun every process runs this file, on a device of its own, and knows the whole plan:
+# what differs is which rows it is dealt, and that only the first one (rank 0) writes and is heard.
+# The steps are those of one device, so N of them change the time, and sums in their last bits.
+
+
+@contextlib.contextmanager
+def devices(args):
+    """As one of torchrun's processes, if it started this one."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    if args.device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {args.device} under torchrun: give cpu or cuda, it picks each.")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+    try:
+        with contextlib.ExitStack() as silence:
+            if rank():
+                null = silence.enter_context(open(os.devnull, "w"))
+                silence.enter_context(contextlib.redirect_stdout(null))
+                silence.enter_context(contextlib.redirect_stderr(null))
+            yield
+    except Exception:
+        if rank():  # the first one may say the same; then torchrun ends this one meanwhile
+            time.sleep(5)
+        raise
+    dist.destroy_process_group()
+
+
+class LossOf(torch.nn.Module):
+    """A model's summed loss of a batch as a module, which is what DDP and FSDP take."""
+
+    def __init__(self, model, args):
+        super().__init__()
+        self.model, self.args = model, args
+
+    def forward(self, batch):
+        return LOSS[self.args.model](self.model, batch, self.args)[0]
+
+
+def on_devices(model, args):
+    """`LossOf` whose gradients are averaged over all devices: by DDP, which has all of the model
+    on each, or (--full) by FSDP, which leaves each a part of weights, gradients and moments."""
+    loss_of = LossOf(model, args)
+    if world() == 1:
+        return loss_of
+    if args.full:
+        from torch.distributed.device_mesh import init_device_mesh  # seconds to import
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(args.device, (world(),))
+        for layer in (*model.vision_tower.encoder.layers, *model.language_model.layers):
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(loss_of, mesh=mesh)
+    ids = [torch.cuda.current_device()] if args.device == "cuda" else None
+    unseen = any("vision_tower" in n or "projector" in n for n in trained(model))  # no picture
+    ddp = torch.nn.parallel.DistributedDataParallel
+    return ddp(loss_of, device_ids=ids, find_unused_parameters=unseen)
+
+
+def dealt(window):
+    """A window's batches as this process gets them: every `world()` of them become one, and the
+    rows are dealt. So no batch is larger than --batch-size, and all processes have as many.
+
+    Who gets no row, or no picture where others train the image tower on one (their processes wait
+    for each other there), gets one without labels: it changes nothing."""
+    batches = []
+    for start in range(0, len(window), world()):
+        rows = [e for batch in window[start : start + world()] for e in batch]
+        mine, seen = rows[rank() :: world()], [e for e in rows if trains_on_picture(e)]
+        if not mine or (seen and not any(map(trains_on_picture, mine))):
+            watched = (seen or rows)[0]
+            mine = [*mine, watched | {"labels": [-100] * len(watched["labels"])}]
+        batches.append(mine)
+    return batches
+
+
+def trains_on_picture(example):
+    return isinstance(example.get("image_features"), data.Picture)
+
+
+def own_dropout(args, done):
+    """The first process draws as a single one; each other has a generator of its own."""
+    if rank():
+        torch.manual_seed(args.seed + (rank() << 40) + (done << 20))
+
+
+def summed(tensor):
+    """A tensor's sum over all processes, for each of them."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def whole(tensor):
+    """A tensor of which FSDP gave each device a part; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def on_first(tensor):
+    """The same for a state file: in the memory of the first process, and nowhere else."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    tensor = tensor.full_tensor()
+    return None if rank() else tensor.cpu()
+
+
+def part_like(tensor, other):
+    """This device's part of a whole tensor, if it has only that of `other`."""
+    if not hasattr(other, "full_tensor") or tensor.shape != other.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def whole_model(model):
+    """A model of which FSDP gave each device a part, put together; any other as it is. Devices
+    decode texts of their own, and none can wait there for the others' layers."""
+    if not hasattr(next(model.parameters()), "full_tensor"):
+        return model
+    with torch.device("meta"):
+        made = type(model)(model.config)
+    tensors = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    made.load_state_dict(tensors, assign=True)
+    return made
+
+
+def agreed(*flags):
+    """The flags, each set if any process has set it."""
+    if world() == 1:
+        return flags
+    return summed(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
+
+
+@contextlib.contextmanager
+def in_turn():
+    """The first process alone, then the others, which find its files. They may wait for days."""
+    if world() > 1:
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    if rank():
+        dist.barrier(group)
+    yield
+    if world() > 1 and not rank():
+        dist.barrier(group)
+
+
 # ---- never losing work -------------------------------------------------------------------------
 # RUN/last/ has the two newest states of each training of a run: N-STEP.safetensors (weights,
 # AdamW's moments, the best weights, the generators) and N-STEP.json (where it is; a SHA-256 of
 # both). The JSON is renamed into place last, so a kill leaves the state before. All else is made
 # again on --resume: it follows from the flags. The folder is there until the run is complete.
 
-MAY_DIFFER = ("resume", "save_every", "out", "features_cache")  # flags that change no result
+# Flags that change no result, or (threads) only bits of it.
+MAY_DIFFER = ("resume", "save_every", "out", "features_cache", "threads")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -392,14 +553,18 @@ class Journal:
         self.rows = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         self.file.seek(0)
         log = [line for line in self.file.readlines() if line.endswith("\n")]
-        facts, tensors = newest_state(self.folder, self.trainings, stage, len(log))
+        with in_turn():
+            facts, tensors = newest_state(self.folder, self.trainings, stage, len(log))
+        if len(set(of_all_ranks([{rank(): facts and facts["step"]}]).values())) > 1:
+            raise ValueError(f"Not all processes find the same files: can all see {self.folder}?")
         if facts and facts["rows"] != self.rows:
             raise ValueError(
                 f"{self.folder.parent}: the training rows of {stage} are not those that its state "
                 "learned from. Give it the same data again, or another --out."
             )
         self.lines = facts["lines"] if facts else self.lines
-        if not facts or facts["step"] < facts["steps"]:  # else the next one's lines may follow
+        ended = facts and facts["step"] == facts["steps"]  # the next one's lines may follow
+        if not ended and not rank():
             self.file.seek(sum(map(len, log[: self.lines])))
             self.file.truncate()
         if not facts:
@@ -413,20 +578,24 @@ class Journal:
         twentieth of the time. Raises Stopped, the state saved, if that was asked for."""
         start = time.monotonic()
         due = step % self.every == 0 if self.every else start >= self.due
-        if self.folder is None or not (due or validated or Journal.stopping):
+        # Each clock is another, and a signal may come to one process in the middle of this.
+        due, stopping = agreed((due or validated) and not rank(), Journal.stopping)
+        if self.folder is None or not (due or stopping):
             return
         facts = {"step": step, "steps": steps, "lines": self.lines, "rows": self.rows}
         facts |= {"seconds": seconds, "best": best and best[:2]}
         optimizer = self.optimizer if step < steps else None
-        os.fsync(self.file.fileno())
-        save_state(self.folder, self.trainings, facts, snapshot(self.model, optimizer, best))
+        tensors = snapshot(self.model, optimizer, best)
+        if not rank():
+            os.fsync(self.file.fileno())
+            save_state(self.folder, self.trainings, facts, tensors)
         self.due = time.monotonic() + max(60, 20 * (time.monotonic() - start))
-        if Journal.stopping:
+        if stopping:
             raise Stopped
 
     def end(self):
         Journal.training = False
-        if Journal.stopping:  # the signal came behind the last step
+        if any(agreed(Journal.stopping)):  # the signal came behind the last step
             raise Stopped
 
 
@@ -436,10 +605,11 @@ def trained(model):
 
 def snapshot(model, optimizer, best):
     """Tensors by name; without an optimizer, of a training that has ended."""
-    tensors = {f"model.{name}": p for name, p in trained(model).items()}
+    tensors = {f"model.{name}": p.detach() for name, p in trained(model).items()}
     tensors |= {f"best.{name}": p for name, p in best[2].items()} if best else {}
     for i, moments in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    tensors = {name: on_first(t) for name, t in tensors.items()}
     device = next(model.parameters()).device
     tensors["rng.cpu"] = torch.get_rng_state()
     if device.type == "cuda":
@@ -450,9 +620,12 @@ def snapshot(model, optimizer, best):
 def restore(tensors, model, optimizer):
     """Undo `snapshot`; returns the best weights. Clones: memory is aligned as it always is."""
     parts, moments = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}, {}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    theirs = trained(model) | {str(i): p for i, p in enumerate(params)}
     for name in list(tensors):
         part, _, rest = name.partition(".")
-        parts[part][rest] = tensors.pop(name).clone()
+        other = theirs.get(rest, theirs.get(rest.partition(".")[0]))
+        parts[part][rest] = part_like(tensors.pop(name).clone(), other)
     model.load_state_dict(parts["model"], strict=False)
     for name, tensor in parts["optimizer"].items():
         i, _, key = name.partition(".")
@@ -487,12 +660,13 @@ def newest_state(folder, number, stage, lines):
             state, file = data.read_json(path), path.with_suffix(".safetensors")
             if state["sha256"] != checksum(file, state["state"]):
                 raise ValueError("the checksum is another")
-            if state["state"]["lines"] > lines:
+            if state["state"]["lines"] > lines and not rank():  # the others have no log
                 raise ValueError("log.jsonl is shorter than it was then")
             return state["state"], load_file(file)
         except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
             print(f"{path} is not whole ({error}): it is left out", file=sys.stderr)
-            path.unlink()
+            if not rank():
+                path.unlink()
     if paths:
         print(f"{folder}: no state is whole: {stage} starts from its beginning", file=sys.stderr)
     return None, None
@@ -536,9 +710,10 @@ def in_use(folder):
         Journal.stopping = True
         if not Journal.training:
             raise Stopped
-        os.write(2, b"\nstopping after this step; once more: at once\n")
+        if not rank():
+            os.write(2, b"\nstopping after this step; once more: at once\n")
 
-    with locked(folder):
+    with contextlib.nullcontext() if rank() else locked(folder):
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before[number] = signal.signal(number, stop)
@@ -550,6 +725,10 @@ def in_use(folder):
                 f"{folder}: the disk is full ({error}). What was saved before is whole: make "
                 "room, then give the same command with --resume."
             ) from None
+        except RuntimeError:
+            if world() > 1 and Journal.stopping:  # another process had the signal first
+                raise Stopped from None
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -586,26 +765,35 @@ def locked(folder):
 
 def begin(args):
     """The folder of a run that can start, with config.json and last/."""
+    if rank():
+        return
     out, anew = Path(args.out), not args.resume or other_flags(args) != []
     if anew:
         (out / "config.json").unlink(missing_ok=True)
     (out / "last").mkdir(parents=True, exist_ok=True)  # from now on it is not complete
     if anew:
         write_config(vars(args), out)
-    elif (then := data.read_json(out / "config.json")["versions"]) != VERSIONS:
-        print(f"begun with {then}, goes on with {VERSIONS}: bits may differ", file=sys.stderr)
+    elif (then := data.read_json(out / "config.json")["versions"]) != (now := versions()):
+        print(f"begun with {then}, goes on with {now}: bits may differ", file=sys.stderr)
+
+
+def versions():
+    """All that the last bits depend on, but for flags and machine."""
+    return VERSIONS | {"threads": torch.get_num_threads(), "processes": world()}
 
 
 @contextlib.contextmanager
 def opened_journal(args):
     path = Path(args.out) / "log.jsonl"
     mode = "r+" if args.resume and path.is_file() else "w+"
-    with open(path, mode, encoding="utf-8") as file:
+    with open(os.devnull if rank() else path, mode, encoding="utf-8") as file:
         yield Journal(file, path.parent / "last", args.save_every)
 
 
 def complete(out):
     """last/ goes when all files of the run are on the disk."""
+    if rank():
+        return
     for path in out.iterdir():
         if path.is_file():
             flush(path)
@@ -631,9 +819,11 @@ def other_flags(args):
 def check_resume(runs):
     """Before anything is done: --resume goes with the flags that an unfinished run of these was
     started with, and without it nothing that was saved is written over."""
+    if rank():
+        return
     unfinished = [args for args in runs if (Path(args.out) / "last").is_dir()]
     for out in (Path(args.out) for args in runs if not args.resume):
-        if saved := [*out.glob("last/*.json"), *out.glob("predictions.part.jsonl")]:
+        if saved := [*out.glob("last/*.json"), *out.glob("predictions.part*.jsonl")]:
             raise ValueError(
                 f"{out} has a run that was interrupted: add --resume to go on with it, or delete "
                 f"{' and '.join(map(str, saved))} to begin anew."
@@ -691,15 +881,17 @@ def run_mmcot(args):
     print(f"{out}: recipe {args.recipe}, vision {args.vision}", flush=True)
     splits = load_splits(args)
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
-    features = evaluation.image_features(config, [p for ps in splits.values() for p in ps])
+    with in_turn():
+        features = evaluation.image_features(config, [p for ps in splits.values() for p in ps])
     begin(args)  # only now: a run that cannot start leaves nothing
     names, models = fusion.stage_names(args.recipe), []
     with opened_journal(args) as log:
         for stage, name in enumerate(names):
             if args.stage in ("both", name):
                 models.append(run_stage(args, stage, splits, tokenizer, features, log))
-                models[-1].save_pretrained(out / name)
-                tokenizer.save(str(out / name / "tokenizer.json"))
+                if not rank():
+                    models[-1].save_pretrained(out / name)
+                    tokenizer.save(str(out / name / "tokenizer.json"))
             else:
                 models.append(fusion.MultimodalT5.from_pretrained(out / name).to(args.device))
             if args.stage == name != names[-1]:
@@ -775,7 +967,7 @@ def write_config(config, out):
     """config.json: every flag, the versions it ran with and the commit."""
     git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    config = config | {"versions": VERSIONS, "commit": commit}
+    config = config | {"versions": versions(), "commit": commit}
     write_json({k: v for k, v in config.items() if k != "resume"}, out / "config.json")
 
 
@@ -796,25 +988,32 @@ def run_paligemma(args):
     rows = training_rows(args, splits["train"]) if args.epochs[0] else []
     rows = with_pictures(rows, args)
     pictured = [row[0] for row in rows] + splits["val"][: args.eval_problems] + test
-    features = evaluation.image_features(config, pictured, model)
+    with in_turn():
+        features = evaluation.image_features(config, pictured, model)
     begin(args)  # only now: a run that cannot start leaves nothing
     if rows and args.data != "demo":  # its splits are disjoint by construction
         warn_of_overlap([row[0] for row in rows], test)
     if args.epochs[0]:
         with opened_journal(args) as log:
-            tune(args, model, rows, splits["val"], tokenizer, features, log)
-        if args.full:
-            model.save_pretrained(out)
-            write_config(data.read_json(out / "config.json") | config, out)  # one file for both
-        else:
-            lora.save(model, out, args.weights[0])
-        tokenizer.save(str(out / "tokenizer.json"))
+            model = tune(args, model, rows, splits["val"], tokenizer, features, log)
+        if not rank():
+            save_paligemma(args, model, tokenizer)
     how = argparse.Namespace(
         faithful_parse=False, teacher_forced=False, looks=evaluation.LOOKS, report=True
     )
     scores = evaluation.evaluate(out, [model], test, config, tokenizer, features, how)
     complete(out)
     return scores
+
+
+def save_paligemma(args, model, tokenizer):
+    out = Path(args.out)
+    if args.full:
+        model.save_pretrained(out)
+        write_config(data.read_json(out / "config.json") | vars(args), out)  # one file for both
+    else:
+        lora.save(model, out, args.weights[0])
+    tokenizer.save(str(out / "tokenizer.json"))
 
 
 def training_rows(args, problems):
@@ -907,7 +1106,7 @@ def free(args, model):
 
 
 def tune(args, model, rows, val, tokenizer, features, log):
-    """Fit what `free` left trainable to these rows, validated on real answers."""
+    """Fit what `free` left trainable to these rows, validated on real answers; the model."""
     config, val = vars(args), val[: args.eval_problems]
     examples = data.pali_examples(rows, tokenizer, features, config)
     ids = list(dict.fromkeys(example["id"] for example in examples))
@@ -927,7 +1126,7 @@ def tune(args, model, rows, val, tokenizer, features, log):
         accuracy = {"val_accuracy": round(100 * right / len(val), 2)} if val else {}
         return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
 
-    fit(model, train, validate, args, args.recipe, args.epochs[0], log)
+    return fit(model, train, validate, args, args.recipe, args.epochs[0], log)
 
 
 # ---- many runs ---------------------------------------------------------------------------------
@@ -990,6 +1189,8 @@ def line_folder(args, name, changed):
 
 def show_many(args, runs, rows):
     """The summary of such a table, and each line's paired difference to the run itself."""
+    if rank():
+        return
     print(f"\n{evaluation.summary(rows)}")
     problems, columns = data.load(args.data, args.test_split)[: args.limit], {}
     for name in sorted(runs, key=lambda name: bool(runs[name])):  # the run itself first
@@ -1073,8 +1274,10 @@ def add_how(parser):
     epochs = "mmcot: for both stages or one each; 0 only decodes"
     how.add_argument("--epochs", type=float, nargs="+", help=epochs)
     how.add_argument("--max-steps", type=int, help="stop each training after so many steps")
-    how.add_argument("--batch-size", type=int, help="rows that go through the model together")
-    how.add_argument("--accumulate", type=int, help="batches in an optimizer step")
+    rows = "rows that go through the model together, at most, on a device"
+    how.add_argument("--batch-size", type=int, help=rows)
+    step = "batches in an optimizer step, on however many devices"
+    how.add_argument("--accumulate", type=int, help=step)
     how.add_argument("--lr", type=float, help="peak learning rate")
     how.add_argument("--weight-decay", type=float, help="of matrices")
     weighting = "token: the mean over a step's tokens; example: the mean of each row's mean"
@@ -1186,7 +1389,7 @@ def main(argv=None):
     tables = {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}
     runs = tables[args.model] if args.ablation else BASELINES if compared else None
     args.teacher_forced |= args.ablation
-    with in_use(Path(args.out)):
+    with devices(args), in_use(Path(args.out)):
         lines = lines_of(args, runs) if runs else {args.out: args}
         check_resume([*lines.values()])
         if runs:
@@ -1196,13 +1399,15 @@ def main(argv=None):
             show_many(args, runs, rows)
         elif scores := run_one(args):
             print(f"\n{evaluation.table({args.out: scores})}")
-    print(f"\n{args.out}: done in {time.monotonic() - start:.0f} s")
+        print(f"\n{args.out}: done in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
     try:
         main()
     except Stopped:
-        print("\ntrain.py: stopped; the same command with --resume goes on from here")
+        if not rank():
+            print("\ntrain.py: stopped; the same command with --resume goes on from here")
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        sys.exit(f"train.py: {error}")
+        who = f" (process {rank()} of {world()})" if world() > 1 else ""
+        sys.exit(f"train.py{who}: {error}")

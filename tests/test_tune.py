@@ -160,9 +160,9 @@ def test_weighting_by_token_and_by_example():
     (by_example, n, *_), _ = loss_and_gradients(settings(weighting="example", vocabulary=30))
     means = each[0, 2:].mean() + each[1, 8:].mean() + each[3, 5:].mean()
     assert n == 3 and by_example.item() == pytest.approx(means.item(), rel=1e-6)
-    batch = {"labels": labels}
-    assert train.units(batch, settings()) == 12
-    assert train.units(batch, settings(weighting="example")) == 3
+    window = [[{"labels": row} for row in rows.tolist()] for rows in labels.split(3)]
+    assert train.units(window, settings()) == 12
+    assert train.units(window, settings(weighting="example")) == 3
 
 
 @pytest.mark.parametrize("weighting", ["token", "example"])
@@ -183,7 +183,7 @@ def test_the_loss_is_of_the_next_token_and_pads_change_nothing(examples, side):
     logits = model(**seen)[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     loss, n = train.paligemma_loss(model, batch, args)
-    assert n == sum(sum(e["token_type_ids"]) for e in examples) == train.units(batch, args)
+    assert n == sum(sum(e["token_type_ids"]) for e in examples) == train.units([examples], args)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     alone = [train.paligemma_loss(model, data.pali_collate([e]), args)[0] for e in examples]
     assert loss.item() == pytest.approx(sum(alone).item(), rel=1e-5)
