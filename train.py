@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -263,8 +264,9 @@ def windows(examples, args, epochs, generator):
 
 
 def fit(model, examples, validate, args, stage, epochs, log):
-    """Train in place; `validate(model)` gives what is logged after each epoch. `log` is a
-    `Journal`, which goes on from the last saved step, or any text file.
+    """Train in place (of FSDP's parts it makes a new model) and return the model; `validate(model)`
+    gives what is logged after each epoch. `log` is a `Journal`, which goes on from the last saved
+    step, or any text file.
 
     If that has "val_accuracy", the weights of the best epoch are what is left in the end.
     FloatingPointError names the records of a non-finite loss.
@@ -365,7 +367,8 @@ def report(stage, step, steps, entry, seconds):
 # ---- many devices ------------------------------------------------------------------------------
 # Under torchrun every process runs this file, on a device of its own, and knows the whole plan:
 # what differs is which rows it is dealt, and that only the first one (rank 0) writes and is heard.
-# The steps are those of one device, so N of them change the time, and sums in their last bits.
+# The steps are those of one device: N of them change the time, the last bits of sums, and dropout.
+# All must see one disk. (How the texts of all are put together: `model.of_all_ranks`.)
 
 
 @contextlib.contextmanager
@@ -426,11 +429,12 @@ def on_devices(model, args):
 
 
 def dealt(window):
-    """A window's batches as this process gets them: every `world()` of them become one, and the
-    rows are dealt. So no batch is larger than --batch-size, and all processes have as many.
+    """A window's batches as this process gets them: every `world()` of them become one, and its
+    rows are dealt. So a device never has more than --batch-size at once, and all have as many
+    batches.
 
-    Who gets no row, or no picture where others train the image tower on one (their processes wait
-    for each other there), gets one without labels: it changes nothing."""
+    Who gets no row, or no picture where others train the image tower on one (it waits for all
+    devices), gets one more without labels: it is in no loss, and in no gradient."""
     batches = []
     for start in range(0, len(window), world()):
         rows = [e for batch in window[start : start + world()] for e in batch]
@@ -503,14 +507,18 @@ def agreed(*flags):
 
 @contextlib.contextmanager
 def in_turn():
-    """The first process alone, then the others, which find its files. They may wait for days."""
-    if world() > 1:
-        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    """The first process alone, then the others, which find its files."""
     if rank():
-        dist.barrier(group)
+        dist.barrier(patient_group())
     yield
     if world() > 1 and not rank():
-        dist.barrier(group)
+        dist.barrier(patient_group())
+
+
+@functools.cache
+def patient_group():
+    """The first one may be making features, or a report, for longer than a step may ever take."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
 
 # ---- never losing work -------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import data
 import eval as evaluation
 import fusion
 import train
-from model import T5, of_all_ranks
+from model import T5
 
 GIVEN = "--device cpu --limit 9 --epochs 2 --eval-batch-size 2 --max-output 6 4 --lr 3e-5".split()
 MMCOT = """--model mmcot --batch-size 5 --stage2-rationales generated --teacher-forced""".split()
@@ -81,6 +81,74 @@ def forked(world, work, folder, limit=100):
 
 def errors(folder):
     return {path.name: path.read_text() for path in folder.glob("error*")}
+
+
+def as_process(patch, rank, world):
+    for module in (train, evaluation):
+        patch.setattr(module, "rank", lambda: rank)
+        patch.setattr(module, "world", lambda: world)
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_row_of_a_window_is_dealt_once(world, monkeypatch):
+    """Seven rows in batches of at most 3; two have pictures, and the image tower is trained."""
+    picture = data.Picture("x.png", 8)
+    rows = [{"id": i, "labels": [-100, 5]} for i in range(7)]
+    rows[2] |= {"image_features": picture}
+    rows[5] |= {"image_features": picture}
+    window, dealt = [rows[:3], rows[3:6], rows[6:]], []
+    for rank in range(world):
+        as_process(monkeypatch, rank, world)
+        dealt.append(train.dealt(window))
+        told = [[e for e in batch if e["labels"] == [-100, 5]] for batch in dealt[-1]]
+        assert all(len(batch) <= 3 for batch in told) and all(dealt[-1])
+    assert world > 1 or dealt == [window]
+    assert len({len(batches) for batches in dealt}) == 1  # or they would wait for each other
+    learned = [e["id"] for x in dealt for batch in x for e in batch if e["labels"][1] == 5]
+    assert sorted(learned) == list(range(7))
+    for turn in zip(*dealt, strict=True):
+        assert len({any(map(train.trains_on_picture, batch)) for batch in turn}) == 1
+
+
+def test_what_processes_decoded_is_found_by_any_number_of_them(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    for rank in (0, 1, 2):
+        as_process(monkeypatch, rank, 3)
+        evaluation.Part(tmp_path, [model]).batch([f"q{rank}"], lambda: {"by": rank})  # noqa: B023
+    names = [f"predictions.part{n}.jsonl" for n in ("", 1, 2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    with open(tmp_path / names[2], "a") as file:
+        file.write('["torn')
+    as_process(monkeypatch, 0, 1)
+    part = evaluation.Part(tmp_path, [model])
+    assert [part.batch([f"q{i}"], dict) for i in (0, 1, 2, 3)] == [{"by": i} for i in range(3)] + [
+        {}
+    ]
+    part.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_fails_alone_says_so_and_nobody_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+
+    def work():
+        with train.devices(argparse.Namespace(device="cpu")):
+            if train.rank():
+                raise ValueError("found by the second alone")
+            train.agreed(False)
+
+    assert forked(2, work, tmp_path) == [1, 1]
+    assert "found by the second alone" in errors(tmp_path)["error1"]
+    assert "Connection closed by peer" in errors(tmp_path)["error0"]
+
+
+def test_under_torchrun_a_device_is_not_named(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    with pytest.raises(ValueError, match="--device cuda:1 under torchrun: give cpu or cuda"):
+        train.devices(argparse.Namespace(device="cuda:1")).__enter__()
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -301,15 +369,13 @@ def test_torchrun_stopped_then_killed_then_to_the_end(whole, tmp_path):
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    process = started(folder, "--resume")
-    told, _ = process.communicate()
-    assert process.returncode == 0 and "steps are done" in told and told.count("done in") == 1
+    assert run(tmp_path, [*RUNS["mmcot"], "--resume"]) == [0], errors(tmp_path)
+    assert "steps are done" in (tmp_path / "told0").read_text()
     same(whole("mmcot"), tmp_path)
 
 
 @pytest.mark.slow
-def test_what_ends_one_process_ends_all_with_a_sentence(tmp_path):
-    """One that all find, and one that only the second does: it has another problem to decode."""
+def test_what_all_processes_find_is_said_once(tmp_path):
     process = started(tmp_path / "a", "--weights", str(tmp_path / "nowhere"))
     told, _ = process.communicate(timeout=90)
     assert process.returncode and told.count("nowhere") == 1 and "process 0 of 2" in told
