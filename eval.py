@@ -679,9 +679,10 @@ def known_types(config):
     if not any(config.get("epochs", ())) and not config.get("adapter"):
         return None
     try:
-        problems, traces = data.load(config["data"], "train"), config.get("traces")
+        bad, traces = bad_records(config), config.get("traces")
+        problems = data.load(config["data"], "train", bad)
         if traces and Path(traces).is_file():
-            ids = {trace["id"] for trace in data.load_traces(traces)}
+            ids = {trace["id"] for trace in data.load_traces(traces, bad)}
             problems = [p for p in problems if p.id in ids]
     except (OSError, ValueError):
         return None
@@ -1079,6 +1080,14 @@ def more_rows(runs):
     for stop in sorted({stop for m in runs for stop in m.get("stop", {})} - {"eos"}):
         shares = [percent(m.get("stop", {}).get(stop, 0) / m["n"]) for m in runs]
         rows.append([f"stopped by {stop} %", *(f"{x:.2f}" for x in shares)])
+    lost = [m.get("skipped", {}) for m in runs]
+    for split in dict.fromkeys(split for found in lost for split in found if found[split]):
+        rows.append([f"skipped, {split}", *(str(found.get(split, 0)) for found in lost)])
+    if any(lost):  # the least the accuracy can be
+        asked = [m["n"] + m.get("skipped", {}).get(m.get("split"), 0) for m in runs]
+        rates = [m["accuracy"]["avg"] * m["n"] / n for m, n in zip(runs, asked, strict=True)]
+        if asked != [m["n"] for m in runs]:
+            rows.append(["avg, skipped as wrong", *(f"{rate:.2f}" for rate in rates)])
     kinds = [m.get("failure_modes", {}) for m in runs]
     rows += [["answers in %", *[""] * len(runs)]] * any(kinds)
     for kind in [kind for kind in KINDS if any(kind in found for found in kinds)]:
@@ -1121,6 +1130,8 @@ def summary(rows):
     columns = {title: cells for title, cells in columns.items() if cells}
     lines = [[column.get(name, "-") for column in columns.values()] for name in ["chance", *rows]]
     title = f"{heading(first)}: n = {first['n']} problems".removeprefix(": ")
+    if lost := first.get("skipped", {}).get(first.get("split")):
+        title += f", {lost} skipped"
     return f"{title}\n\n{align([list(columns), *lines], False)}"
 
 
@@ -1162,16 +1173,24 @@ def difference(c, a, b):
 
 
 # --- decoding a run
-def image_features(config, problems, model=None):
+def bad_records(config):
+    """The list that a run's bad records go to with --on-error skip; None: the first is an error."""
+    return [] if config.get("on_error") == "skip" else None
+
+
+def image_features(config, problems, model=None, skipped=None):
     """The run's `data.Features` for these problems, or None if it looks at no pictures.
 
     Published feature files are used as they are. Otherwise DETR is loaded only if a picture is not
     in the cache, and sees one size at a time: padding would change its output. A PaliGemma `model`
-    makes its own, projected; they are not kept where its image tower is trained or adapted.
+    makes its own, projected; they are not kept where its image tower is trained or adapted. With a
+    list `skipped`, problems whose picture cannot be used go there, as (id, reason).
     """
     inside = [p.startswith("language_model.") for p in lora.adapters(model)] if model else []
     if model is not None and (config["full"] or not all(inside)):
         side, tokens = model.config.vision.image_size, model.config.image_tokens
+        if skipped is not None:
+            skipped += data.unusable(problems, data.open_image)
         return data.Pictures(problems, side, tokens)
     if model is None and config["vision"] != "detr":
         return None
@@ -1181,7 +1200,7 @@ def image_features(config, problems, model=None):
     fingerprint = checkpoint_hash(folder) + (f"-{dtype_name(model)}" if model else "")
     extract, pixels, size = eyes(config, model)
     cache = config["features_cache"] or data.cache_folder() / "features" / f"{fingerprint}-{size}"
-    return data.cached_features(problems, extract, fingerprint, size, cache, pixels)
+    return data.cached_features(problems, extract, fingerprint, size, cache, pixels, skipped)
 
 
 def eyes(config, model=None):
@@ -1442,8 +1461,8 @@ def teacher_forced_rouge(model, problems, config, tokenizer, features):
 def evaluate(folder, models, problems, config, tokenizer, features, how):
     """Decode, grade, write predictions.jsonl and metrics.json into the run folder; the metrics.
 
-    `how` has the flags faithful_parse, teacher_forced, looks and report. Interrupted decoding is
-    gone on with (see `Part`)."""
+    `how` has the flags faithful_parse, teacher_forced, looks and report, and what was skipped,
+    {split: count} or None. Interrupted decoding is gone on with (see `Part`)."""
     part = Part(folder, models)
     written = predict(models, problems, config | {"part": part}, tokenizer, features)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
@@ -1455,6 +1474,8 @@ def evaluate(folder, models, problems, config, tokenizer, features, how):
         scores["rougeL_teacher_forced"] = teacher_forced_rouge(
             models[0], problems, config, tokenizer, features
         )
+    if how.skipped is not None:
+        scores["skipped"] = how.skipped
     write_graded(folder, graded, scores)
     some = (problems[: how.looks], written[: how.looks])
     seen = looks(config, models, *some, tokenizer, features) if how.looks else {}
@@ -1702,7 +1723,7 @@ def score_run(folder, args):
     where = config.get("data") or then.get("data", "(no data named)")
     fmt = target_format(config) if config else then.get("rationale_format")
     try:
-        problems = data.load(where, split)
+        problems = data.load(where, split, bad_records(config))
         graded = graded_folder(out, problems[: args.limit], faithful, args.limit)
     except FileNotFoundError as error:
         if shown_only or not then:
@@ -1714,8 +1735,9 @@ def score_run(folder, args):
         print(f"{out} has predictions of {some}.", file=sys.stderr)
     of = about(where, split, fmt, faithful)
     scores, graded = assess(graded, of, config, args.judge, out / "judge.jsonl")
-    if scores["n"] == then.get("n") and "rougeL_teacher_forced" in then:  # texts were not kept
-        scores["rougeL_teacher_forced"] = then["rougeL_teacher_forced"]
+    if scores["n"] == then.get("n"):  # not of the predictions: texts that were not kept
+        kept = ("rougeL_teacher_forced", "skipped")
+        scores |= {key: then[key] for key in kept if key in then}
     if not shown_only and scores != then:
         write_graded(out, graded, scores)
     return Column(scores, graded, None if shown_only else out)
@@ -1745,10 +1767,14 @@ def graded_folder(folder, problems, faithful=False, limit=None):
 def decode_run(folder, out, split, args):
     """Decode a split with the models of a run folder; `evaluate` writes what it gives to `out`."""
     config, models, tokenizer = load_run(folder, args.device)
-    problems = data.load(config["data"], split)[: args.limit]
+    bad = bad_records(config)
+    problems = data.load(config["data"], split, bad)[: args.limit]
     model = models[0] if config["model"] == "paligemma" else None
-    features = image_features(config, problems, model)
+    features = image_features(config, problems, model, bad)
+    lost = bad and {id for id, _ in bad}
+    problems = [p for p in problems if not bad or p.id not in lost]
     how = argparse.Namespace(**vars(args) | {"report": False})  # `main` writes it, of all columns
+    how.skipped = None if bad is None else {split: len(bad)}
     evaluate(out, models, problems, config | {"test_split": split}, tokenizer, features, how)
 
 

@@ -262,7 +262,7 @@ def fit(model, examples, validate, args, stage, epochs, log):
     `Journal`, which goes on from the last saved step, or any text file.
 
     If that has "val_accuracy", the weights of the best epoch are what is left in the end.
-    FloatingPointError names the records of a non-finite loss.
+    What can go wrong without a word stops it with one: see "guards".
     """
     model.to(args.device)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -271,10 +271,13 @@ def fit(model, examples, validate, args, stage, epochs, log):
     per_epoch = steps_per_epoch(examples, args)
     journal = log if isinstance(log, Journal) else Journal(log)
     done, best, seconds = journal.begin(stage, model, optimizer, examples)
+    if plan[done:]:
+        stop_if_it_leaks(model, plan[done][0], args, stage)
     start = time.monotonic() - seconds
     for step, window in enumerate(plan[done:], done + 1):
         model.train()
         batches = [to_device(COLLATE[args.model](rows), args.device) for rows in window]
+        stop_unless_supervised(batches, stage, step)
         count = sum(units(batch, args) for batch in batches)
         total = 0.0
         for batch in batches:
@@ -282,19 +285,22 @@ def fit(model, examples, validate, args, stage, epochs, log):
             (loss / count).backward()
             total += loss.detach() / count
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        stop_unless_finite(total, norm, window, stage, step)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            stop_at_what_is_not_finite(model, total, norm, window, args, stage, step)
         if step == 1:
             stop_unless_learning(model)
         lr = args.lr * schedule(step - 1, len(plan), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        before = steepest(model) if step <= done + 2 and lr else {}
         optimizer.step()
+        stop_unless_moved(model, before, window, stage, step)
         optimizer.zero_grad(set_to_none=True)
         entry = {"stage": stage, "step": step, "loss": round(total.item(), 6), "lr": lr}
         entry |= {"grad_norm": round(norm.item(), 4), args.weighting + "s": count}
         validates = step % per_epoch == 0 or step == len(plan)
         if validates:
-            entry |= validate(model)
+            entry |= journal.validation(validate, model)
             best = better(best, entry, model)
         seconds = time.monotonic() - start
         journal.write(entry | {"seconds": round(seconds, 2)})
@@ -315,13 +321,105 @@ def better(best, entry, model):
     return accuracy, entry["step"], {n: p.detach().clone() for n, p in trained(model).items()}
 
 
-def stop_unless_finite(loss, norm, window, stage, step):
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        ids = ", ".join(e["id"] for rows in window for e in rows)
-        raise FloatingPointError(
-            f"{stage}, step {step}: loss {float(loss)}, gradient norm {float(norm)}, in {ids}. "
-            "This step was not taken. Look at these records, or lower --lr."
+def report(stage, step, steps, entry, seconds):
+    """A line per validation; on a terminal also a running one with rate and time left."""
+    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
+    if "val_loss" in entry:
+        clear = "\r" if sys.stderr.isatty() else ""
+        right = f"  val accuracy {entry['val_accuracy']:.2f}" if "val_accuracy" in entry else ""
+        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}{right}"
+        print(f"{text}  {seconds:.0f} s", flush=True)
+    elif sys.stderr.isatty():
+        rate = step / seconds
+        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
+        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
+
+
+# ---- guards ------------------------------------------------------------------------------------
+# Each stops the training with the reason and the records before a step is taken, or behind the
+# first. A mask leak could be seen by a loss far below the base model's, but how far is a guess; so
+# the first batch is asked directly whether a prediction changes with what it must not see.
+
+
+def loss_of(model, examples, args, shown=None, told=None, junk=None):
+    """Summed loss of the examples' first `told` targets each (None: of all), in evaluation mode.
+    `shown` are examples that take their place in all that the model reads; `junk` is an id that
+    takes the place of pads."""
+    model.eval()
+    batch = COLLATE[args.model](shown or examples)
+    labels = COLLATE[args.model](examples)["labels"]
+    if told is not None:
+        labels = labels.masked_fill((labels != -100).cumsum(1) > told, -100)
+    if junk is not None:
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, junk)
+    batch = to_device(batch | {"labels": labels}, args.device)
+    with torch.inference_mode():
+        return LOSS[args.model](model, batch, args)[0].item()
+
+
+def changed_from(example, first, ids):
+    """The example with other targets from the `first` on, each the next one among `ids`; where the
+    sequence has the target too (PaliGemma), there as well."""
+    labels, source = list(example["labels"]), list(example["input_ids"])
+    places = [i for i, label in enumerate(labels) if label != -100]
+    for i in places[first:]:
+        new = ids[(ids.index(labels[i]) + 1) % len(ids)]
+        if "token_type_ids" in example:
+            source[i] = new
+        labels[i] = new
+    return example | {"labels": labels, "input_ids": source}
+
+
+def stop_if_it_leaks(model, rows, args, stage, most=4):
+    """On some rows of the first batch: the loss of a target must be the same, whatever this target
+    and those behind it are, and whatever is at the pads; and every target of a row is in the loss.
+    A decoder that sees ahead, labels that are not shifted, a suffix that counts as prefix and pads
+    that are attended to or learned all change it. RuntimeError names the rows."""
+    rows = rows[:most]
+    labels = [[i for i in e["labels"] if i != -100] for e in rows]
+    ids = sorted({0}.union(*labels))
+    said = f"{stage}, before the first step, in {', '.join(e['id'] for e in rows)}: "
+
+    def same(one, other):  # where neither is a number another guard says so
+        return one != one or other != other or abs(one - other) <= 1e-5 * max(1, abs(one))
+
+    for first in {0, min(map(len, labels)) // 2}:
+        other = [changed_from(e, first, ids) for e in rows]
+        loss = loss_of(model, rows, args, told=first + 1)
+        if not same(loss, seen := loss_of(model, rows, args, other, told=first + 1)):
+            raise RuntimeError(
+                f"{said}the loss of the first {first + 1} targets changes from {loss:.6g} to "
+                f"{seen:.6g} with the last of them and those behind it: the model sees what it "
+                "shall predict. Look at the attention mask, token_type_ids and the shift of labels."
+            )
+    supervised = units(COLLATE[args.model](rows), argparse.Namespace(weighting="token"))
+    loss, seen = loss_of(model, rows, args), loss_of(model, rows, args, junk=ids[-1])
+    if supervised != sum(map(len, labels)) or not same(loss, seen):
+        raise RuntimeError(
+            f"{said}pads take part: {supervised} targets of {sum(map(len, labels))} are in the "
+            f"loss, which is {loss:.6g}, and {seen:.6g} with other ids at the pads. Look at the "
+            "attention mask and at -100 in the labels."
         )
+
+
+def stop_unless_supervised(batches, stage, step):
+    for batch in batches:
+        if not (batch["labels"] != -100).any():
+            raise ValueError(
+                f"{stage}, step {step}: no token of {', '.join(batch['ids'])} is supervised, so "
+                "nothing can be learned. Their targets are empty: look at these records."
+            )
+
+
+def stop_at_what_is_not_finite(model, loss, norm, window, args, stage, step):
+    """Of the step's records those are named whose own loss is not finite, or all if none is."""
+    rows = [e for rows in window for e in rows]
+    bad = [e for e in rows if not math.isfinite(loss_of(model, [e], args))] or rows
+    raise FloatingPointError(
+        f"{stage}, step {step}: loss {float(loss)}, gradient norm {float(norm)}, in "
+        f"{', '.join(e['id'] for e in bad)}. This step was not taken. Look at these records, or "
+        "lower --lr."
+    )
 
 
 def stop_unless_learning(model):
@@ -339,18 +437,32 @@ def stop_unless_learning(model):
         )
 
 
-def report(stage, step, steps, entry, seconds):
-    """A line per validation; on a terminal also a running one with rate and time left."""
-    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
-    if "val_loss" in entry:
-        clear = "\r" if sys.stderr.isatty() else ""
-        right = f"  val accuracy {entry['val_accuracy']:.2f}" if "val_accuracy" in entry else ""
-        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}{right}"
-        print(f"{text}  {seconds:.0f} s", flush=True)
-    elif sys.stderr.isatty():
-        rate = step / seconds
-        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
-        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
+def steepest(model, most=64):
+    """{name: (places, values)} of the trained weights with the largest gradients of each tensor. A
+    gradient below AdamW's epsilon may move nothing; lora_A has none before the second step."""
+    found = {}
+    for name, p in trained(model).items():
+        if p.grad is not None and p.grad.abs().max() >= 1e-8:
+            places = p.grad.abs().flatten().topk(min(most, p.numel())).indices
+            found[name] = places, p.detach().flatten()[places].clone()
+    return found
+
+
+def stop_unless_moved(model, before, window, stage, step):
+    """Every tensor of `steepest` must have changed: an optimizer of other tensors, a rate that
+    rounds to nothing and frozen copies learn without a word."""
+    now = trained(model)
+    still = [
+        name
+        for name, (places, values) in before.items()
+        if torch.equal(now[name].detach().flatten()[places], values)
+    ]
+    if still:
+        raise RuntimeError(
+            f"{stage}, step {step}, in {', '.join(e['id'] for rows in window for e in rows)}: "
+            f"{len(still)} of {len(before)} trained tensors have a gradient and did not change, "
+            f"{still[0]} among them. Look at --lr, the dtype and what the optimizer was given."
+        )
 
 
 # ---- never losing work -------------------------------------------------------------------------
@@ -423,6 +535,17 @@ class Journal:
         self.due = time.monotonic() + max(60, 20 * (time.monotonic() - start))
         if Journal.stopping:
             raise Stopped
+
+    def validation(self, validate, model):
+        """What `validate(model)` gives. A signal stops it at once: what was done since the last
+        state is done again then."""
+        then, Journal.training = Journal.training, False
+        try:
+            if Journal.stopping:
+                raise Stopped
+            return validate(model)
+        finally:
+            Journal.training = then
 
     def end(self):
         Journal.training = False
@@ -648,8 +771,10 @@ def check_resume(runs):
 def is_complete(args):
     """Whether --resume finds nothing to do in a run's folder."""
     out = Path(args.out)
-    whole = evaluation.metrics_then(out) and not (out / "last").exists()
-    return bool(args.resume and whole and other_flags(args) == [])
+    whole = bool(evaluation.metrics_then(out))
+    if args.model == "mmcot" and args.stage == "rationale" != fusion.stage_names(args.recipe)[-1]:
+        whole = (out / "rationale/model.safetensors").is_file()  # it has nothing to score
+    return bool(args.resume and whole and not (out / "last").exists() and other_flags(args) == [])
 
 
 def run_one(args):
@@ -661,12 +786,71 @@ def run_one(args):
 
 
 def load_splits(args):
-    """{split: problems}. Three different ones: none is cut off another."""
-    names = ("train", "val", args.test_split)
+    """{split: problems}, and with --on-error skip {split: [(id, reason)]} of its bad records (else
+    None: the first is the error). Three different ones: none is cut off another."""
+    names, splits = ("train", "val", args.test_split), {}
+    skipped = {name: evaluation.bad_records(vars(args)) for name in names}
     try:
-        return {name: data.load(args.data, name)[: args.limit] for name in names}
+        for name in names:
+            splits[name] = data.load(args.data, name, skipped[name])[: args.limit]
     except ValueError as error:
         raise ValueError(f"{error} A run needs problems of {', '.join(names)}.") from None
+    if args.on_error == "stop":
+        return splits, None
+    for name in names:
+        skipped[name] += data.unusable(splits[name], lambda path: None)  # too many choices
+    return left_of(splits, skipped), skipped
+
+
+# ---- bad records -------------------------------------------------------------------------------
+# --on-error stop, the default: the first bad record, picture or trace is the error. skip: each goes
+# to RUN/skipped.jsonl with the reason, and the run does without. Of a test problem that means
+# another test: n is smaller, and the table says by how many and what the accuracy would be were
+# they wrong.
+
+
+def left_of(splits, skipped):
+    """{split: problems} without those in {split: [(id, reason)]}."""
+    lost = {name: {id for id, _ in bad} for name, bad in skipped.items()}
+    return {name: [p for p in ps if p.id not in lost[name]] for name, ps in splits.items()}
+
+
+def with_pictures(args, splits, skipped, model=None):
+    """(features, splits): with --on-error skip without the problems whose picture cannot be used,
+    which are added to `skipped`. Pictures that are in the feature cache are not decoded again."""
+    problems = [p for ps in splits.values() for p in ps]
+    bad = None if skipped is None else []
+    features = evaluation.image_features(vars(args), problems, model, bad)
+    if not bad:
+        return features, splits
+    reasons = dict(bad)
+    for name, ps in splits.items():
+        skipped[name] += [(p.id, reasons[p.id]) for p in ps if p.id in reasons]
+        if ps and all(p.id in reasons for p in ps):
+            raise ValueError(f"No problem of {name} is left, with --on-error skip: {bad[0][1]}")
+    return features, left_of(splits, {name: skipped[name] for name in splits})
+
+
+def told_skipped(args, skipped):
+    """Write skipped.jsonl; {split: count} for the table. A record that cannot be read at all is of
+    no known split: all three found it."""
+    file = Path(args.out) / "skipped.jsonl"
+    file.unlink(missing_ok=True)
+    if skipped is None:
+        return None
+    found = {}
+    for name, bad in skipped.items():
+        for entry in bad:
+            found.setdefault(entry, []).append(name)
+    rows = [(*entry, names[0] if len(names) == 1 else None) for entry, names in found.items()]
+    counts = {name: sum(row[2] == name for row in rows) for name in skipped}
+    if unknown := sum(row[2] is None for row in rows):
+        counts["split unknown"] = unknown
+    if rows:
+        data.write_skipped(rows, file)
+        told = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
+        print(f"  skipped: {told}; {file} says why", flush=True)
+    return counts
 
 
 # ---- mmcot: one run ----------------------------------------------------------------------------
@@ -689,10 +873,11 @@ def run_mmcot(args):
     """Train, decode and score one recipe; returns its metrics. Writes the run folder `args.out`."""
     out, config = Path(args.out), vars(args)
     print(f"{out}: recipe {args.recipe}, vision {args.vision}", flush=True)
-    splits = load_splits(args)
+    splits, skipped = load_splits(args)
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
-    features = evaluation.image_features(config, [p for ps in splits.values() for p in ps])
+    features, splits = with_pictures(args, splits, skipped)
     begin(args)  # only now: a run that cannot start leaves nothing
+    skipped = told_skipped(args, skipped)
     names, models = fusion.stage_names(args.recipe), []
     with opened_journal(args) as log:
         for stage, name in enumerate(names):
@@ -709,6 +894,7 @@ def run_mmcot(args):
         teacher_forced=args.teacher_forced,
         looks=evaluation.LOOKS,
         report=True,
+        skipped=skipped,
     )
     test = splits[args.test_split]
     scores = evaluation.evaluate(out, models, test, config, tokenizer, features, how)
@@ -786,18 +972,20 @@ def run_paligemma(args):
     """Train (unless --epochs 0), decode and score one recipe; returns its metrics."""
     out, config = Path(args.out), vars(args)
     print(f"{out}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
-    splits = load_splits(args)
-    test = splits[args.test_split]
+    splits, skipped = load_splits(args)
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
     model = evaluation.load_paligemma(config)
     args.vocabulary = model.config.text.vocab_size
     if args.epochs[0]:
         free(args, model)
-    rows = training_rows(args, splits["train"]) if args.epochs[0] else []
-    rows = with_pictures(rows, args)
-    pictured = [row[0] for row in rows] + splits["val"][: args.eval_problems] + test
-    features = evaluation.image_features(config, pictured, model)
+    rows = training_rows(args, splits["train"], skipped) if args.epochs[0] else []
+    learned = {row[0].id: row[0] for row in rows}
+    splits |= {"train": [*learned.values()], "val": splits["val"][: args.eval_problems]}
+    features, splits = with_pictures(args, splits, skipped, model)
+    left, test = {p.id for p in splits["train"]}, splits[args.test_split]
+    rows = [row for row in rows if row[0].id in left]
     begin(args)  # only now: a run that cannot start leaves nothing
+    skipped = told_skipped(args, skipped)
     if rows and args.data != "demo":  # its splits are disjoint by construction
         warn_of_overlap([row[0] for row in rows], test)
     if args.epochs[0]:
@@ -810,19 +998,23 @@ def run_paligemma(args):
             lora.save(model, out, args.weights[0])
         tokenizer.save(str(out / "tokenizer.json"))
     how = argparse.Namespace(
-        faithful_parse=False, teacher_forced=False, looks=evaluation.LOOKS, report=True
+        faithful_parse=False,
+        teacher_forced=False,
+        looks=evaluation.LOOKS,
+        report=True,
+        skipped=skipped,
     )
     scores = evaluation.evaluate(out, [model], test, config, tokenizer, features, how)
     complete(out)
     return scores
 
 
-def training_rows(args, problems):
+def training_rows(args, problems, skipped=None):
     """(problem, task, trace, True) per training row, as `data.pali_examples` takes them."""
     if notice := data.training_notice(args.data):
         print(notice, file=sys.stderr)
     by_id = {p.id: p for p in problems}
-    traces = kept_traces(args, by_id)[: args.limit_traces]
+    traces = kept_traces(args, by_id, skipped)[: args.limit_traces]
     if not traces:
         raise ValueError("No trace is left to learn from: look at --traces, --keep and --data.")
     unique = list({trace["id"]: by_id[trace["id"]] for trace in traces}.values())
@@ -834,8 +1026,9 @@ def training_rows(args, problems):
     return [(by_id[t["id"]], "reason", t, True) for t in traces] + mixed
 
 
-def kept_traces(args, by_id):
-    """The traces of --traces that --keep lets through; without a file, the data's own solutions."""
+def kept_traces(args, by_id, skipped=None):
+    """The traces of --traces that --keep lets through; without a file, the data's own solutions.
+    Bad ones go to skipped["traces"], if that is given."""
     if args.traces is None:
         told = [p for p in by_id.values() if p.solution]
         print(f"  no --traces: {len(told)} solutions of the data itself are the thoughts")
@@ -844,7 +1037,8 @@ def kept_traces(args, by_id):
             {"id": p.id, "thought": p.solution, "answer": p.answer, "verdict": verdict}
             for p in told
         ]
-    traces = data.load_traces(demo_traces() if args.traces == "demo" else args.traces)
+    bad = None if skipped is None else skipped.setdefault("traces", [])
+    traces = data.load_traces(demo_traces() if args.traces == "demo" else args.traces, bad)
     known = [t for t in traces if t["id"] in by_id]
     wanted = {"all": (), "correct": ("correct",), "consistent": ("correct", "consistent")}
     kept = [t for t in known if all(holds(t, by_id[t["id"]], key) for key in wanted[args.keep])]
@@ -865,16 +1059,6 @@ def holds(trace, problem, key):
         said, _ = evaluation.commitment(problem, trace["answer"], prose=True)
         return evaluation.right(problem, said)
     return verdict
-
-
-def with_pictures(rows, args):
-    """The training rows, with --on-error skip without those (named on stderr) whose picture file
-    is not there. A test problem is never left out: it would be another test."""
-    images = {p.id: p.image for p, *_ in rows if p.image and args.on_error == "skip"}
-    missing = {id: path for id, path in images.items() if not Path(path).is_file()}
-    for id, path in missing.items():
-        print(f"skipped: problem {id} has no {path}", file=sys.stderr)
-    return [row for row in rows if row[0].id not in missing]
 
 
 def demo_traces():
@@ -991,7 +1175,8 @@ def line_folder(args, name, changed):
 def show_many(args, runs, rows):
     """The summary of such a table, and each line's paired difference to the run itself."""
     print(f"\n{evaluation.summary(rows)}")
-    problems, columns = data.load(args.data, args.test_split)[: args.limit], {}
+    bad, columns = evaluation.bad_records(vars(args)), {}
+    problems = data.load(args.data, args.test_split, bad)[: args.limit]
     for name in sorted(runs, key=lambda name: bool(runs[name])):  # the run itself first
         folder = line_folder(args, name, runs[name])
         if (folder / "predictions.jsonl").is_file():
@@ -1065,6 +1250,8 @@ def add_files(parser):
     files.add_argument("--weights", nargs="+", help=weights)
     files.add_argument("--features-cache", help="folder for image features")
     files.add_argument("--out", help="run folder (runs/DATA-RECIPE-...)")
+    bad = "a record, picture or trace that cannot be used: stop at it, or do without (%(default)s)"
+    files.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=bad)
     files.add_argument("--test-split", default="test", help="what the table is about (%(default)s)")
 
 
@@ -1134,8 +1321,6 @@ def add_paligemma(parser):
         "--label-smoothing", type=float, default=0.0, help="spread this much over all words"
     )
     pali.add_argument("--eval-problems", type=int, help="validation problems decoded each epoch")
-    missing = "training problems whose picture is missing: stop, or do without (%(default)s)"
-    pali.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=missing)
     alone = "only this run, without the baselines it must be compared with"
     pali.add_argument("--alone", action="store_true", help=alone)
     seed_layout = "seed: BOS after the question, as pali_reason had it"

@@ -244,9 +244,9 @@ def test_a_signal_saves_after_the_step(whole, tmp_path):
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(train.Stopped):
-        real = train.stop_unless_finite
+        real = train.stop_unless_moved
         patch.setattr(
-            train, "stop_unless_finite",
+            train, "stop_unless_moved",
             lambda *given: real(*given) or report(given[3], given[4]),
         )  # fmt: skip
         with train.in_use(tmp_path):
