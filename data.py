@@ -123,9 +123,9 @@ def load(where, split, skipped=None):
         path = demo_folder()
     if path.suffix == ".jsonl":
         return _own_jsonl(path, split, skipped)
-    if (path / "problems.json").is_file():
+    if os.path.isfile(path / "problems.json"):
         return _scienceqa(path, split, skipped)
-    if (path / "annot_testmini.json").is_file():
+    if os.path.isfile(path / "annot_testmini.json"):
         return _mathvista(path, split, skipped)
     if downloaded:
         raise FileNotFoundError(f"{path} is empty: run `python data.py {where}` to fill it.")

@@ -962,7 +962,8 @@ def read_predictions(path, problems=()):
     for where, x in told:
         if isinstance(x, dict) and type(x.get("id")) is int:
             x["id"] = str(x["id"])
-        for key, kinds in {"id": str, "response": str, "rationale": str | None}.items():
+        texts = {"id": str, "response": str, "rationale": str | None, "stop": str | None}
+        for key, kinds in texts.items():
             if not isinstance(x, dict) or not isinstance(x.get(key), kinds):
                 found = f"found {json.dumps(x, ensure_ascii=False)[:60]}"
                 raise ValueError(f'{path}, {where}: "{key}" must be a string; {found}.')
@@ -996,8 +997,13 @@ def write_graded(folder, graded, scores):
     with open(part, "w", encoding="utf-8") as file:
         for _, x, g in graded:
             file.write(json.dumps(x | asdict(g), ensure_ascii=False) + "\n")
-    part.replace(folder / "predictions.jsonl")
-    (folder / "metrics.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    more = folder / "metrics.json.part"
+    more.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    for file in (part, more):
+        try:
+            file.replace(file.with_suffix(""))
+        except IsADirectoryError:
+            raise ValueError(f"{file.with_suffix('')} is a folder: remove it.") from None
 
 
 def about(where, split, rationale_format, faithful=False):
@@ -1671,11 +1677,9 @@ def check_device(device):
 def load_run(folder, device=None):
     """(config, models, tokenizer) of a run folder."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    config = run_config(folder)
+    if not config:
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json.")
-    config = data.read_json(folder / "config.json")
-    if "recipe" not in config:
-        raise ValueError(f"{folder} is no run folder: its config.json is none of train.py's.")
     config["device"] = device or config["device"]
     check_device(config["device"])
     if config["model"] == "paligemma":
@@ -1711,7 +1715,7 @@ def score_run(folder, args):
     those of then.
     """
     folder = Path(folder)
-    config = data.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = run_config(folder)
     own = config.get("test_split") or metrics_then(folder).get("split", "test")
     split = args.split or own
     out = folder if split == own else folder / split
@@ -1744,11 +1748,45 @@ def score_run(folder, args):
 
 
 def metrics_then(folder):
-    """What metrics.json says; {} if there is none, or none that can be read: it is made anew."""
+    """What metrics.json says; {} if there is none, or none that a table can be made of: it is made
+    anew."""
     try:
-        return data.read_json(folder / "metrics.json")
-    except (FileNotFoundError, ValueError):
+        then = data.read_json(folder / "metrics.json")
+        table({"": then}, all_rows=True), summary({"": then}), report_tables({"": then})
+        return then
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return {}
+
+
+RUN_FLAGS = {  # of a run's config.json, what is read here
+    "model": str, "recipe": str, "data": str, "test_split": str, "device": str, "weights": list,
+    "epochs": list, "seed": int, "max_output": list, "eval_batch_size": int, "commit": str | None,
+    "traces": str | None, "adapter": str | None, "on_error": str | None,
+}  # fmt: skip
+PARTS = {"weights": str, "epochs": int | float, "max_output": int}  # of those that are lists
+
+
+def run_config(folder):
+    """A run folder's config.json; {} if it has none. ValueError for one that train.py never wrote.
+    A flag that a run of an older version lacks is no fault here."""
+    file = Path(folder) / "config.json"
+    if not os.path.lexists(file):
+        return {}
+    config = data.read_json(file)
+    if not isinstance(config, dict) or not {"model", "recipe", "data"} <= config.keys():
+        raise ValueError(f"{folder} is no run folder: its config.json is none of train.py's.")
+    for key in RUN_FLAGS.keys() & config.keys():
+        value, part = config[key], PARTS.get(key)
+        fits = isinstance(value, RUN_FLAGS[key]) and not isinstance(value, bool)
+        if not fits or part and not (value and all(isinstance(x, part) for x in value)):
+            raise ValueError(f"{file}: {key} is {value!r:.60}, which train.py never writes.")
+    known = fusion.RECIPES if config["model"] == "mmcot" else ("reason", "answer")
+    if config["model"] not in ("mmcot", "paligemma") or config["recipe"] not in known:
+        kind = f"{config['model']!r:.40} with recipe {config['recipe']!r:.40}"
+        raise ValueError(f"{file}: there is no model {kind}.")
+    if config.get("test_split", "test") not in data.SPLITS:
+        raise ValueError(f"{file}: there is no split {config['test_split']!r:.40}.")
+    return config
 
 
 def graded_folder(folder, problems, faithful=False, limit=None):
@@ -1889,7 +1927,9 @@ def report_problems(columns):
     shown, blocks = {}, {}
     for number, column in enumerate(columns.values()):
         file = column.folder and column.folder / "looks.json"
-        looked = data.read_json(file) if file and file.is_file() else {}
+        looked = data.read_json(file) if file and os.path.lexists(file) else {}
+        if not isinstance(looked, dict) or not all(isinstance(x, dict) for x in looked.values()):
+            raise ValueError(f"{file} has no looks by problem id. Delete it, or decode again.")
         for p, x, g in column.graded or ():
             facts = shown.setdefault((p.id, p.question), problem_facts(p, len(columns)))
             block = f"look-{len(blocks)}" if p.id in looked else None
@@ -1946,22 +1986,32 @@ def run_facts(name, column):
     config.json and no log.jsonl: the run's are its."""
     home = column.folder or Path(name)
     home = home if (home / "config.json").is_file() else home.parent
-    there, log = (home / "config.json").is_file(), home / "log.jsonl"
-    config = data.read_json(home / "config.json") if there else {}
+    config, log = run_config(home), home / "log.jsonl"
     words = [config.get("model"), config.get("recipe"), heading(column.scores)]
-    words += [f"{column.scores['n']} problems", f"seed {config['seed']}" if there else ""]
+    words += [
+        f"{column.scores['n']} problems",
+        f"seed {config['seed']}" if "seed" in config else "",
+    ]
     words += [f"commit {config['commit'][:8]}" if config.get("commit") else ""]
-    curves = loss_curves(log) if there and log.is_file() else []
+    curves = loss_curves(log) if config and os.path.lexists(log) else []
     return {"name": name, "about": " · ".join(filter(None, words)), "curves": curves}
+
+
+LOGGED = ("loss", "val_loss", "val_accuracy")
 
 
 def loss_curves(file):
     """[{"stage", "loss", "val_loss", "val_accuracy"}], each a list of [step, value]; the training
     loss as means over a window of steps. A stage that starts again is another curve."""
     stages, before = [], (None, 0)
-    for _, entry in data.json_lines(file, may_be_torn=True):
+    for where, entry in data.json_lines(file, may_be_torn=True):
+        told = entry.items() if isinstance(entry, dict) else ()
+        numbers = {k for k, v in told if isinstance(v, int | float) and not isinstance(v, bool)}
+        named = ("stage", str) in [(k, type(v)) for k, v in told]
+        if not named or {"step", *LOGGED} & {k for k, _ in told} - numbers or "step" not in numbers:
+            raise ValueError(f"{where} is none that train.py writes. Delete the file.")
         if entry["stage"] != before[0] or entry["step"] <= before[1]:
-            stages.append({"stage": entry["stage"], "loss": [], "val_loss": [], "val_accuracy": []})
+            stages.append({"stage": entry["stage"]} | {key: [] for key in LOGGED})
         before = entry["stage"], entry["step"]
         for key in stages[-1].keys() & entry.keys() - {"stage"}:
             if math.isfinite(entry[key]):

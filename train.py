@@ -24,7 +24,9 @@ Axes: B batch, T length, U target length, D width, V vocabulary.
 
 import argparse
 import contextlib
+import ctypes
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -47,7 +49,7 @@ import data
 import eval as evaluation
 import fusion
 import lora
-from model import resolve, write_safetensors
+from model import resolve, stored_tensors, write_safetensors
 
 try:
     import fcntl
@@ -268,6 +270,9 @@ def fit(model, examples, validate, args, stage, epochs, log):
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     generator = torch.Generator().manual_seed(args.seed)
     plan = list(windows(examples, args, epochs, generator))[: args.max_steps]
+    if args.dry_run:
+        dry_step(model, optimizer, plan, args)
+        return model
     per_epoch = steps_per_epoch(examples, args)
     journal = log if isinstance(log, Journal) else Journal(log)
     done, best, seconds = journal.begin(stage, model, optimizer, examples)
@@ -471,7 +476,13 @@ def stop_unless_moved(model, before, window, stage, step):
 # both). The JSON is renamed into place last, so a kill leaves the state before. All else is made
 # again on --resume: it follows from the flags. The folder is there until the run is complete.
 
-MAY_DIFFER = ("resume", "save_every", "out", "features_cache")  # flags that change no result
+MAY_DIFFER = (
+    "resume",
+    "dry_run",
+    "save_every",
+    "out",
+    "features_cache",
+)  # flags that change no result
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -962,7 +973,8 @@ def write_config(config, out):
     git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     config = config | {"versions": VERSIONS, "commit": commit}
-    write_json({k: v for k, v in config.items() if k != "resume"}, out / "config.json")
+    kept = {k: v for k, v in config.items() if k not in ("resume", "dry_run")}
+    write_json(kept, out / "config.json")
 
 
 # ---- paligemma: one run ------------------------------------------------------------------------
@@ -1112,6 +1124,223 @@ def tune(args, model, rows, val, tokenizer, features, log):
         return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
 
     fit(model, train, validate, args, args.recipe, args.epochs[0], log)
+
+
+# ---- before a run: --dry-run -------------------------------------------------------------------
+# What is kept for the way back grows by the same amount with each row, so it is counted on one and
+# on two rows of the longest batch (unique storages of the saved tensors) and goes from there to the
+# batch: nothing is tried that may not fit. Not counted: what a kernel needs while it runs.
+
+GIB = 2**30
+
+
+def dry_run(args):
+    """Parameters, memory, one step and the time of each training of a run. Nothing is written; the
+    pictures are not looked at: features of zeros stand for them."""
+    print(f"{args.out}: recipe {args.recipe}", flush=True)
+    splits, skipped = load_splits(args)
+    if skipped and (bad := [entry for found in skipped.values() for entry in found]):
+        print(f"  {len(set(bad))} bad records would be skipped, the first is {bad[0][0]}")
+    tokenizer = data.load_tokenizer(resolve(args.weights[0]))
+    if args.model == "paligemma":
+        return dry_paligemma(args, splits, tokenizer)
+    features = blank_features(args, splits["train"] + splits["val"])
+    args = argparse.Namespace(**vars(args) | {"stage2_rationales": "gold"})
+    models = []  # they stay, as in a run
+    for stage, name in enumerate(fusion.stage_names(args.recipe)):
+        if args.stage in ("both", name):
+            models.append(run_stage(args, stage, splits, tokenizer, features, None))
+
+
+def dry_paligemma(args, splits, tokenizer):
+    if not args.epochs[0]:
+        return print("  nothing is trained: it only decodes")
+    model = evaluation.load_paligemma(vars(args))
+    args.vocabulary = model.config.text.vocab_size
+    free(args, model)
+    rows = training_rows(args, splits["train"])
+    features = blank_features(args, [row[0] for row in rows], model)
+    tune(args, model, rows, splits["val"], tokenizer, features, None)
+
+
+def blank_features(args, problems, model=None):
+    """Features of zeros in the shape that these problems' pictures will have."""
+    if model is not None:
+        inside = all(name.startswith("language_model.") for name in lora.adapters(model))
+        if args.full or not inside:
+            return evaluation.image_features(vars(args), problems, model)  # pixels, read when used
+        shape = model.config.image_tokens, model.config.text.hidden_size
+    elif args.vision != "detr" or args.features:
+        return evaluation.image_features(vars(args), problems)
+    else:
+        folder = resolve(args.vision_weights)
+        count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())
+        print(f"  {folder}: {count:,} numbers, frozen; it sees each picture once, before training")
+        shape = [data.read_json(folder / "config.json")[key] for key in ("num_queries", "d_model")]
+    rows = {p.id: 0 for p in problems if p.image is not None}
+    return data.Features(torch.zeros(1, *shape).numpy(), rows)
+
+
+def dry_step(model, optimizer, plan, args):
+    """Print what a training takes and what the device has; then, if that fits, one step."""
+    if not plan:
+        return print("  nothing is trained: it only decodes")
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what another stage gave back
+        ctypes.CDLL(None).malloc_trim(0)
+    before = held(args.device)
+    total = sum(p.numel() for p in model.parameters())
+    learned = sum(p.numel() for p in trained(model).values())
+    rows = max((rows for window in plan for rows in window), key=tokens)
+    source, target = longest_row(rows)
+    print(f"  {learned:,} parameters trainable, {total - learned:,} frozen")
+    sizes = memory(model, rows, args)
+    sizes["program and data"] = max(0, before - sizes["weights"])
+    for name, size in (sizes | {"in all": sum(sizes.values())}).items():
+        print(f"    {name:18} {size / GIB:8.3f} GiB")
+    print(f"    the longest batch: {len(rows)} rows of {source} + {target} tokens")
+    cache = cache_size(model, source, args)
+    print(f"    (decoding {args.eval_batch_size} rows: a cache of {cache / GIB:.3f} GiB)")
+    free_now, has = device_memory(args.device)
+    print(f"    {args.device} has {has / GIB:.1f} GiB, {free_now / GIB:.1f} GiB of it free")
+    if (needed := sum(sizes.values())) > free_now + before:
+        return print(
+            f"  Not tried: {needed / GIB:.1f} GiB are more than there are. Take a smaller "
+            "--batch-size (with --accumulate the result is the same), --checkpointing or a "
+            "smaller model."
+        )
+    shortest = min((rows for window in plan for rows in window), key=tokens)
+    timed_step(model, optimizer, [shortest], args)  # makes AdamW's moments
+    seconds, peak = timed_step(model, optimizer, [rows] * min(2, args.accumulate), args)
+    off = 100 * (needed / peak - 1)
+    print(f"  one step of it: {seconds:.2f} s, peak {peak / GIB:.3f} GiB, estimated {off:+.0f} %")
+    rate = seconds / tokens(rows) / min(2, args.accumulate)
+    whole = rate * sum(tokens(rows) for window in plan for rows in window)
+    print(f"  {len(plan)} steps: {whole / 60:.1f} minutes, without validation and decoding")
+
+
+def tokens(rows):
+    """Of a batch, with its pads."""
+    return len(rows) * sum(longest_row(rows))
+
+
+def longest_row(rows):
+    """The longest source and target of a batch; PaliGemma's target is in its source."""
+    target = 0 if "token_type_ids" in rows[0] else max(len(e["labels"]) for e in rows)
+    return max(len(e["input_ids"]) for e in rows), target
+
+
+def memory(model, rows, args):
+    """{what: bytes} of a training step on these rows, the program itself left out."""
+    tensors = [*model.parameters(), *model.buffers()]
+    learned = sum(p.numel() * p.element_size() for p in trained(model).values())
+    sizes = {"weights": sum(t.numel() * t.element_size() for t in tensors)}
+    sizes |= {"gradients": learned, "AdamW's moments": 2 * learned}
+    if args.model == "paligemma":
+        sizes["best epoch"] = learned
+    longest = max(rows, key=lambda e: len(e["input_ids"]))
+    if args.model == "mmcot":
+        longest = longest | {"labels": max((e["labels"] for e in rows), key=len)}
+    text = getattr(model, "language_model", None)
+    recomputed = 0
+    one, two = (saved(model, [longest] * n, args) for n in (1, 2))
+    if text is not None and text.checkpointing:  # on the way back one layer has all of it again
+        text.checkpointing = False
+        plain = [saved(model, [longest] * n, args) for n in (1, 2)]
+        text.checkpointing = True
+        recomputed = plain[0] - one + (len(rows) - 1) * (plain[1] - plain[0] - two + one)
+        recomputed //= len(text.layers)
+    sizes["activations"] = one + (len(rows) - 1) * (two - one) + recomputed
+    count = sum(label != -100 for e in rows for label in e["labels"])
+    logits = min(LOGITS, count * args.vocabulary)
+    sizes["logits"] = 3 * 4 * logits  # themselves, their softmax and their gradient
+    return sizes
+
+
+def saved(model, rows, args):
+    """Bytes that a forward pass keeps for the way back, logits and weights left out."""
+    batch = to_device(COLLATE[args.model](rows), args.device)
+    part = max(1, sum(label != -100 for e in rows for label in e["labels"]) // 2)
+    args = argparse.Namespace(**vars(args) | {"vocabulary": LOGITS // part})  # logits in two parts
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # with its graph it would never be freed
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = LOSS[args.model](model, batch, args)  # alive: all addresses differ
+    del loss
+    return sum(size for place, size in sizes.items() if place not in weights)
+
+
+def cache_size(model, source, args):
+    """Bytes of keys and values when --eval-batch-size rows are decoded at full length."""
+    new, size = max(args.max_output), next(model.parameters()).element_size()
+    if args.model == "mmcot":
+        c = model.t5.config
+        each = 2 * c.decoder_layers * c.num_heads * c.d_kv * (source + new)
+    else:
+        c = model.config.text
+        each = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (source + new)
+    return args.eval_batch_size * each * size
+
+
+def timed_step(model, optimizer, window, args):
+    """(seconds, peak bytes) of a step as in `fit`."""
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(args.device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    start = time.monotonic()
+    model.train()
+    for rows in window:
+        batch = to_device(COLLATE[args.model](rows), args.device)
+        loss, count = LOSS[args.model](model, batch, args)
+        (loss / count).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if cuda:
+        torch.cuda.synchronize(args.device)
+        return time.monotonic() - start, torch.cuda.max_memory_allocated(args.device)
+    return time.monotonic() - start, held("peak")
+
+
+def held(what):
+    """Bytes that this process holds, on a GPU what its tensors take; "peak": the most it held."""
+    if what.startswith("cuda"):
+        return torch.cuda.memory_allocated(what)
+    try:
+        told = Path("/proc/self/status").read_text()
+        line = "VmHWM:" if what == "peak" else "VmRSS:"
+        return 1024 * int(told.split(line)[1].split()[0])
+    except OSError:  # macOS tells only the most, in bytes
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def device_memory(device):
+    """(bytes free, bytes in all) of a GPU, or of the machine; a container may have less."""
+    if device.startswith("cuda"):
+        free_now, has = torch.cuda.mem_get_info(device)
+        return free_now + torch.cuda.memory_reserved(device) - held(device), has
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free_now = has
+    with contextlib.suppress(OSError, IndexError):
+        told = Path("/proc/meminfo").read_text()
+        free_now = 1024 * int(told.split("MemAvailable:")[1].split()[0])
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        has, free_now = min(has, limit), min(free_now, limit - used)
+    return free_now, has
 
 
 # ---- many runs ---------------------------------------------------------------------------------
@@ -1271,6 +1500,8 @@ def add_how(parser):
     how.add_argument("--limit", type=int, help="only the first N problems of each split")
     resume = "go on, to the bit, with the run in --out that was interrupted"
     how.add_argument("--resume", action="store_true", help=resume)
+    dry = "print parameters, memory, one measured step and the time it would take; write nothing"
+    how.add_argument("--dry-run", action="store_true", help=dry)
     every = "steps between two saved states (one a minute, at most a twentieth of the time)"
     how.add_argument("--save-every", type=int, metavar="N", help=every)
     how.add_argument("--seed", type=int, default=42, help="(%(default)s)")
@@ -1371,8 +1602,12 @@ def main(argv=None):
     tables = {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}
     runs = tables[args.model] if args.ablation else BASELINES if compared else None
     args.teacher_forced |= args.ablation
+    lines = lines_of(args, runs) if runs else {args.out: args}
+    if args.dry_run:
+        for line in lines.values():
+            dry_run(line)
+        return
     with in_use(Path(args.out)):
-        lines = lines_of(args, runs) if runs else {args.out: args}
         check_resume([*lines.values()])
         if runs:
             rows = run_many(lines)

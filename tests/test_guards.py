@@ -4,10 +4,16 @@ import argparse
 import contextlib
 import io
 import json
+import os
+import re
+import shutil
+import signal
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
@@ -298,6 +304,186 @@ def test_a_rate_that_rounds_to_nothing():
         fit(model, examples, args)
     args.lr = 0.0  # as one wishes
     fit(model, examples, args)
+
+
+# ---- signals, and a stage alone ----------------------------------------------------------------
+
+
+def test_a_signal_stops_a_validation_at_once_and_nothing_is_lost(tmp_path):
+    """The state before it is there; without the signal the run would end in the same bits."""
+
+    def trained(folder, stops):
+        (folder / "last").mkdir(parents=True, exist_ok=True)
+        model, args = mmcot(), settings("mmcot", "--save-every", "1", "--batch-size", "1")
+        asked = []
+
+        def validate(model):
+            asked.append(1)
+            if stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            return {"val_loss": 1.0}
+
+        rows = [example(i) for i in range(3)]
+        log = folder / "log.jsonl"
+        with open(log, "r+" if log.exists() else "w+") as file:
+            journal = train.Journal(file, folder / "last", 1)
+            train.fit(model, rows, validate, args, "reason", 2, journal)
+        return weights(model), asked
+
+    try:
+        whole, asked = trained(tmp_path / "whole", False)
+        start = time.monotonic()
+        with pytest.raises(train.Stopped), train.in_use(tmp_path / "run"):
+            trained(tmp_path / "run", True)
+        assert time.monotonic() - start < 4
+        assert (tmp_path / "run/last/1-00000002.json").exists()
+        again, resumed = trained(tmp_path / "run", False)
+    finally:
+        train.Journal.training = train.Journal.stopping = False
+    assert len(asked) == len(resumed) == 2
+    assert all(torch.equal(p, whole[name]) for name, p in again.items())
+
+
+def test_a_stage_alone_is_complete_without_metrics(tmp_path, monkeypatch):
+    flags = ["--model", "mmcot", "--stage", "rationale", "--out", str(tmp_path), "--resume"]
+    args = train.parse_args(flags)
+    assert not train.is_complete(args)
+    train.begin(args)
+    (tmp_path / "rationale").mkdir()
+    (tmp_path / "rationale/model.safetensors").touch()
+    assert not train.is_complete(args)  # last/ is there
+    train.complete(tmp_path)
+    monkeypatch.setattr(train, "run_mmcot", None)
+    train.main(flags)
+    assert not train.is_complete(train.parse_args([*flags[:2], *flags[4:]]))
+
+
+# ---- bad records -------------------------------------------------------------------------------
+
+MMCOT = """--model mmcot --device cpu --recipe answer --epochs 1 --batch-size 4 --max-output 4 4
+    --image-size 32 --max-input 64 --threads 1 --lr 0.003 --eval-batch-size 8""".split()
+RUNS = {
+    "mmcot": [*MMCOT, "--weights", str(ROOT / "demo/t5")]
+    + ["--vision-weights", str(ROOT / "demo/detr")],
+    "paligemma": """--model paligemma --device cpu --alone --threads 1 --epochs 1 --batch-size 4
+    --lora-r 2 --max-output 4 4 --lr 0.003 --weights""".split()
+    + [PALI],
+}
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory):
+    """A .jsonl of the demo's problems with bad records in every split, and bad pictures."""
+    folder, lines = tmp_path_factory.mktemp("spoiled"), []
+    for split, count in (("train", 7), ("val", 3), ("test", 5)):
+        for i, p in enumerate([p for p in data.load("demo", split) if p.image][:count]):
+            name = f"{split}{i}"
+            shutil.copy(p.image, folder / f"{name}.png")
+            record = {"id": name, "question": p.question, "choices": list(p.choices)}
+            record |= {"answer": p.answer, "solution": p.solution, "split": split}
+            lines.append(record | {"image": f"{name}.png"})
+    by_id = {x["id"]: x for x in lines}
+    by_id["train1"]["answer"] = 99
+    (folder / "train2.png").unlink()
+    (folder / "val0.png").write_bytes((folder / "val1.png").read_bytes()[:-30])
+    by_id["test0"]["choices"] = 7
+    (folder / "test1.png").write_bytes(b"no picture")
+    Image.new("RGB", (1, 90)).save(folder / "test2.png")
+    lines.insert(3, {"id": "whole"})
+    text = "".join(f"{json.dumps(x)}\n" for x in lines)
+    (folder / "bad.jsonl").write_text(f"{text}{{half a line\n")
+    return folder / "bad.jsonl"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bad_records_are_skipped_and_counted_in_all_splits(name, spoiled, tmp_path, capsys):
+    cache = ["--features-cache", str(tmp_path / "cache")]
+    flags = [*RUNS[name], "--data", str(spoiled), *cache, "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="train1|whole|line 4"):
+        train.main(flags)
+    assert not (tmp_path / "run").exists()
+    looked, real = [], data.open_image
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "open_image", lambda path: looked.append(path) or real(path))
+        patch.setattr(evaluation, "write_report", lambda *given: None)
+        patch.setattr(train, "warn_of_overlap", lambda *given: None)
+        train.main([*flags, "--on-error", "skip"])
+        assert len(looked) == len(set(looked))  # no picture is decoded twice
+    told = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    found = {x["id"]: x["split"] for x in told}
+    narrow = {"test2": "test"} if name == "mmcot" else {}
+    assert found == narrow | {
+        "train1": "train", "train2": "train", "whole": "train", "val0": "val", "test0": "test",
+        "test1": "test", "line 17": None,
+    }  # fmt: skip
+    assert all(len(x["reason"]) > 20 for x in told)
+    metrics = data.read_json(tmp_path / "run/metrics.json")
+    left = 5 - 2 - len(narrow)
+    assert metrics["n"] == left and metrics["skipped"]["test"] == 5 - left
+    assert metrics["skipped"] | {"test": 0, "traces": 0} == {
+        "train": 3, "val": 1, "test": 0, "split unknown": 1, "traces": 0
+    }  # fmt: skip
+    table = capsys.readouterr().out
+    rows = {line[:24].strip(): line[24:].split() for line in table.splitlines()}
+    assert rows["skipped, test"] == [str(5 - left)] and rows["skipped, split unknown"] == ["1"]
+    least = metrics["accuracy"]["avg"] * left / 5
+    assert float(rows["avg, skipped as wrong"][0]) == pytest.approx(least, abs=0.006)
+    again = evaluation.parse_args([str(tmp_path / "run"), "--no-report"])
+    assert evaluation.score_run(tmp_path / "run", again).scores == metrics
+
+
+def test_bad_traces_are_skipped(tmp_path):
+    good = {"id": "1", "question": "q", "thought": "So.", "answer": "A"}
+    lines = [good, good | {"id": [1]}, good | {"verdict": 3}]
+    file = tmp_path / "traces.jsonl"
+    file.write_text("".join(f"{json.dumps(x)}\n" for x in lines) + "{\n")
+    with pytest.raises(ValueError, match="line 2"):
+        data.load_traces(file)
+    skipped = []
+    assert len(data.load_traces(file, skipped)) == 1
+    assert [id for id, _ in skipped] == ["line 2", "line 3", "line 4"]
+
+
+# ---- a dry run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    name, spoiled, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = [*RUNS[name], "--data", str(spoiled), "--on-error", "skip", "--dry-run"]
+    train.main(flags)
+    told = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    known = {"mmcot": "247,168 parameters trainable, 0 frozen",
+             "paligemma": "9,728 parameters trainable, 340,928 frozen"}[name]  # fmt: skip
+    assert known in told and "4 bad records would be skipped" in told
+    for word in ("weights", "gradients", "AdamW's", "activations", "in all", "one step", "steps:"):
+        assert f"{word} " in told, word
+    [off] = re.findall(r"estimated ([+-]\d+) %", told)
+    assert abs(int(off)) < 25
+    monkeypatch.setattr(train, "device_memory", lambda device: (0, 2**30))
+    monkeypatch.setattr(train, "timed_step", None)  # not even tried
+    monkeypatch.setattr(train, "held", lambda device: 0)
+    train.main(flags)
+    assert "Not tried:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows, checkpointing", [(1, False), (3, False), (3, True)])
+def test_the_estimate_counts_what_is_kept(pali, rows, checkpointing):
+    """Against each storage that a whole batch keeps; logits and recomputed layers are apart."""
+    model, args, examples = pali()
+    model.language_model.checkpointing = checkpointing
+    same = [examples[0]] * rows
+    counted = train.memory(model, same, args)["activations"]
+    kept = train.saved(model, same, args)
+    if checkpointing:
+        model.language_model.checkpointing = False
+        assert kept < counted < train.saved(model, same, args)
+    else:
+        assert counted == pytest.approx(kept, rel=0.02)
 
 
 # ---- adapters that match nothing ---------------------------------------------------------------
