@@ -123,9 +123,9 @@ def load(where, split, skipped=None):
         path = demo_folder()
     if path.suffix == ".jsonl":
         return _own_jsonl(path, split, skipped)
-    if (path / "problems.json").is_file():
+    if os.path.isfile(path / "problems.json"):
         return _scienceqa(path, split, skipped)
-    if (path / "annot_testmini.json").is_file():
+    if os.path.isfile(path / "annot_testmini.json"):
         return _mathvista(path, split, skipped)
     if downloaded:
         raise FileNotFoundError(f"{path} is empty: run `python data.py {where}` to fill it.")
@@ -229,7 +229,7 @@ def _noted(skipped, id):
     """A bad record is an error or, where there is a list, an entry (id, reason) of it."""
     try:
         yield
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         if skipped is None:
             raise
         skipped.append((id, str(error)))
@@ -378,10 +378,13 @@ def _own_jsonl(file, split, skipped=None):
     choices, any text. `image` is relative to the file and below its folder. Without `split` a
     record is training data. Other keys (caption, subject, grade) go to meta.
     """
+    wanted = ("train", "val") if split == "trainval" else (split,)
     problems, seen = [], set()
     for where, record in json_lines(file, skipped=skipped):
-        named = isinstance(record, dict) and record.get("id")
-        with _noted(skipped, str(named or where.rpartition(", ")[2])):
+        told = record if isinstance(record, dict) else {}
+        elsewhere = told.get("split", "train") in [x for x in SPLITS if x not in wanted]
+        bad = [] if elsewhere and skipped is not None else skipped  # it is skipped there
+        with _noted(bad, str(told.get("id") or where.rpartition(", ")[2])):
             id = str(_field(record, "id", str | int, where))
             if id in seen:
                 raise ValueError(f"{where}: the id {id[:60]!r} was used before.")
@@ -390,7 +393,6 @@ def _own_jsonl(file, split, skipped=None):
             if image is not None:
                 image = _inside(file.parent, _field(record, "image", str, where), where)
             problems.append(_problem(id, record, f"{where} (id {id:.60})", image))
-    wanted = ("train", "val") if split == "trainval" else (split,)
     problems = [problem for problem in problems if problem.meta["split"] in wanted]
     if not problems:
         none = f'{file} has no record with "split": "{split}" (the default is "train").'
@@ -443,12 +445,13 @@ def unusable(problems, look=None):
 
 
 def write_skipped(skipped, path):
-    """(id, reason) pairs as JSONL, {"id", "reason"} a line."""
-    rows = [json.dumps({"id": id, "reason": reason}) for id, reason in skipped]
+    """(id, reason) or (id, reason, split) as JSONL, {"id", "reason", "split"?} a line."""
+    keys = ("id", "reason", "split")
+    rows = [json.dumps(dict(zip(keys, entry, strict=False))) for entry in skipped]
     Path(path).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
-def load_traces(path):
+def load_traces(path, skipped=None):
     """A teacher's traces: dicts of id, question, thought, answer, gold, verdict and teacher.
 
     path     Trace JSONL as teacher.py writes it, or a file of github.com/axeld5/pali_reason:
@@ -458,14 +461,18 @@ def load_traces(path):
     kept, stop, reply  as teacher.py wrote them, where it did.
 
     Traces without a thought (a failed call) are left out and counted on stderr; one without an
-    answer was cut, or thought in circles.
+    answer was cut, or thought in circles. Bad ones are left out and added to the list `skipped`, as
+    `load` does it.
     """
     path = Path(path)
     readers = {".csv": _pali_reason_csv, ".json": _pali_reason_json}
-    readers[".jsonl"] = functools.partial(json_lines, may_be_torn=True)
+    readers[".jsonl"] = functools.partial(json_lines, may_be_torn=True, skipped=skipped)
     if path.suffix not in readers:
         raise ValueError(f"{path} is not a file of traces: they end in {', '.join(readers)}.")
-    traces = [_trace(record, where) for where, record in readers[path.suffix](path)]
+    traces = []
+    for where, record in readers[path.suffix](path):
+        with _noted(skipped, where.rpartition(", ")[2]):
+            traces.append(_trace(record, where))
     whole = [trace for trace in traces if trace["thought"].strip()]
     if not whole:
         raise ValueError(f"{path} has no trace with a thought.")
@@ -1192,13 +1199,15 @@ class Picture:
         return siglip_pixels(open_image(self.path), self.side).numpy()
 
 
-def cached_features(problems, extract, fingerprint, size, folder, pixels=detr_pixels):
+def cached_features(problems, extract, fingerprint, size, folder, pixels=detr_pixels, skipped=None):
     """Features of every distinct picture of `problems`, computed once and kept in `folder`.
 
     extract      list of (3, H, W) tensors -> list of (P, F) tensors. It gets up to 32 pictures of
                  mixed sizes and must not pad them together: pads change DETR's output.
     pixels       what makes a tensor of a picture: detr_pixels or siglip_pixels.
     fingerprint  a hash of the checkpoint. A cache of another one, or another size, is refused.
+    skipped      a list: problems whose picture cannot be used have no features and are added to it,
+                 as (id, reason). By default the first one is the error.
 
     The folder holds features.npy, fp16 (N, P, F), read by memory map, and manifest.json:
     {"fingerprint", "size", "shape": [P, F], "rows": {sha256 of the image file: row}}. Only rows in
@@ -1206,8 +1215,11 @@ def cached_features(problems, extract, fingerprint, size, folder, pixels=detr_pi
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictured = [problem for problem in problems if problem.image is not None]
-    shas = [_image_sha(problem) for problem in pictured]
+    pictured, shas = [], []
+    for problem in (problem for problem in problems if problem.image is not None):
+        with _noted(skipped, problem.id):
+            shas.append(_image_sha(problem))
+            pictured.append(problem)
     with _locked(folder):
         manifest = _feature_manifest(folder, fingerprint, size)
         if manifest["shape"] is None:
@@ -1216,8 +1228,14 @@ def cached_features(problems, extract, fingerprint, size, folder, pixels=detr_pi
         todo = [item for item in images.items() if item[0] not in manifest["rows"]]
         array = _feature_array(folder, manifest, len(manifest["rows"]) + len(todo))
         _save_manifest(array, manifest, folder)
-        _extract_into(array, manifest, todo, extract, pixels, folder)
-    rows = {problem.id: manifest["rows"][sha] for problem, sha in zip(pictured, shas, strict=True)}
+        skips = skipped is not None
+        bad = _extract_into(array, manifest, todo, extract, pixels, folder, skips)
+    rows = {}
+    for problem, sha in zip(pictured, shas, strict=True):
+        if sha in manifest["rows"]:
+            rows[problem.id] = manifest["rows"][sha]
+        else:
+            skipped.append((problem.id, bad[sha]))
     return Features(np.load(folder / "features.npy", mmap_mode="r"), rows)
 
 
@@ -1282,30 +1300,41 @@ def _feature_array(folder, manifest, count):
     return array
 
 
-def _extract_into(array, manifest, todo, extract, pixels, folder, chunk=32):
-    start, problems = time.monotonic(), [problem for _, problem in todo]
-    decoded = _decoded(problems, manifest["size"], pixels)
+def _extract_into(array, manifest, todo, extract, pixels, folder, skips, chunk=32):
+    """Add the features of each (sha, problem) of todo; {sha: why not} where that `skips`."""
+    start, bad = time.monotonic(), {}
+    decoded = _decoded([problem for _, problem in todo], manifest["size"], pixels, skips)
     for first in range(0, len(todo), chunk):
-        items = todo[first : first + chunk]
-        made = extract([next(decoded) for _ in items])
-        for (sha, problem), features in zip(items, made, strict=True):
+        items = [(*item, next(decoded)) for item in todo[first : first + chunk]]
+        bad |= {sha: seen for sha, _, seen in items if isinstance(seen, str)}
+        whole = [item for item in items if item[0] not in bad]
+        made = extract([seen for *_, seen in whole]) if whole else []
+        for (sha, problem, _), features in zip(whole, made, strict=True):
             features = features.detach().cpu().half()  # fp16 ends at 65504
             if not torch.isfinite(features).all():
-                raise ValueError(f"Problem {problem.id}: the features of its image are not finite.")
+                bad[sha] = f"Problem {problem.id}: the features of its image are not finite."
+                if skips:
+                    continue
+                raise ValueError(bad[sha])
             array[len(manifest["rows"])] = features.numpy()  # (P, F)
             manifest["rows"][sha] = len(manifest["rows"])
         _save_manifest(array, manifest, folder)
         progress("images", first + len(items), len(todo), start)
+    return bad
 
 
-def _decoded(problems, size, pixels, ahead=64):
-    """The problems' pixels in order; a few threads decode at most `ahead` pictures in advance."""
+def _decoded(problems, size, pixels, skips, ahead=64):
+    """The problems' pixels in order, where it `skips` the reason of those that cannot be had; a few
+    threads decode at most `ahead` pictures in advance."""
 
     def decode(problem):
         try:
             return pixels(open_image(problem.image), size)
         except (OSError, ValueError) as error:
-            raise ValueError(f"Problem {problem.id}: {error}") from None
+            reason = f"Problem {problem.id}: {error}"
+            if skips:
+                return reason
+            raise ValueError(reason) from None
 
     with ThreadPoolExecutor(4) as pool:
         queue = deque()

@@ -679,9 +679,10 @@ def known_types(config):
     if not any(config.get("epochs", ())) and not config.get("adapter"):
         return None
     try:
-        problems, traces = data.load(config["data"], "train"), config.get("traces")
+        bad, traces = bad_records(config), config.get("traces")
+        problems = data.load(config["data"], "train", bad)
         if traces and Path(traces).is_file():
-            ids = {trace["id"] for trace in data.load_traces(traces)}
+            ids = {trace["id"] for trace in data.load_traces(traces, bad)}
             problems = [p for p in problems if p.id in ids]
     except (OSError, ValueError):
         return None
@@ -961,7 +962,8 @@ def read_predictions(path, problems=()):
     for where, x in told:
         if isinstance(x, dict) and type(x.get("id")) is int:
             x["id"] = str(x["id"])
-        for key, kinds in {"id": str, "response": str, "rationale": str | None}.items():
+        texts = {"id": str, "response": str, "rationale": str | None, "stop": str | None}
+        for key, kinds in texts.items():
             if not isinstance(x, dict) or not isinstance(x.get(key), kinds):
                 found = f"found {json.dumps(x, ensure_ascii=False)[:60]}"
                 raise ValueError(f'{path}, {where}: "{key}" must be a string; {found}.')
@@ -995,8 +997,13 @@ def write_graded(folder, graded, scores):
     with open(part, "w", encoding="utf-8") as file:
         for _, x, g in graded:
             file.write(json.dumps(x | asdict(g), ensure_ascii=False) + "\n")
-    part.replace(folder / "predictions.jsonl")
-    (folder / "metrics.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    more = folder / "metrics.json.part"
+    more.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    for file in (part, more):
+        try:
+            file.replace(file.with_suffix(""))
+        except IsADirectoryError:
+            raise ValueError(f"{file.with_suffix('')} is a folder: remove it.") from None
 
 
 def about(where, split, rationale_format, faithful=False):
@@ -1079,6 +1086,14 @@ def more_rows(runs):
     for stop in sorted({stop for m in runs for stop in m.get("stop", {})} - {"eos"}):
         shares = [percent(m.get("stop", {}).get(stop, 0) / m["n"]) for m in runs]
         rows.append([f"stopped by {stop} %", *(f"{x:.2f}" for x in shares)])
+    lost = [m.get("skipped", {}) for m in runs]
+    for split in dict.fromkeys(split for found in lost for split in found if found[split]):
+        rows.append([f"skipped, {split}", *(str(found.get(split, 0)) for found in lost)])
+    if any(lost):  # the least the accuracy can be
+        asked = [m["n"] + m.get("skipped", {}).get(m.get("split"), 0) for m in runs]
+        rates = [m["accuracy"]["avg"] * m["n"] / n for m, n in zip(runs, asked, strict=True)]
+        if asked != [m["n"] for m in runs]:
+            rows.append(["avg, skipped as wrong", *(f"{rate:.2f}" for rate in rates)])
     kinds = [m.get("failure_modes", {}) for m in runs]
     rows += [["answers in %", *[""] * len(runs)]] * any(kinds)
     for kind in [kind for kind in KINDS if any(kind in found for found in kinds)]:
@@ -1121,6 +1136,8 @@ def summary(rows):
     columns = {title: cells for title, cells in columns.items() if cells}
     lines = [[column.get(name, "-") for column in columns.values()] for name in ["chance", *rows]]
     title = f"{heading(first)}: n = {first['n']} problems".removeprefix(": ")
+    if lost := first.get("skipped", {}).get(first.get("split")):
+        title += f", {lost} skipped"
     return f"{title}\n\n{align([list(columns), *lines], False)}"
 
 
@@ -1162,16 +1179,24 @@ def difference(c, a, b):
 
 
 # --- decoding a run
-def image_features(config, problems, model=None):
+def bad_records(config):
+    """The list that a run's bad records go to with --on-error skip; None: the first is an error."""
+    return [] if config.get("on_error") == "skip" else None
+
+
+def image_features(config, problems, model=None, skipped=None):
     """The run's `data.Features` for these problems, or None if it looks at no pictures.
 
     Published feature files are used as they are. Otherwise DETR is loaded only if a picture is not
     in the cache, and sees one size at a time: padding would change its output. A PaliGemma `model`
-    makes its own, projected; they are not kept where its image tower is trained or adapted.
+    makes its own, projected; they are not kept where its image tower is trained or adapted. With a
+    list `skipped`, problems whose picture cannot be used go there, as (id, reason).
     """
     inside = [p.startswith("language_model.") for p in lora.adapters(model)] if model else []
     if model is not None and (config["full"] or not all(inside)):
         side, tokens = model.config.vision.image_size, model.config.image_tokens
+        if skipped is not None:
+            skipped += data.unusable(problems, data.open_image)
         return data.Pictures(problems, side, tokens)
     if model is None and config["vision"] != "detr":
         return None
@@ -1181,7 +1206,7 @@ def image_features(config, problems, model=None):
     fingerprint = checkpoint_hash(folder) + (f"-{dtype_name(model)}" if model else "")
     extract, pixels, size = eyes(config, model)
     cache = config["features_cache"] or data.cache_folder() / "features" / f"{fingerprint}-{size}"
-    return data.cached_features(problems, extract, fingerprint, size, cache, pixels)
+    return data.cached_features(problems, extract, fingerprint, size, cache, pixels, skipped)
 
 
 def eyes(config, model=None):
@@ -1450,8 +1475,9 @@ def teacher_forced_rouge(model, problems, config, tokenizer, features):
 def evaluate(folder, models, problems, config, tokenizer, features, how):
     """Decode, grade, write predictions.jsonl and metrics.json into the run folder; the metrics.
 
-    `how` has the flags faithful_parse, teacher_forced, looks and report. Interrupted decoding is
-    gone on with (see `Part`). Under torchrun all processes decode, and the first one writes."""
+    `how` has the flags faithful_parse, teacher_forced, looks and report, and what was skipped,
+    {split: count} or None. Interrupted decoding is gone on with (see `Part`). Under torchrun all
+    processes decode, and the first one writes."""
     part = Part(folder, models)
     written = predict(models, problems, config | {"part": part}, tokenizer, features)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
@@ -1463,6 +1489,8 @@ def evaluate(folder, models, problems, config, tokenizer, features, how):
         scores["rougeL_teacher_forced"] = teacher_forced_rouge(
             models[0], problems, config, tokenizer, features
         )
+    if how.skipped is not None:
+        scores["skipped"] = how.skipped
     if rank():
         return scores
     write_graded(folder, graded, scores)
@@ -1661,11 +1689,9 @@ def check_device(device):
 def load_run(folder, device=None):
     """(config, models, tokenizer) of a run folder."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    config = run_config(folder)
+    if not config:
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json.")
-    config = data.read_json(folder / "config.json")
-    if "recipe" not in config:
-        raise ValueError(f"{folder} is no run folder: its config.json is none of train.py's.")
     config["device"] = device or config["device"]
     check_device(config["device"])
     if config["model"] == "paligemma":
@@ -1701,7 +1727,7 @@ def score_run(folder, args):
     those of then.
     """
     folder = Path(folder)
-    config = data.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = run_config(folder)
     own = config.get("test_split") or metrics_then(folder).get("split", "test")
     split = args.split or own
     out = folder if split == own else folder / split
@@ -1713,7 +1739,7 @@ def score_run(folder, args):
     where = config.get("data") or then.get("data", "(no data named)")
     fmt = target_format(config) if config else then.get("rationale_format")
     try:
-        problems = data.load(where, split)
+        problems = data.load(where, split, bad_records(config))
         graded = graded_folder(out, problems[: args.limit], faithful, args.limit)
     except FileNotFoundError as error:
         if shown_only or not then:
@@ -1725,19 +1751,54 @@ def score_run(folder, args):
         print(f"{out} has predictions of {some}.", file=sys.stderr)
     of = about(where, split, fmt, faithful)
     scores, graded = assess(graded, of, config, args.judge, out / "judge.jsonl")
-    if scores["n"] == then.get("n") and "rougeL_teacher_forced" in then:  # texts were not kept
-        scores["rougeL_teacher_forced"] = then["rougeL_teacher_forced"]
+    if scores["n"] == then.get("n"):  # not of the predictions: texts that were not kept
+        kept = ("rougeL_teacher_forced", "skipped")
+        scores |= {key: then[key] for key in kept if key in then}
     if not shown_only and scores != then:
         write_graded(out, graded, scores)
     return Column(scores, graded, None if shown_only else out)
 
 
 def metrics_then(folder):
-    """What metrics.json says; {} if there is none, or none that can be read: it is made anew."""
+    """What metrics.json says; {} if there is none, or none that a table can be made of: it is made
+    anew."""
     try:
-        return data.read_json(folder / "metrics.json")
-    except (FileNotFoundError, ValueError):
+        then = data.read_json(folder / "metrics.json")
+        table({"": then}, all_rows=True), summary({"": then}), report_tables({"": then})
+        return then
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return {}
+
+
+RUN_FLAGS = {  # of a run's config.json, what is read here
+    "model": str, "recipe": str, "data": str, "test_split": str, "device": str, "weights": list,
+    "epochs": list, "seed": int, "max_output": list, "eval_batch_size": int, "commit": str | None,
+    "traces": str | None, "adapter": str | None, "on_error": str | None,
+}  # fmt: skip
+PARTS = {"weights": str, "epochs": int | float, "max_output": int}  # of those that are lists
+
+
+def run_config(folder):
+    """A run folder's config.json; {} if it has none. ValueError for one that train.py never wrote.
+    A flag that a run of an older version lacks is no fault here."""
+    file = Path(folder) / "config.json"
+    if not os.path.lexists(file):
+        return {}
+    config = data.read_json(file)
+    if not isinstance(config, dict) or not {"model", "recipe", "data"} <= config.keys():
+        raise ValueError(f"{folder} is no run folder: its config.json is none of train.py's.")
+    for key in RUN_FLAGS.keys() & config.keys():
+        value, part = config[key], PARTS.get(key)
+        fits = isinstance(value, RUN_FLAGS[key]) and not isinstance(value, bool)
+        if not fits or part and not (value and all(isinstance(x, part) for x in value)):
+            raise ValueError(f"{file}: {key} is {value!r:.60}, which train.py never writes.")
+    known = fusion.RECIPES if config["model"] == "mmcot" else ("reason", "answer")
+    if config["model"] not in ("mmcot", "paligemma") or config["recipe"] not in known:
+        kind = f"{config['model']!r:.40} with recipe {config['recipe']!r:.40}"
+        raise ValueError(f"{file}: there is no model {kind}.")
+    if config.get("test_split", "test") not in data.SPLITS:
+        raise ValueError(f"{file}: there is no split {config['test_split']!r:.40}.")
+    return config
 
 
 def graded_folder(folder, problems, faithful=False, limit=None):
@@ -1756,10 +1817,14 @@ def graded_folder(folder, problems, faithful=False, limit=None):
 def decode_run(folder, out, split, args):
     """Decode a split with the models of a run folder; `evaluate` writes what it gives to `out`."""
     config, models, tokenizer = load_run(folder, args.device)
-    problems = data.load(config["data"], split)[: args.limit]
+    bad = bad_records(config)
+    problems = data.load(config["data"], split, bad)[: args.limit]
     model = models[0] if config["model"] == "paligemma" else None
-    features = image_features(config, problems, model)
+    features = image_features(config, problems, model, bad)
+    lost = bad and {id for id, _ in bad}
+    problems = [p for p in problems if not bad or p.id not in lost]
     how = argparse.Namespace(**vars(args) | {"report": False})  # `main` writes it, of all columns
+    how.skipped = None if bad is None else {split: len(bad)}
     evaluate(out, models, problems, config | {"test_split": split}, tokenizer, features, how)
 
 
@@ -1874,7 +1939,9 @@ def report_problems(columns):
     shown, blocks = {}, {}
     for number, column in enumerate(columns.values()):
         file = column.folder and column.folder / "looks.json"
-        looked = data.read_json(file) if file and file.is_file() else {}
+        looked = data.read_json(file) if file and os.path.lexists(file) else {}
+        if not isinstance(looked, dict) or not all(isinstance(x, dict) for x in looked.values()):
+            raise ValueError(f"{file} has no looks by problem id. Delete it, or decode again.")
         for p, x, g in column.graded or ():
             facts = shown.setdefault((p.id, p.question), problem_facts(p, len(columns)))
             block = f"look-{len(blocks)}" if p.id in looked else None
@@ -1931,22 +1998,32 @@ def run_facts(name, column):
     config.json and no log.jsonl: the run's are its."""
     home = column.folder or Path(name)
     home = home if (home / "config.json").is_file() else home.parent
-    there, log = (home / "config.json").is_file(), home / "log.jsonl"
-    config = data.read_json(home / "config.json") if there else {}
+    config, log = run_config(home), home / "log.jsonl"
     words = [config.get("model"), config.get("recipe"), heading(column.scores)]
-    words += [f"{column.scores['n']} problems", f"seed {config['seed']}" if there else ""]
+    words += [
+        f"{column.scores['n']} problems",
+        f"seed {config['seed']}" if "seed" in config else "",
+    ]
     words += [f"commit {config['commit'][:8]}" if config.get("commit") else ""]
-    curves = loss_curves(log) if there and log.is_file() else []
+    curves = loss_curves(log) if config and os.path.lexists(log) else []
     return {"name": name, "about": " · ".join(filter(None, words)), "curves": curves}
+
+
+LOGGED = ("loss", "val_loss", "val_accuracy")
 
 
 def loss_curves(file):
     """[{"stage", "loss", "val_loss", "val_accuracy"}], each a list of [step, value]; the training
     loss as means over a window of steps. A stage that starts again is another curve."""
     stages, before = [], (None, 0)
-    for _, entry in data.json_lines(file, may_be_torn=True):
+    for where, entry in data.json_lines(file, may_be_torn=True):
+        told = entry.items() if isinstance(entry, dict) else ()
+        numbers = {k for k, v in told if isinstance(v, int | float) and not isinstance(v, bool)}
+        named = ("stage", str) in [(k, type(v)) for k, v in told]
+        if not named or {"step", *LOGGED} & {k for k, _ in told} - numbers or "step" not in numbers:
+            raise ValueError(f"{where} is none that train.py writes. Delete the file.")
         if entry["stage"] != before[0] or entry["step"] <= before[1]:
-            stages.append({"stage": entry["stage"], "loss": [], "val_loss": [], "val_accuracy": []})
+            stages.append({"stage": entry["stage"]} | {key: [] for key in LOGGED})
         before = entry["stage"], entry["step"]
         for key in stages[-1].keys() & entry.keys() - {"stage"}:
             if math.isfinite(entry[key]):

@@ -23,6 +23,7 @@ Axes: I input width, O output width, r rank; `...` any axes before the last.
 import json
 import math
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -292,8 +293,8 @@ def load(model, folder):
 
     Paths may be spelled as transformers 4 or 5 has them. The adapters can be trained on, the rest
     is frozen. Raises FileNotFoundError without the two files, and ValueError for torn ones, for
-    settings that are not supported, and for tensors that are missing, unexpected or misshaped, each
-    by name; the model is then as it was.
+    settings that are not supported or match no layer, and for tensors that are missing, unexpected
+    or misshaped, each by name; the model is then as it was.
     """
     config, stored = read(folder)
     names = names_in_file(model, stored)
@@ -325,6 +326,7 @@ def load(model, folder):
         listed = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in problems.items() if v)
         reader = f"this {type(model).__name__} and their own {CONFIG}"
         raise ValueError(f"The adapters in {folder} do not fit {reader}. Tensors {listed}.")
+    refuse_unmatched(config, [names[path] for path in settings], folder)
     layers = {path: LoRALinear(model.get_submodule(path), *how) for path, how in settings.items()}
     for path, layer in layers.items():
         for part, p in layer.adapter().items():
@@ -438,12 +440,32 @@ def names_in_file(model, stored):
     }
 
 
+def matches(pattern, name):
+    return re.match(rf"(.*\.)?({pattern})$", name)
+
+
+def refuse_unmatched(config, names, folder):
+    """ValueError for targets, ranks or alphas of which none fits a layer: the defaults would stand
+    in their place. If only some do not, that is said (PEFT warns too)."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = list(config.get(key) or {})
+        unknown = [p for p in patterns if not any(matches(p, name) for name in names)]
+        if unknown:
+            told = f"{folder}: {key} {unknown!r:.60} matches none of the adapted layers."
+            if len(unknown) == len(patterns):
+                raise ValueError(f"{told} Was the adapter made for another model?")
+            print(told, file=sys.stderr)
+    if not names:
+        targets = f"{config['target_modules']!r:.60}"
+        raise ValueError(f"{folder}: target_modules {targets} matches none of the layers here.")
+
+
 def layer_settings(config, name):
     """LoRALinear's arguments for the layer a file calls `name`; patterns match ends of names."""
 
     def of_layer(key, default):
         patterns = (config.get(key) or {}).items()
-        return next((v for p, v in patterns if re.match(rf"(.*\.)?({p})$", name)), default)
+        return next((v for p, v in patterns if matches(p, name)), default)
 
     r = of_layer("rank_pattern", config.get("r", 8))
     alpha = of_layer("alpha_pattern", config.get("lora_alpha", 8))

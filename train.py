@@ -25,9 +25,11 @@ Axes: B batch, T length, U target length, D width, V vocabulary.
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import errno
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -51,7 +53,7 @@ import data
 import eval as evaluation
 import fusion
 import lora
-from model import of_all_ranks, rank, resolve, world, write_safetensors
+from model import of_all_ranks, rank, resolve, stored_tensors, world, write_safetensors
 
 try:
     import fcntl
@@ -269,13 +271,18 @@ def fit(model, examples, validate, args, stage, epochs, log):
     step, or any text file.
 
     If that has "val_accuracy", the weights of the best epoch are what is left in the end.
-    FloatingPointError names the records of a non-finite loss.
+    What can go wrong without a word stops it with one: see "guards".
     """
     model.to(args.device)
-    loss_of = on_devices(model, args)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
     generator = torch.Generator().manual_seed(args.seed)
     plan = list(windows(examples, args, epochs, generator))[: args.max_steps]
+    if not args.dry_run:
+        stop_if_it_leaks(model, plan[0], args, stage)
+    summed_loss = on_devices(model, args)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    if args.dry_run:
+        dry_step(model, optimizer, plan, args)
+        return model
     per_epoch = steps_per_epoch(examples, args)
     journal = log if isinstance(log, Journal) else Journal(log)
     done, best, seconds = journal.begin(stage, model, optimizer, examples)
@@ -283,29 +290,33 @@ def fit(model, examples, validate, args, stage, epochs, log):
     start = time.monotonic() - seconds
     for step, window in enumerate(plan[done:], done + 1):
         model.train()
+        stop_unless_supervised(window, stage, step)
         batches = [to_device(COLLATE[args.model](rows), args.device) for rows in dealt(window)]
         count = units(window, args)
         total = 0.0
         for batch in batches:
-            loss_of.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
-            loss = loss_of(batch)
+            summed_loss.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
+            loss = summed_loss(batch)
             (loss * world() / count).backward()  # as the devices' gradients are averaged
             total += loss.detach() / count
         total = summed(total)
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        stop_unless_finite(total, norm, window, stage, step)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            stop_at_what_is_not_finite(whole_model(model), total, norm, window, args, stage, step)
         if step == 1:
             stop_unless_learning(model)
         lr = args.lr * schedule(step - 1, len(plan), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        before = steepest(model) if step <= done + 2 and lr else {}
         optimizer.step()
+        stop_unless_moved(model, before, window, stage, step)
         optimizer.zero_grad(set_to_none=True)
         entry = {"stage": stage, "step": step, "loss": round(total.item(), 6), "lr": lr}
         entry |= {"grad_norm": round(norm.item(), 4), args.weighting + "s": count}
         validates = step % per_epoch == 0 or step == len(plan)
         if validates:
-            entry |= validate(whole_model(model))
+            entry |= journal.validation(validate, whole_model(model))
             best = better(best, entry, model)
         seconds = time.monotonic() - start
         journal.write(entry | {"seconds": round(seconds, 2)})
@@ -326,13 +337,106 @@ def better(best, entry, model):
     return accuracy, entry["step"], {n: p.detach().clone() for n, p in trained(model).items()}
 
 
-def stop_unless_finite(loss, norm, window, stage, step):
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        ids = ", ".join(e["id"] for rows in window for e in rows)
-        raise FloatingPointError(
-            f"{stage}, step {step}: loss {float(loss)}, gradient norm {float(norm)}, in {ids}. "
-            "This step was not taken. Look at these records, or lower --lr."
+def report(stage, step, steps, entry, seconds):
+    """A line per validation; on a terminal also a running one with rate and time left."""
+    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
+    if "val_loss" in entry:
+        clear = "\r" if sys.stderr.isatty() else ""
+        right = f"  val accuracy {entry['val_accuracy']:.2f}" if "val_accuracy" in entry else ""
+        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}{right}"
+        print(f"{text}  {seconds:.0f} s", flush=True)
+    elif sys.stderr.isatty():
+        rate = step / seconds
+        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
+        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
+
+
+# ---- guards ------------------------------------------------------------------------------------
+# Each stops the training with the reason and the records before a step is taken, or behind the
+# first. A mask leak could be seen by a loss far below the base model's, but how far is a guess; so
+# the first batch is asked directly whether a prediction changes with what it must not see.
+
+
+def loss_of(model, examples, args, shown=None, told=None, junk=None):
+    """Summed loss of the examples' first `told` targets each (None: of all), in evaluation mode.
+    `shown` are examples that take their place in all that the model reads; `junk` is an id that
+    takes the place of pads."""
+    model.eval()
+    batch = COLLATE[args.model](shown or examples)
+    labels = COLLATE[args.model](examples)["labels"]
+    if told is not None:
+        labels = labels.masked_fill((labels != -100).cumsum(1) > told, -100)
+    if junk is not None:
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, junk)
+    batch = to_device(batch | {"labels": labels}, args.device)
+    with torch.inference_mode():
+        return LOSS[args.model](model, batch, args)[0].item()
+
+
+def changed_from(example, first, ids):
+    """The example with other targets from the `first` on, each the next one among `ids`; where the
+    sequence has the target too (PaliGemma), there as well."""
+    labels, source = list(example["labels"]), list(example["input_ids"])
+    places = [i for i, label in enumerate(labels) if label != -100]
+    for i in places[first:]:
+        new = ids[(ids.index(labels[i]) + 1) % len(ids)]
+        if "token_type_ids" in example:
+            source[i] = new
+        labels[i] = new
+    return example | {"labels": labels, "input_ids": source}
+
+
+def stop_if_it_leaks(model, rows, args, stage, most=4):
+    """On some rows of the first batch: the loss of a target must be the same, whatever this target
+    and those behind it are, and whatever is at the pads; and every target of a row is in the loss.
+    A decoder that sees ahead, labels that are not shifted, a suffix that counts as prefix and pads
+    that are attended to or learned all change it. RuntimeError names the rows."""
+    rows = rows[:most]
+    labels = [[i for i in e["labels"] if i != -100] for e in rows]
+    ids = sorted({0}.union(*labels))
+    said = f"{stage}, before the first step, in {', '.join(e['id'] for e in rows)}: "
+
+    def same(one, other):  # where neither is a number another guard says so
+        return one != one or other != other or abs(one - other) <= 1e-5 * max(1, abs(one))
+
+    for first in {0, min(map(len, labels)) // 2}:
+        other = [changed_from(e, first, ids) for e in rows]
+        loss = loss_of(model, rows, args, told=first + 1)
+        if not same(loss, seen := loss_of(model, rows, args, other, told=first + 1)):
+            raise RuntimeError(
+                f"{said}the loss of the first {first + 1} targets changes from {loss:.6g} to "
+                f"{seen:.6g} with the last of them and those behind it: the model sees what it "
+                "shall predict. Look at the attention mask, token_type_ids and the shift of labels."
+            )
+    supervised = units(COLLATE[args.model](rows), argparse.Namespace(weighting="token"))
+    loss, seen = loss_of(model, rows, args), loss_of(model, rows, args, junk=ids[-1])
+    if supervised != sum(map(len, labels)) or not same(loss, seen):
+        raise RuntimeError(
+            f"{said}pads take part: {supervised} targets of {sum(map(len, labels))} are in the "
+            f"loss, which is {loss:.6g}, and {seen:.6g} with other ids at the pads. Look at the "
+            "attention mask and at -100 in the labels."
         )
+
+
+def stop_unless_supervised(window, stage, step):
+    for rows in window:
+        if not any(label != -100 for e in rows for label in e["labels"]):
+            raise ValueError(
+                f"{stage}, step {step}: no token of {', '.join(e['id'] for e in rows)} is "
+                "supervised, so nothing can be learned. Their targets are empty: look at these "
+                "records."
+            )
+
+
+def stop_at_what_is_not_finite(model, loss, norm, window, args, stage, step):
+    """Of the step's records those are named whose own loss is not finite, or all if none is."""
+    rows = [e for rows in window for e in rows]
+    bad = [e for e in rows if not math.isfinite(loss_of(model, [e], args))] or rows
+    raise FloatingPointError(
+        f"{stage}, step {step}: loss {float(loss)}, gradient norm {float(norm)}, in "
+        f"{', '.join(e['id'] for e in bad)}. This step was not taken. Look at these records, or "
+        "lower --lr."
+    )
 
 
 def stop_unless_learning(model):
@@ -350,18 +454,33 @@ def stop_unless_learning(model):
         )
 
 
-def report(stage, step, steps, entry, seconds):
-    """A line per validation; on a terminal also a running one with rate and time left."""
-    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
-    if "val_loss" in entry:
-        clear = "\r" if sys.stderr.isatty() else ""
-        right = f"  val accuracy {entry['val_accuracy']:.2f}" if "val_accuracy" in entry else ""
-        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}{right}"
-        print(f"{text}  {seconds:.0f} s", flush=True)
-    elif sys.stderr.isatty():
-        rate = step / seconds
-        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
-        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
+def steepest(model, most=64):
+    """{name: (places, values)} of the trained weights with the largest gradients of each tensor. A
+    gradient below AdamW's epsilon may move nothing; lora_A has none before the second step."""
+    found = {}
+    for name, p in trained(model).items():
+        grad = torch.zeros(0) if p.grad is None else own_part(p.grad).abs().flatten()
+        if grad.numel() and grad.max() >= 1e-8:
+            places = grad.topk(min(most, len(grad))).indices
+            found[name] = places, own_part(p.detach()).flatten()[places].clone()
+    return found
+
+
+def stop_unless_moved(model, before, window, stage, step):
+    """Every tensor of `steepest` must have changed: an optimizer of other tensors, a rate that
+    rounds to nothing and frozen copies learn without a word."""
+    now = trained(model)
+    still = [
+        name
+        for name, (places, values) in before.items()
+        if torch.equal(own_part(now[name].detach()).flatten()[places], values)
+    ]
+    if still:
+        raise RuntimeError(
+            f"{stage}, step {step}, in {', '.join(e['id'] for rows in window for e in rows)}: "
+            f"{len(still)} of {len(before)} trained tensors have a gradient and did not change, "
+            f"{still[0]} among them. Look at --lr, the dtype and what the optimizer was given."
+        )
 
 
 # ---- many devices ------------------------------------------------------------------------------
@@ -371,10 +490,14 @@ def report(stage, step, steps, entry, seconds):
 # All must see one disk. (How the texts of all are put together: `model.of_all_ranks`.)
 
 
+def under_torchrun():
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 @contextlib.contextmanager
 def devices(args):
     """As one of torchrun's processes, if it started this one."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
+    if not under_torchrun():
         yield
         return
     if args.device not in ("cpu", "cuda"):
@@ -468,6 +591,11 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def own_part(tensor):
+    """This device's part of a tensor that FSDP dealt; any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def on_first(tensor):
     """The same for a state file: in the memory of the first process, and nowhere else."""
     if not hasattr(tensor, "full_tensor"):
@@ -528,7 +656,7 @@ def patient_group():
 # again on --resume: it follows from the flags. The folder is there until the run is complete.
 
 # Flags that change no result, or (threads) only bits of it.
-MAY_DIFFER = ("resume", "save_every", "out", "features_cache", "threads")
+MAY_DIFFER = ("resume", "dry_run", "save_every", "out", "features_cache", "threads")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -600,6 +728,17 @@ class Journal:
         self.due = time.monotonic() + max(60, 20 * (time.monotonic() - start))
         if stopping:
             raise Stopped
+
+    def validation(self, validate, model):
+        """What `validate(model)` gives. A signal stops it at once: what was done since the last
+        state is done again then."""
+        then, Journal.training = Journal.training, False
+        try:
+            if Journal.stopping:
+                raise Stopped
+            return validate(model)
+        finally:
+            Journal.training = then
 
     def end(self):
         Journal.training = False
@@ -846,8 +985,10 @@ def check_resume(runs):
 def is_complete(args):
     """Whether --resume finds nothing to do in a run's folder."""
     out = Path(args.out)
-    whole = evaluation.metrics_then(out) and not (out / "last").exists()
-    return bool(args.resume and whole and other_flags(args) == [])
+    whole = bool(evaluation.metrics_then(out))
+    if args.model == "mmcot" and args.stage == "rationale" != fusion.stage_names(args.recipe)[-1]:
+        whole = (out / "rationale/model.safetensors").is_file()  # it has nothing to score
+    return bool(args.resume and whole and not (out / "last").exists() and other_flags(args) == [])
 
 
 def run_one(args):
@@ -859,12 +1000,72 @@ def run_one(args):
 
 
 def load_splits(args):
-    """{split: problems}. Three different ones: none is cut off another."""
-    names = ("train", "val", args.test_split)
+    """{split: problems}, and with --on-error skip {split: [(id, reason)]} of its bad records (else
+    None: the first is the error). Three different ones: none is cut off another."""
+    names, splits = ("train", "val", args.test_split), {}
+    skipped = {name: evaluation.bad_records(vars(args)) for name in names}
     try:
-        return {name: data.load(args.data, name)[: args.limit] for name in names}
+        for name in names:
+            splits[name] = data.load(args.data, name, skipped[name])[: args.limit]
     except ValueError as error:
         raise ValueError(f"{error} A run needs problems of {', '.join(names)}.") from None
+    if args.on_error == "stop":
+        return splits, None
+    for name in names:
+        skipped[name] += data.unusable(splits[name], lambda path: None)  # too many choices
+    return left_of(splits, skipped), skipped
+
+
+# ---- bad records -------------------------------------------------------------------------------
+# --on-error stop, the default: the first bad record, picture or trace is the error. skip: each goes
+# to RUN/skipped.jsonl with the reason, and the run does without. Of a test problem that means
+# another test: n is smaller, and the table says by how many and what the accuracy would be were
+# they wrong.
+
+
+def left_of(splits, skipped):
+    """{split: problems} without those in {split: [(id, reason)]}."""
+    lost = {name: {id for id, _ in bad} for name, bad in skipped.items()}
+    return {name: [p for p in ps if p.id not in lost[name]] for name, ps in splits.items()}
+
+
+def with_pictures(args, splits, skipped, model=None):
+    """(features, splits): with --on-error skip without the problems whose picture cannot be used,
+    which are added to `skipped`. Pictures that are in the feature cache are not decoded again."""
+    problems = [p for ps in splits.values() for p in ps]
+    bad = None if skipped is None else []
+    features = evaluation.image_features(vars(args), problems, model, bad)
+    if not bad:
+        return features, splits
+    reasons = dict(bad)
+    for name, ps in splits.items():
+        skipped[name] += [(p.id, reasons[p.id]) for p in ps if p.id in reasons]
+        if ps and all(p.id in reasons for p in ps):
+            raise ValueError(f"No problem of {name} is left, with --on-error skip: {bad[0][1]}")
+    return features, left_of(splits, {name: skipped[name] for name in splits})
+
+
+def told_skipped(args, skipped):
+    """Write skipped.jsonl; {split: count} for the table. A record that cannot be read at all is of
+    no known split: all three found it."""
+    file = Path(args.out) / "skipped.jsonl"
+    if not rank():
+        file.unlink(missing_ok=True)
+    if skipped is None:
+        return None
+    found = {}
+    for name, bad in skipped.items():
+        for entry in bad:
+            found.setdefault(entry, []).append(name)
+    rows = [(*entry, names[0] if len(names) == 1 else None) for entry, names in found.items()]
+    counts = {name: sum(row[2] == name for row in rows) for name in skipped}
+    if unknown := sum(row[2] is None for row in rows):
+        counts["split unknown"] = unknown
+    if rows and not rank():
+        data.write_skipped(rows, file)
+        told = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
+        print(f"  skipped: {told}; {file} says why", flush=True)
+    return counts
 
 
 # ---- mmcot: one run ----------------------------------------------------------------------------
@@ -887,11 +1088,12 @@ def run_mmcot(args):
     """Train, decode and score one recipe; returns its metrics. Writes the run folder `args.out`."""
     out, config = Path(args.out), vars(args)
     print(f"{out}: recipe {args.recipe}, vision {args.vision}", flush=True)
-    splits = load_splits(args)
+    splits, skipped = load_splits(args)
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
     with in_turn():
-        features = evaluation.image_features(config, [p for ps in splits.values() for p in ps])
+        features, splits = with_pictures(args, splits, skipped)
     begin(args)  # only now: a run that cannot start leaves nothing
+    skipped = told_skipped(args, skipped)
     names, models = fusion.stage_names(args.recipe), []
     with opened_journal(args) as log:
         for stage, name in enumerate(names):
@@ -909,6 +1111,7 @@ def run_mmcot(args):
         teacher_forced=args.teacher_forced,
         looks=evaluation.LOOKS,
         report=True,
+        skipped=skipped,
     )
     test = splits[args.test_split]
     scores = evaluation.evaluate(out, models, test, config, tokenizer, features, how)
@@ -976,7 +1179,8 @@ def write_config(config, out):
     git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     config = config | {"versions": versions(), "commit": commit}
-    write_json({k: v for k, v in config.items() if k != "resume"}, out / "config.json")
+    kept = {k: v for k, v in config.items() if k not in ("resume", "dry_run")}
+    write_json(kept, out / "config.json")
 
 
 # ---- paligemma: one run ------------------------------------------------------------------------
@@ -986,19 +1190,21 @@ def run_paligemma(args):
     """Train (unless --epochs 0), decode and score one recipe; returns its metrics."""
     out, config = Path(args.out), vars(args)
     print(f"{out}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
-    splits = load_splits(args)
-    test = splits[args.test_split]
+    splits, skipped = load_splits(args)
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
     model = evaluation.load_paligemma(config)
     args.vocabulary = model.config.text.vocab_size
     if args.epochs[0]:
         free(args, model)
-    rows = training_rows(args, splits["train"]) if args.epochs[0] else []
-    rows = with_pictures(rows, args)
-    pictured = [row[0] for row in rows] + splits["val"][: args.eval_problems] + test
+    rows = training_rows(args, splits["train"], skipped) if args.epochs[0] else []
+    learned = {row[0].id: row[0] for row in rows}
+    splits |= {"train": [*learned.values()], "val": splits["val"][: args.eval_problems]}
     with in_turn():
-        features = evaluation.image_features(config, pictured, model)
+        features, splits = with_pictures(args, splits, skipped, model)
+    left, test = {p.id for p in splits["train"]}, splits[args.test_split]
+    rows = [row for row in rows if row[0].id in left]
     begin(args)  # only now: a run that cannot start leaves nothing
+    skipped = told_skipped(args, skipped)
     if rows and args.data != "demo":  # its splits are disjoint by construction
         warn_of_overlap([row[0] for row in rows], test)
     if args.epochs[0]:
@@ -1007,7 +1213,11 @@ def run_paligemma(args):
         if not rank():
             save_paligemma(args, model, tokenizer)
     how = argparse.Namespace(
-        faithful_parse=False, teacher_forced=False, looks=evaluation.LOOKS, report=True
+        faithful_parse=False,
+        teacher_forced=False,
+        looks=evaluation.LOOKS,
+        report=True,
+        skipped=skipped,
     )
     scores = evaluation.evaluate(out, [model], test, config, tokenizer, features, how)
     complete(out)
@@ -1024,12 +1234,12 @@ def save_paligemma(args, model, tokenizer):
     tokenizer.save(str(out / "tokenizer.json"))
 
 
-def training_rows(args, problems):
+def training_rows(args, problems, skipped=None):
     """(problem, task, trace, True) per training row, as `data.pali_examples` takes them."""
     if notice := data.training_notice(args.data):
         print(notice, file=sys.stderr)
     by_id = {p.id: p for p in problems}
-    traces = kept_traces(args, by_id)[: args.limit_traces]
+    traces = kept_traces(args, by_id, skipped)[: args.limit_traces]
     if not traces:
         raise ValueError("No trace is left to learn from: look at --traces, --keep and --data.")
     unique = list({trace["id"]: by_id[trace["id"]] for trace in traces}.values())
@@ -1041,8 +1251,9 @@ def training_rows(args, problems):
     return [(by_id[t["id"]], "reason", t, True) for t in traces] + mixed
 
 
-def kept_traces(args, by_id):
-    """The traces of --traces that --keep lets through; without a file, the data's own solutions."""
+def kept_traces(args, by_id, skipped=None):
+    """The traces of --traces that --keep lets through; without a file, the data's own solutions.
+    Bad ones go to skipped["traces"], if that is given."""
     if args.traces is None:
         told = [p for p in by_id.values() if p.solution]
         print(f"  no --traces: {len(told)} solutions of the data itself are the thoughts")
@@ -1051,7 +1262,8 @@ def kept_traces(args, by_id):
             {"id": p.id, "thought": p.solution, "answer": p.answer, "verdict": verdict}
             for p in told
         ]
-    traces = data.load_traces(demo_traces() if args.traces == "demo" else args.traces)
+    bad = None if skipped is None else skipped.setdefault("traces", [])
+    traces = data.load_traces(demo_traces() if args.traces == "demo" else args.traces, bad)
     known = [t for t in traces if t["id"] in by_id]
     wanted = {"all": (), "correct": ("correct",), "consistent": ("correct", "consistent")}
     kept = [t for t in known if all(holds(t, by_id[t["id"]], key) for key in wanted[args.keep])]
@@ -1072,16 +1284,6 @@ def holds(trace, problem, key):
         said, _ = evaluation.commitment(problem, trace["answer"], prose=True)
         return evaluation.right(problem, said)
     return verdict
-
-
-def with_pictures(rows, args):
-    """The training rows, with --on-error skip without those (named on stderr) whose picture file
-    is not there. A test problem is never left out: it would be another test."""
-    images = {p.id: p.image for p, *_ in rows if p.image and args.on_error == "skip"}
-    missing = {id: path for id, path in images.items() if not Path(path).is_file()}
-    for id, path in missing.items():
-        print(f"skipped: problem {id} has no {path}", file=sys.stderr)
-    return [row for row in rows if row[0].id not in missing]
 
 
 def demo_traces():
@@ -1135,6 +1337,223 @@ def tune(args, model, rows, val, tokenizer, features, log):
         return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
 
     return fit(model, train, validate, args, args.recipe, args.epochs[0], log)
+
+
+# ---- before a run: --dry-run -------------------------------------------------------------------
+# What is kept for the way back grows by the same amount with each row, so it is counted on one and
+# on two rows of the longest batch (unique storages of the saved tensors) and goes from there to the
+# batch: nothing is tried that may not fit. Not counted: what a kernel needs while it runs.
+
+GIB = 2**30
+
+
+def dry_run(args):
+    """Parameters, memory, one step and the time of each training of a run. Nothing is written; the
+    pictures are not looked at: features of zeros stand for them."""
+    print(f"{args.out}: recipe {args.recipe}", flush=True)
+    splits, skipped = load_splits(args)
+    if skipped and (bad := [entry for found in skipped.values() for entry in found]):
+        print(f"  {len(set(bad))} bad records would be skipped, the first is {bad[0][0]}")
+    tokenizer = data.load_tokenizer(resolve(args.weights[0]))
+    if args.model == "paligemma":
+        return dry_paligemma(args, splits, tokenizer)
+    features = blank_features(args, splits["train"] + splits["val"])
+    args = argparse.Namespace(**vars(args) | {"stage2_rationales": "gold"})
+    models = []  # they stay, as in a run
+    for stage, name in enumerate(fusion.stage_names(args.recipe)):
+        if args.stage in ("both", name):
+            models.append(run_stage(args, stage, splits, tokenizer, features, None))
+
+
+def dry_paligemma(args, splits, tokenizer):
+    if not args.epochs[0]:
+        return print("  nothing is trained: it only decodes")
+    model = evaluation.load_paligemma(vars(args))
+    args.vocabulary = model.config.text.vocab_size
+    free(args, model)
+    rows = training_rows(args, splits["train"])
+    features = blank_features(args, [row[0] for row in rows], model)
+    tune(args, model, rows, splits["val"], tokenizer, features, None)
+
+
+def blank_features(args, problems, model=None):
+    """Features of zeros in the shape that these problems' pictures will have."""
+    if model is not None:
+        inside = all(name.startswith("language_model.") for name in lora.adapters(model))
+        if args.full or not inside:
+            return evaluation.image_features(vars(args), problems, model)  # pixels, read when used
+        shape = model.config.image_tokens, model.config.text.hidden_size
+    elif args.vision != "detr" or args.features:
+        return evaluation.image_features(vars(args), problems)
+    else:
+        folder = resolve(args.vision_weights)
+        count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())
+        print(f"  {folder}: {count:,} numbers, frozen; it sees each picture once, before training")
+        shape = [data.read_json(folder / "config.json")[key] for key in ("num_queries", "d_model")]
+    rows = {p.id: 0 for p in problems if p.image is not None}
+    return data.Features(torch.zeros(1, *shape).numpy(), rows)
+
+
+def dry_step(model, optimizer, plan, args):
+    """Print what a training takes and what the device has; then, if that fits, one step."""
+    if not plan:
+        return print("  nothing is trained: it only decodes")
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what another stage gave back
+        ctypes.CDLL(None).malloc_trim(0)
+    before = held(args.device)
+    total = sum(p.numel() for p in model.parameters())
+    learned = sum(p.numel() for p in trained(model).values())
+    rows = max((rows for window in plan for rows in window), key=tokens)
+    source, target = longest_row(rows)
+    print(f"  {learned:,} parameters trainable, {total - learned:,} frozen")
+    sizes = memory(model, rows, args)
+    sizes["program and data"] = max(0, before - sizes["weights"])
+    for name, size in (sizes | {"in all": sum(sizes.values())}).items():
+        print(f"    {name:18} {size / GIB:8.3f} GiB")
+    print(f"    the longest batch: {len(rows)} rows of {source} + {target} tokens")
+    cache = cache_size(model, source, args)
+    print(f"    (decoding {args.eval_batch_size} rows: a cache of {cache / GIB:.3f} GiB)")
+    free_now, has = device_memory(args.device)
+    print(f"    {args.device} has {has / GIB:.1f} GiB, {free_now / GIB:.1f} GiB of it free")
+    if (needed := sum(sizes.values())) > free_now + before:
+        return print(
+            f"  Not tried: {needed / GIB:.1f} GiB are more than there are. Take a smaller "
+            "--batch-size (with --accumulate the result is the same), --checkpointing or a "
+            "smaller model."
+        )
+    shortest = min((rows for window in plan for rows in window), key=tokens)
+    timed_step(model, optimizer, [shortest], args)  # makes AdamW's moments
+    seconds, peak = timed_step(model, optimizer, [rows] * min(2, args.accumulate), args)
+    off = 100 * (needed / peak - 1)
+    print(f"  one step of it: {seconds:.2f} s, peak {peak / GIB:.3f} GiB, estimated {off:+.0f} %")
+    rate = seconds / tokens(rows) / min(2, args.accumulate)
+    whole = rate * sum(tokens(rows) for window in plan for rows in window)
+    print(f"  {len(plan)} steps: {whole / 60:.1f} minutes, without validation and decoding")
+
+
+def tokens(rows):
+    """Of a batch, with its pads."""
+    return len(rows) * sum(longest_row(rows))
+
+
+def longest_row(rows):
+    """The longest source and target of a batch; PaliGemma's target is in its source."""
+    target = 0 if "token_type_ids" in rows[0] else max(len(e["labels"]) for e in rows)
+    return max(len(e["input_ids"]) for e in rows), target
+
+
+def memory(model, rows, args):
+    """{what: bytes} of a training step on these rows, the program itself left out."""
+    tensors = [*model.parameters(), *model.buffers()]
+    learned = sum(p.numel() * p.element_size() for p in trained(model).values())
+    sizes = {"weights": sum(t.numel() * t.element_size() for t in tensors)}
+    sizes |= {"gradients": learned, "AdamW's moments": 2 * learned}
+    if args.model == "paligemma":
+        sizes["best epoch"] = learned
+    longest = max(rows, key=lambda e: len(e["input_ids"]))
+    if args.model == "mmcot":
+        longest = longest | {"labels": max((e["labels"] for e in rows), key=len)}
+    text = getattr(model, "language_model", None)
+    recomputed = 0
+    one, two = (saved(model, [longest] * n, args) for n in (1, 2))
+    if text is not None and text.checkpointing:  # on the way back one layer has all of it again
+        text.checkpointing = False
+        plain = [saved(model, [longest] * n, args) for n in (1, 2)]
+        text.checkpointing = True
+        recomputed = plain[0] - one + (len(rows) - 1) * (plain[1] - plain[0] - two + one)
+        recomputed //= len(text.layers)
+    sizes["activations"] = one + (len(rows) - 1) * (two - one) + recomputed
+    count = sum(label != -100 for e in rows for label in e["labels"])
+    logits = min(LOGITS, count * args.vocabulary)
+    sizes["logits"] = 3 * 4 * logits  # themselves, their softmax and their gradient
+    return sizes
+
+
+def saved(model, rows, args):
+    """Bytes that a forward pass keeps for the way back, logits and weights left out."""
+    batch = to_device(COLLATE[args.model](rows), args.device)
+    part = max(1, sum(label != -100 for e in rows for label in e["labels"]) // 2)
+    args = argparse.Namespace(**vars(args) | {"vocabulary": LOGITS // part})  # logits in two parts
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # with its graph it would never be freed
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = LOSS[args.model](model, batch, args)  # alive: all addresses differ
+    del loss
+    return sum(size for place, size in sizes.items() if place not in weights)
+
+
+def cache_size(model, source, args):
+    """Bytes of keys and values when --eval-batch-size rows are decoded at full length."""
+    new, size = max(args.max_output), next(model.parameters()).element_size()
+    if args.model == "mmcot":
+        c = model.t5.config
+        each = 2 * c.decoder_layers * c.num_heads * c.d_kv * (source + new)
+    else:
+        c = model.config.text
+        each = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (source + new)
+    return args.eval_batch_size * each * size
+
+
+def timed_step(model, optimizer, window, args):
+    """(seconds, peak bytes) of a step as in `fit`."""
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(args.device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    start = time.monotonic()
+    model.train()
+    for rows in window:
+        batch = to_device(COLLATE[args.model](rows), args.device)
+        loss, count = LOSS[args.model](model, batch, args)
+        (loss / count).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if cuda:
+        torch.cuda.synchronize(args.device)
+        return time.monotonic() - start, torch.cuda.max_memory_allocated(args.device)
+    return time.monotonic() - start, held("peak")
+
+
+def held(what):
+    """Bytes that this process holds, on a GPU what its tensors take; "peak": the most it held."""
+    if what.startswith("cuda"):
+        return torch.cuda.memory_allocated(what)
+    try:
+        told = Path("/proc/self/status").read_text()
+        line = "VmHWM:" if what == "peak" else "VmRSS:"
+        return 1024 * int(told.split(line)[1].split()[0])
+    except OSError:  # macOS tells only the most, in bytes
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def device_memory(device):
+    """(bytes free, bytes in all) of a GPU, or of the machine; a container may have less."""
+    if device.startswith("cuda"):
+        free_now, has = torch.cuda.mem_get_info(device)
+        return free_now + torch.cuda.memory_reserved(device) - held(device), has
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free_now = has
+    with contextlib.suppress(OSError, IndexError):
+        told = Path("/proc/meminfo").read_text()
+        free_now = 1024 * int(told.split("MemAvailable:")[1].split()[0])
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        has, free_now = min(has, limit), min(free_now, limit - used)
+    return free_now, has
 
 
 # ---- many runs ---------------------------------------------------------------------------------
@@ -1200,7 +1619,8 @@ def show_many(args, runs, rows):
     if rank():
         return
     print(f"\n{evaluation.summary(rows)}")
-    problems, columns = data.load(args.data, args.test_split)[: args.limit], {}
+    bad, columns = evaluation.bad_records(vars(args)), {}
+    problems = data.load(args.data, args.test_split, bad)[: args.limit]
     for name in sorted(runs, key=lambda name: bool(runs[name])):  # the run itself first
         folder = line_folder(args, name, runs[name])
         if (folder / "predictions.jsonl").is_file():
@@ -1274,6 +1694,8 @@ def add_files(parser):
     files.add_argument("--weights", nargs="+", help=weights)
     files.add_argument("--features-cache", help="folder for image features")
     files.add_argument("--out", help="run folder (runs/DATA-RECIPE-...)")
+    bad = "a record, picture or trace that cannot be used: stop at it, or do without (%(default)s)"
+    files.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=bad)
     files.add_argument("--test-split", default="test", help="what the table is about (%(default)s)")
 
 
@@ -1295,6 +1717,8 @@ def add_how(parser):
     how.add_argument("--limit", type=int, help="only the first N problems of each split")
     resume = "go on, to the bit, with the run in --out that was interrupted"
     how.add_argument("--resume", action="store_true", help=resume)
+    dry = "print parameters, memory, one measured step and the time it would take; write nothing"
+    how.add_argument("--dry-run", action="store_true", help=dry)
     every = "steps between two saved states (one a minute, at most a twentieth of the time)"
     how.add_argument("--save-every", type=int, metavar="N", help=every)
     how.add_argument("--seed", type=int, default=42, help="(%(default)s)")
@@ -1345,8 +1769,6 @@ def add_paligemma(parser):
         "--label-smoothing", type=float, default=0.0, help="spread this much over all words"
     )
     pali.add_argument("--eval-problems", type=int, help="validation problems decoded each epoch")
-    missing = "training problems whose picture is missing: stop, or do without (%(default)s)"
-    pali.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=missing)
     alone = "only this run, without the baselines it must be compared with"
     pali.add_argument("--alone", action="store_true", help=alone)
     seed_layout = "seed: BOS after the question, as pali_reason had it"
@@ -1397,8 +1819,14 @@ def main(argv=None):
     tables = {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}
     runs = tables[args.model] if args.ablation else BASELINES if compared else None
     args.teacher_forced |= args.ablation
+    lines = lines_of(args, runs) if runs else {args.out: args}
+    if args.dry_run and under_torchrun():
+        raise ValueError("--dry-run measures a single process: give it without torchrun.")
+    if args.dry_run:
+        for line in lines.values():
+            dry_run(line)
+        return
     with devices(args), in_use(Path(args.out)):
-        lines = lines_of(args, runs) if runs else {args.out: args}
         check_resume([*lines.values()])
         if runs:
             rows = run_many(lines)

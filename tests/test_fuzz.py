@@ -51,6 +51,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import lora  # noqa: E402
 import teacher  # noqa: E402
+import train  # noqa: E402
 from fusion import GatedFusion, MultimodalT5  # noqa: E402
 from model import (  # noqa: E402
     DETR,
@@ -334,6 +335,25 @@ def predictions(folder):
     lines(folder / "predictions.jsonl", [one, {"id": 2, "response": "A"}, one | {"id": "3"}])
 
 
+def run_folder(folder):
+    """A run of mmcot on three problems beside it, as train.py leaves it."""
+    splits = enumerate(("train", "train", "val", "test", "test"))
+    lines(folder / "own.jsonl", [{"id": i} | RECORD | {"split": split} for i, split in splits])
+    (folder / "run").mkdir()
+    flags = ["--model", "mmcot", "--recipe", "answer", "--data", str(folder / "own.jsonl")]
+    config = vars(train.parse_args([*flags, "--device", "cpu", "--out", str(folder / "run")]))
+    train.write_config(config | {"versions": train.VERSIONS}, folder / "run")
+    problems = data.load(folder / "own.jsonl", "test")
+    told = [{"id": p.id, "response": "The answer is (B).", "stop": "eos"} for p in problems]
+    graded = evaluation.grade_all(problems, told)
+    of = evaluation.about(config["data"], "test", "QCM-LE")
+    scores, graded = evaluation.assess(graded, of, config)
+    evaluation.write_graded(folder / "run", graded, scores | {"skipped": {"train": 0, "test": 1}})
+    steps = [{"stage": "answer", "step": i, "loss": 0.5, "val_loss": 1.0} for i in (1, 2)]
+    lines(folder / "run/log.jsonl", steps)
+    write_json(folder / "run/looks.json", {})
+
+
 # ---- the readers ---------------------------------------------------------------------------------
 
 
@@ -477,6 +497,19 @@ def read_ledger(folder):
     ledger.close()
 
 
+def read_run(folder):
+    """What `python eval.py RUN` does; and what --resume asks of the folder."""
+    run = folder / "run"
+    args = evaluation.parse_args([str(run), "--device", "cpu"])
+    with contextlib.redirect_stderr(io.StringIO()):
+        column = evaluation.score_run(run, args)
+        evaluation.table({"run": column.scores}, all_rows=True)
+        evaluation.summary({"run": column.scores})
+        evaluation.write_report(folder, {"run": column})
+        flags = ["--model", "mmcot", "--resume", "--out", str(run)]
+        train.is_complete(train.parse_args(flags))
+
+
 READERS = {  # name: (what makes the valid files, what reads them, which files are mutated)
     "pictures": (pictures, read_picture, "*"),
     "scienceqa": (scienceqa, read_set, "*.json"),
@@ -504,6 +537,7 @@ READERS = {  # name: (what makes the valid files, what reads them, which files a
     "addresses": (addresses, read_addresses, "*.json"),
     "predictions": (predictions, read_predictions, "*"),
     "ledger": (ledger, read_ledger, "*"),
+    "run folder": (run_folder, read_run, "run/*.json*"),
 }
 
 # ---- mutations of bytes --------------------------------------------------------------------------

@@ -244,9 +244,9 @@ def test_a_signal_saves_after_the_step(whole, tmp_path):
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(train.Stopped):
-        real = train.stop_unless_finite
+        real = train.stop_unless_moved
         patch.setattr(
-            train, "stop_unless_finite",
+            train, "stop_unless_moved",
             lambda *given: real(*given) or report(given[3], given[4]),
         )  # fmt: skip
         with train.in_use(tmp_path):
@@ -391,11 +391,9 @@ def test_of_many_runs_the_finished_ones_stay_and_a_torn_one_is_made_again(tmp_pa
 
 def test_what_an_older_finished_run_left_is_not_taken_for_this_ones(tmp_path, monkeypatch):
     """Killed in the second of four runs over an older table: the last two have other flags."""
-    ran, scores, older = (
-        [],
-        {"n": 1},
-        train.parse_args([*PALI, "--out", str(tmp_path), "--lr", "1"]),
-    )
+    problem = data.load("demo", "val")[0]
+    scores = evaluation.metrics([problem], [{"id": problem.id, "response": "Answer: A"}])
+    ran, older = [], train.parse_args([*PALI, "--out", str(tmp_path), "--lr", "1"])
     for args in train.lines_of(older, train.BASELINES).values():
         train.begin(args)
         train.write_json(scores, tmp_path / args.out / "metrics.json")
