@@ -276,8 +276,8 @@ def fit(model, examples, validate, args, stage, epochs, log):
     model.to(args.device)
     generator = torch.Generator().manual_seed(args.seed)
     plan = list(windows(examples, args, epochs, generator))[: args.max_steps]
-    if not args.dry_run:
-        stop_if_it_leaks(model, plan[0], args, stage)
+    if plan and not args.dry_run:
+        stop_if_it_leaks(model, plan[0][0], args, stage)
     summed_loss = on_devices(model, args)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     if args.dry_run:
@@ -310,7 +310,7 @@ def fit(model, examples, validate, args, stage, epochs, log):
             group["lr"] = lr
         before = steepest(model) if step <= done + 2 and lr else {}
         optimizer.step()
-        stop_unless_moved(model, before, window, stage, step)
+        stop_unless_moved(model, before, lr, window, stage, step)
         optimizer.zero_grad(set_to_none=True)
         entry = {"stage": stage, "step": step, "loss": round(total.item(), 6), "lr": lr}
         entry |= {"grad_norm": round(norm.item(), 4), args.weighting + "s": count}
@@ -408,7 +408,7 @@ def stop_if_it_leaks(model, rows, args, stage, most=4):
                 f"{seen:.6g} with the last of them and those behind it: the model sees what it "
                 "shall predict. Look at the attention mask, token_type_ids and the shift of labels."
             )
-    supervised = units(COLLATE[args.model](rows), argparse.Namespace(weighting="token"))
+    supervised = int((COLLATE[args.model](rows)["labels"] != -100).sum())
     loss, seen = loss_of(model, rows, args), loss_of(model, rows, args, junk=ids[-1])
     if supervised != sum(map(len, labels)) or not same(loss, seen):
         raise RuntimeError(
@@ -466,20 +466,22 @@ def steepest(model, most=64):
     return found
 
 
-def stop_unless_moved(model, before, window, stage, step):
-    """Every tensor of `steepest` must have changed: an optimizer of other tensors, a rate that
-    rounds to nothing and frozen copies learn without a word."""
+def stop_unless_moved(model, before, lr, window, stage, step):
+    """Every tensor of `steepest` must have changed, if not each number in it is so large that a step
+    of `lr` rounds to nothing beside it; and one at least. An optimizer of other tensors, a rate too
+    small for all of them and frozen copies learn without a word."""
     now = trained(model)
-    still = [
-        name
+    still = {
+        name: (values.abs() * torch.finfo(values.dtype).eps < lr).any()
         for name, (places, values) in before.items()
         if torch.equal(own_part(now[name].detach()).flatten()[places], values)
-    ]
-    if still:
+    }
+    if still and (any(still.values()) or len(still) == len(before)):
         raise RuntimeError(
             f"{stage}, step {step}, in {', '.join(e['id'] for rows in window for e in rows)}: "
             f"{len(still)} of {len(before)} trained tensors have a gradient and did not change, "
-            f"{still[0]} among them. Look at --lr, the dtype and what the optimizer was given."
+            f"{next(iter(still))} among them. Look at --lr, the dtype and what the optimizer was "
+            "given."
         )
 
 
