@@ -272,7 +272,7 @@ def fit(model, examples, validate, args, stage, epochs, log):
     FloatingPointError names the records of a non-finite loss.
     """
     model.to(args.device)
-    loss_of = on_devices(model, args)
+    forward = on_devices(model, args)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     generator = torch.Generator().manual_seed(args.seed)
     plan = list(windows(examples, args, epochs, generator))[: args.max_steps]
@@ -287,8 +287,8 @@ def fit(model, examples, validate, args, stage, epochs, log):
         count = units(window, args)
         total = 0.0
         for batch in batches:
-            loss_of.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
-            loss = loss_of(batch)
+            forward.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
+            loss = forward(batch)
             (loss * world() / count).backward()  # as the devices' gradients are averaged
             total += loss.detach() / count
         total = summed(total)
