@@ -142,7 +142,7 @@ def test_who_fails_alone_says_so_and_nobody_waits(tmp_path, monkeypatch):
 
     assert forked(2, work, tmp_path) == [1, 1]
     assert "found by the second alone" in errors(tmp_path)["error1"]
-    assert "Connection closed by peer" in errors(tmp_path)["error0"]
+    assert "Connection" in errors(tmp_path)["error0"]  # closed, or reset
 
 
 def test_under_torchrun_a_device_is_not_named(monkeypatch):
