@@ -278,7 +278,7 @@ def fit(model, examples, validate, args, stage, epochs, log):
     plan = list(windows(examples, args, epochs, generator))[: args.max_steps]
     if plan and not args.dry_run:
         stop_if_it_leaks(model, plan[0][0], args, stage)
-    summed_loss = on_devices(model, args)
+    forward = on_devices(model, args)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     if args.dry_run:
         dry_step(model, optimizer, plan, args)
@@ -295,8 +295,8 @@ def fit(model, examples, validate, args, stage, epochs, log):
         count = units(window, args)
         total = 0.0
         for batch in batches:
-            summed_loss.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
-            loss = summed_loss(batch)
+            forward.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
+            loss = forward(batch)
             (loss * world() / count).backward()  # as the devices' gradients are averaged
             total += loss.detach() / count
         total = summed(total)

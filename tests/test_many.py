@@ -142,7 +142,7 @@ def test_who_fails_alone_says_so_and_nobody_waits(tmp_path, monkeypatch):
 
     assert forked(2, work, tmp_path) == [1, 1]
     assert "found by the second alone" in errors(tmp_path)["error1"]
-    assert "Connection closed by peer" in errors(tmp_path)["error0"]
+    assert "Connection" in errors(tmp_path)["error0"]  # closed, or reset
 
 
 def test_under_torchrun_a_device_is_not_named(monkeypatch):
@@ -200,7 +200,7 @@ def fits(folder):
     with train.devices(argparse.Namespace(device="cpu")):
         assert train.world() == int(os.environ["WORLD_SIZE"])
         for name, flags in CASES.items():
-            seen, weights, log = fit(train.parse_args([*flags.split(), *"--lr 1e-8".split()]), name)
+            seen, weights, log = fit(train.parse_args([*flags.split(), *"--lr 3e-7".split()]), name)
             if not train.rank():
                 train.write_safetensors(seen, folder / f"{name}.gradients")
                 train.write_safetensors(weights, folder / f"{name}.weights")
@@ -258,7 +258,7 @@ def test_what_was_trained_is_a_plain_model(one_and_two):
         one, two = (load_file(folder / f"{case}.weights") for folder in one_and_two)
         assert one.keys() == two.keys()
         for name in one:
-            torch.testing.assert_close(two[name], one[name], atol=1e-7, rtol=0, msg=name)
+            torch.testing.assert_close(two[name], one[name], atol=2e-6, rtol=0, msg=name)
 
 
 # ---- whole runs --------------------------------------------------------------------------------
