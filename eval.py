@@ -1692,6 +1692,8 @@ def load_run(folder, device=None):
     config = run_config(folder)
     if not config:
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json.")
+    if lacks := sorted({"recipe", "data", "device", "weights"} - config.keys()):
+        raise ValueError(f"{folder}/config.json has no {', '.join(lacks)}: it cannot decode.")
     config["device"] = device or config["device"]
     check_device(config["device"])
     if config["model"] == "paligemma":
@@ -1728,13 +1730,13 @@ def score_run(folder, args):
     """
     folder = Path(folder)
     config = run_config(folder)
-    own = config.get("test_split") or metrics_then(folder).get("split", "test")
+    own = config.get("test_split") or metrics_then(folder, False).get("split", "test")
     split = args.split or own
     out = folder if split == own else folder / split
     there = (out / "predictions.jsonl").is_file() or metrics_then(out)
     if decodes := args.decode or args.teacher_forced or not there:
         decode_run(folder, out, split, args)
-    then, shown_only = metrics_then(out), not decodes and (args.limit or args.faithful_parse)
+    then, shown_only = metrics_then(out, False), not decodes and (args.limit or args.faithful_parse)
     faithful = args.faithful_parse or not config and then.get("faithful_parse", False)
     where = config.get("data") or then.get("data", "(no data named)")
     fmt = target_format(config) if config else then.get("rationale_format")
@@ -1742,7 +1744,7 @@ def score_run(folder, args):
         problems = data.load(where, split, bad_records(config))
         graded = graded_folder(out, problems[: args.limit], faithful, args.limit)
     except FileNotFoundError as error:
-        if shown_only or not then:
+        if shown_only or not metrics_then(out):
             raise
         print(f"{out}: shown as graded then, as now {error}", file=sys.stderr)
         return Column(then)
@@ -1751,21 +1753,23 @@ def score_run(folder, args):
         print(f"{out} has predictions of {some}.", file=sys.stderr)
     of = about(where, split, fmt, faithful)
     scores, graded = assess(graded, of, config, args.judge, out / "judge.jsonl")
-    if scores["n"] == then.get("n"):  # not of the predictions: texts that were not kept
+    if (before := metrics_then(out)).get("n") == scores["n"]:  # what predictions do not say
         kept = ("rougeL_teacher_forced", "skipped")
-        scores |= {key: then[key] for key in kept if key in then}
+        scores |= {key: before[key] for key in kept if key in before}
     if not shown_only and scores != then:
         write_graded(out, graded, scores)
     return Column(scores, graded, None if shown_only else out)
 
 
-def metrics_then(folder):
-    """What metrics.json says; {} if there is none, or none that a table can be made of: it is made
-    anew."""
+def metrics_then(folder, whole=True):
+    """What metrics.json says; {} if there is none, or none that can be read: it is made anew; if
+    `whole`, also where no table can be made of it. If not, it may only say what it is about."""
     try:
         then = data.read_json(folder / "metrics.json")
-        table({"": then}, all_rows=True), summary({"": then}), report_tables({"": then})
-        return then
+        named = all(isinstance(then.get(key, ""), str) for key in ("data", "split"))
+        if whole:
+            table({"": then}, all_rows=True), summary({"": then}), report_tables({"": then})
+        return then if named and isinstance(then.get("rationale_format"), str | None) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return {}
 
@@ -1785,16 +1789,17 @@ def run_config(folder):
     if not os.path.lexists(file):
         return {}
     config = data.read_json(file)
-    if not isinstance(config, dict) or not {"model", "recipe", "data"} <= config.keys():
+    if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{folder} is no run folder: its config.json is none of train.py's.")
     for key in RUN_FLAGS.keys() & config.keys():
         value, part = config[key], PARTS.get(key)
         fits = isinstance(value, RUN_FLAGS[key]) and not isinstance(value, bool)
         if not fits or part and not (value and all(isinstance(x, part) for x in value)):
             raise ValueError(f"{file}: {key} is {value!r:.60}, which train.py never writes.")
-    known = fusion.RECIPES if config["model"] == "mmcot" else ("reason", "answer")
-    if config["model"] not in ("mmcot", "paligemma") or config["recipe"] not in known:
-        kind = f"{config['model']!r:.40} with recipe {config['recipe']!r:.40}"
+    known = {"mmcot": fusion.RECIPES, "paligemma": ("reason", "answer")}
+    recipes = known.get(config["model"], ())
+    if not recipes or config.get("recipe", "answer") not in recipes:
+        kind = f"{config['model']!r:.40} with recipe {config.get('recipe')!r:.40}"
         raise ValueError(f"{file}: there is no model {kind}.")
     if config.get("test_split", "test") not in data.SPLITS:
         raise ValueError(f"{file}: there is no split {config['test_split']!r:.40}.")
@@ -1940,7 +1945,7 @@ def report_problems(columns):
     for number, column in enumerate(columns.values()):
         file = column.folder and column.folder / "looks.json"
         looked = data.read_json(file) if file and os.path.lexists(file) else {}
-        if not isinstance(looked, dict) or not all(isinstance(x, dict) for x in looked.values()):
+        if not isinstance(looked, dict):
             raise ValueError(f"{file} has no looks by problem id. Delete it, or decode again.")
         for p, x, g in column.graded or ():
             facts = shown.setdefault((p.id, p.question), problem_facts(p, len(columns)))
