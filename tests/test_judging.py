@@ -109,6 +109,7 @@ def test_shape_keeps_of_the_answer_what_it_commits_to(asked, answer, left):
     assert teacher.shape(asked, "A thought.", answer)[1] == left
 
 
+@pytest.mark.slow
 def test_shape_leaves_the_demos_thoughts_alone():
     folder = data.demo_folder()
     facts = data.read_json(folder / "scenes.json")
@@ -123,6 +124,7 @@ def test_shape_leaves_the_demos_thoughts_alone():
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
+@pytest.mark.slow
 @needs_traces
 def test_shape_on_real_thoughts():
     """No number is lost but those that the question has (in "The user wants ..."), that number a
@@ -370,6 +372,7 @@ def distilled(tokenizer):
     return steps, verdicts, before, after
 
 
+@pytest.mark.slow
 @needs_traces
 @needs_tokenizer
 def test_most_real_traces_survive():

@@ -621,6 +621,11 @@ GOLDEN = json.loads((oracle.FIXTURES / "detr.json").read_text())
 RELEASED = ("detr-resnet-50", "detr-resnet-101-dc5")
 
 
+def released_slow(names):
+    """As parameters: the released sizes take seconds, the tiny ones show the same."""
+    return [pytest.param(x, marks=pytest.mark.slow if x in RELEASED else ()) for x in names]
+
+
 @pytest.fixture(scope="session")
 def golden():
     return load_file(oracle.FIXTURES / "detr.safetensors")
@@ -660,7 +665,7 @@ def assert_golden(detr, case, golden):
         close(ours[name][:, ::stride], expected)
 
 
-@pytest.mark.parametrize("case", oracle.DETR_CASES)
+@pytest.mark.parametrize("case", released_slow(oracle.DETR_CASES))
 def test_detr_equals_the_fixture(case, detr_files, golden):
     assert_golden(DETR.from_pretrained(detr_files(oracle.DETR_CASES[case][0])), case, golden)
 
@@ -724,7 +729,7 @@ def test_detr_config_of_transformers_5(name):
     assert DETRConfig.from_hub(newer) == DETRConfig.from_hub(oracle.DETR_CONFIGS[name])
 
 
-@pytest.mark.parametrize("name", ["tiny-dc5", *RELEASED])
+@pytest.mark.parametrize("name", released_slow(["tiny-dc5", *RELEASED]))
 def test_detr_round_trip(name, detr_files, tmp_path):
     from transformers import DetrConfig
 

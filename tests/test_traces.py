@@ -577,6 +577,7 @@ def test_hostile_texts_are_hostile():
     assert 256001 in careful
 
 
+@pytest.mark.slow
 @needs_tokenizer
 @needs_traces
 @needs("scienceqa/problems.json")
@@ -759,6 +760,7 @@ def test_overlap(tmp_path, capsys):
     assert data.overlap(train, []) == [] and not capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs("scienceqa/images/test")
 def test_overlap_of_real_scienceqa():
     train, test = data.load(REAL / "scienceqa", "val"), data.load(REAL / "scienceqa", "minitest")
