@@ -353,12 +353,12 @@ def test_evil_positions(tmp_path, index):
 
 def test_an_image_name_without_end(tmp_path):
     columns = {"prefixes": ["q"], "suffixes": ["Thoughts:\nt\nAnswer:\nB"]}
-    start = time.monotonic()
+    start = time.process_time()
     for name in ("9" * 10**6, "²²", "9." + "a" * 10**6):
         (tmp_path / "t.json").write_text(json.dumps(columns | {"images": [name]}))
         with pytest.raises(ValueError, match="t.json, entry 1: .* an image that is not a number"):
             data.load_traces(tmp_path / "t.json")
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_bad_pali_reason(tmp_path):
@@ -482,9 +482,9 @@ def test_final_answer_without_choices(text, kind, answer):
     "text", [part * 10**5 for part in ("a" * 9, "answer ", "\\text{", "\\boxed{", "answer: ")]
 )
 def test_final_answer_of_a_line_without_end(text):
-    start = time.monotonic()
+    start = time.process_time()
     data.final_answer(asked(choices=(), meta={}), text)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_final_answer_reads_as_the_plain_pattern_does():
