@@ -308,6 +308,7 @@ def talker():
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples, heat, most", [(1, 0.0, 6), (2, 1.0, 12)])
 def test_decoding_goes_on_where_it_was(samples, heat, most, talker, tmp_path, monkeypatch):
     how = {"samples": samples, "temperature": heat}

@@ -708,6 +708,7 @@ def test_only_a_distilled_run_is_compared(flags, compared, monkeypatch, tmp_path
         assert [args.epochs[0] > 0 for args in ran] == [False, False, True, True]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tiny, tmp_path):
     again = run(tmp_path / "again").folder
     for name in (lora.WEIGHTS, "predictions.jsonl"):
@@ -716,6 +717,7 @@ def test_the_same_seed_gives_the_same_run(tiny, tmp_path):
     assert all(not torch.equal(one[name], other[name]) for name in one if "lora_A" in name)
 
 
+@pytest.mark.slow
 def test_decoding_a_run_again_gives_the_same_predictions(short, capsys):
     before = (short.folder / "predictions.jsonl").read_bytes()
     evaluation.main([str(short.folder), "--decode", "--limit", "24"])
@@ -873,6 +875,7 @@ def test_the_final_soft_cap_can_be_off(tiny, tmp_path, monkeypatch):
     assert model.config.text.final_logit_softcapping == TEXT["final_logit_softcapping"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["paligemma", "seed"])
 def test_the_layout_is_that_of_training_and_of_decoding(layout, spied, tmp_path, tokenizer):
     got = spied(tmp_path / "run", "--layout", layout, "--no-forced-answer")
@@ -884,6 +887,7 @@ def test_the_layout_is_that_of_training_and_of_decoding(layout, spied, tmp_path,
         assert seen.index(special["bos"]) == (0 if layout == "paligemma" else len(seen) - 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learns", [True, False])
 def test_eos_is_always_there_and_in_the_loss_unless_told(learns, spied, tmp_path):
     got = spied(tmp_path / "run", *([] if learns else ["--no-eos-loss"]))
@@ -1242,6 +1246,7 @@ def test_the_most_frequent_answer_wins(texts, winner, votes, monkeypatch):
     json.dumps(told)
 
 
+@pytest.mark.slow
 def test_sampling_follows_seed_and_temperature(tokenizer):
     model = evaluation.load_paligemma(vars(settings()))
     problems = data.load("demo", "test")[:4]
