@@ -7,6 +7,7 @@ torchvision that fits torch, and there is none for the CPU build.
 import json
 import os
 import pickle
+import re
 from types import SimpleNamespace
 
 import oracle
@@ -261,19 +262,35 @@ def test_t5_full_shapes_by_key(size):
     assert sum(p.numel() for p in ours.parameters()) == parameters
 
 
+def large_t5(config):
+    """transformers' T5 on random weights. To draw 200 M numbers takes it seconds: two layers are
+    drawn, and each further one has the second's, rolled by its number."""
+    from transformers import T5Config as HFConfig
+    from transformers import T5ForConditionalGeneration as HF
+
+    drawn = HF._from_config(HFConfig.from_dict(config | {"num_layers": 2})).state_dict()
+    with torch.device("meta"):
+        hf = HF._from_config(HFConfig.from_dict(config))
+    state = {}
+    for name in hf.state_dict():
+        first = re.sub(r"block\.(\d+)", lambda found: f"block.{min(int(found[1]), 1)}", name)
+        layer = int(name.split("block.")[1].split(".")[0]) if "block." in name else 0
+        state[name] = drawn[first].roll(max(layer - 1, 0), -1) if layer else drawn[first]
+    hf.load_state_dict(state, assign=True)
+    hf.tie_weights()
+    return hf.eval()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["t5-base", "flan-t5-base"])
 def test_t5_full_shape_logits(size, tmp_path):
-    from transformers import T5Config as HFConfig
-    from transformers import T5ForConditionalGeneration
-
     config = T5_SIZES[size][0] | {"model_type": "t5", "vocab_size": 32128}
     torch.manual_seed(0)
-    hf = T5ForConditionalGeneration._from_config(HFConfig.from_dict(config))
+    hf = large_t5(config)
     if size != "t5-base":
-        hf.lm_head.weight = torch.nn.Parameter(torch.randn_like(hf.shared.weight) / 10)
+        hf.lm_head.weight = torch.nn.Parameter(hf.shared.weight.detach().flip(0) / 10)
     oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(hf))
-    assert_same_logits(tmp_path, hf.eval(), oracle.t5_batch(2, 200, 40, 32100))
+    assert_same_logits(tmp_path, hf, oracle.t5_batch(2, 200, 40, 32100))
     (tmp_path / "model.safetensors").unlink()  # 0.9 GB that pytest would keep for three runs
 
 
