@@ -904,6 +904,8 @@ def test_a_thousand_questions_faults_and_three_kills(tmp_path):
 @pytest.mark.slow
 def test_throughput_is_what_the_latency_allows(tmp_path_factory):
     """The best of three: what else the machine does can only slow a run down."""
+    if os.getloadavg()[0] > 2 * os.cpu_count():
+        pytest.skip("the machine is too busy to say what the client costs")
     folders = (tmp_path_factory.mktemp("timed") for _ in range(3))
     shares = (timed_run(folder, 256, "gemini", latency=0.8)["of the ideal"] for folder in folders)
     assert any(share > 0.85 for share in shares)  # the second only if the first was slow
