@@ -18,6 +18,14 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # tiny models; a second thread only waits for a busy core
 
 
+@functools.cache
+def gemma():
+    """The real PaliGemma's tokenizer: a second to read, so once for all modules."""
+    import data
+
+    return data.load_tokenizer(Path(os.environ["NANOCOT_DATA"]) / "tokenizers/paligemma")
+
+
 @pytest.fixture(scope="module")
 def read_once():
     """Most runs look at a few of the demo's 8,600 problems: these, their traces and their facts

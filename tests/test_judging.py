@@ -11,8 +11,8 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-import conftest  # noqa: F401  import paths, when run as a script
 import pytest
+from conftest import gemma  # with the import paths, when run as a script
 
 import data
 import eval as evaluation
@@ -30,11 +30,6 @@ def needs(*parts):
 
 needs_traces = needs("pali_reason", "mathvista")
 needs_tokenizer = needs("tokenizers/paligemma")
-
-
-@cache
-def gemma():
-    return data.load_tokenizer(REAL / "tokenizers/paligemma")
 
 
 @cache

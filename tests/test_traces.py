@@ -18,6 +18,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from conftest import gemma
 from PIL import Image
 from test_data import Extract, picture, pictured, record, scienceqa, zipped
 
@@ -34,11 +35,6 @@ def needs(part):
 
 needs_mathvista, needs_traces = needs("mathvista"), needs("pali_reason")
 needs_tokenizer = needs("tokenizers/paligemma")
-
-
-@cache
-def gemma():
-    return data.load_tokenizer(REAL / "tokenizers/paligemma")
 
 
 @cache
