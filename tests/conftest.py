@@ -1,8 +1,11 @@
 """Shared by all tests: import paths, where real data lies, no network, modest threads."""
 
+import functools
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -13,3 +16,34 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models; a second thread only waits for a busy core
+
+
+@functools.cache
+def gemma():
+    """The real PaliGemma's tokenizer: a second to read, so once for all modules."""
+    import data
+
+    return data.load_tokenizer(Path(os.environ["NANOCOT_DATA"]) / "tokenizers/paligemma")
+
+
+@pytest.fixture(scope="module")
+def read_once():
+    """Most runs look at a few of the demo's 8,600 problems: these, their traces and their facts
+    are read once for all tests of a module. Files that a test writes are read each time."""
+    import data
+    import eval as evaluation
+
+    def once(read):
+        kept = functools.cache(read)
+
+        def reading(where, *rest):
+            is_demo = where == "demo" or data.demo_folder() in Path(where).parents
+            fills = any(isinstance(x, list) for x in rest)  # what --on-error skip found
+            return (kept if is_demo and not fills else read)(where, *rest)
+
+        return reading
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((data, "load"), (data, "load_traces"), (evaluation, "scene_facts")):
+            patch.setattr(module, name, once(getattr(module, name)))
+        yield

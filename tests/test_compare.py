@@ -301,6 +301,7 @@ def test_scienceqas_own_fields_make_no_rows():
     assert scoring.categories(problem(hint="", meta=meta)) == ["NAT", "G7-12", "NO"]
 
 
+@pytest.mark.slow
 @needs_mathvista
 def test_mathvistas_rows_are_those_of_its_official_scores():
     """The same rows with the same n, in each of nine axes. (Bard's file has older labels of skill

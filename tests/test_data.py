@@ -687,6 +687,7 @@ def test_special_tokens_in_a_text_are_text(spiece, text):
     assert ids == data.encode(ours, [f"the rope {plain} the belt"], 99)[0]
 
 
+@pytest.mark.slow
 @needs_data
 def test_tokenizer_from_spiece_equals_real_t5(tmp_path):
     """The real T5 vocabulary, written back as spiece.model, gives the ids of its tokenizer.json."""

@@ -160,6 +160,7 @@ def test_scores_equal_the_packages_on_real_solutions():
         assert_equal_to_the_packages(*pair)
 
 
+@pytest.mark.slow
 def test_scores_equal_the_packages_on_small_alphabets():
     """Few words and many sentences: here equally long common subsequences differ in their words."""
     rng = random.Random(1)

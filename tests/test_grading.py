@@ -245,6 +245,7 @@ PIECES = st.sampled_from([*"ABz(){}[]$\\.,:=√/%-0123456789\n °۵Ⅷ²½", r"\
     "Answer:", "The answer is", "so", "e9", "10^", "⟦", "答案", " or ", "no "])  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(), st.lists(PIECES, max_size=30).map("".join)), st.randoms())
 def test_no_text_raises_and_every_how_is_of_the_vocabulary(text, dice):

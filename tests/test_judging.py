@@ -11,8 +11,8 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-import conftest  # noqa: F401  import paths, when run as a script
 import pytest
+from conftest import gemma  # with the import paths, when run as a script
 
 import data
 import eval as evaluation
@@ -30,11 +30,6 @@ def needs(*parts):
 
 needs_traces = needs("pali_reason", "mathvista")
 needs_tokenizer = needs("tokenizers/paligemma")
-
-
-@cache
-def gemma():
-    return data.load_tokenizer(REAL / "tokenizers/paligemma")
 
 
 @cache
@@ -109,6 +104,7 @@ def test_shape_keeps_of_the_answer_what_it_commits_to(asked, answer, left):
     assert teacher.shape(asked, "A thought.", answer)[1] == left
 
 
+@pytest.mark.slow
 def test_shape_leaves_the_demos_thoughts_alone():
     folder = data.demo_folder()
     facts = data.read_json(folder / "scenes.json")
@@ -123,6 +119,7 @@ def test_shape_leaves_the_demos_thoughts_alone():
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
+@pytest.mark.slow
 @needs_traces
 def test_shape_on_real_thoughts():
     """No number is lost but those that the question has (in "The user wants ..."), that number a
@@ -370,6 +367,7 @@ def distilled(tokenizer):
     return steps, verdicts, before, after
 
 
+@pytest.mark.slow
 @needs_traces
 @needs_tokenizer
 def test_most_real_traces_survive():

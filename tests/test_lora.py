@@ -433,6 +433,7 @@ def test_merge_and_unmerge(tiny, variant, dtype):
     assert all(torch.equal(after[name], p) for name, p in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", OURS)
 def test_merged_weights_are_pefts_and_save_as_a_plain_checkpoint(tiny, variant, tmp_path):
     theirs, ours = peft_file(tiny, tmp_path / "adapter", **VARIANTS[variant]), tiny.ours()
@@ -543,6 +544,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_settings_are_obeyed(tiny, config, tmp_path):
     theirs, ours = peft_file(tiny, tmp_path / "peft", **CONFIGS[config]), tiny.ours()

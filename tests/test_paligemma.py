@@ -451,6 +451,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_released_sizes_by_key(size):
     HFConfig, HF = reference().PaliGemmaConfig, reference().PaliGemmaForConditionalGeneration

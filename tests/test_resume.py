@@ -5,7 +5,6 @@
 
 import argparse
 import errno
-import functools
 import json
 import os
 import random
@@ -309,6 +308,7 @@ def talker():
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples, heat, most", [(1, 0.0, 6), (2, 1.0, 12)])
 def test_decoding_goes_on_where_it_was(samples, heat, most, talker, tmp_path, monkeypatch):
     how = {"samples": samples, "temperature": heat}
@@ -457,13 +457,12 @@ def final_table(folder):
 
 
 @pytest.fixture(scope="module")
-def demo():
-    """Read once: the forked processes have it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", functools.cache(data.load))
-        for split in ("train", "val", "test"):
-            data.load("demo", split)
-        yield
+def demo(read_once):
+    """Read before processes are forked: they have it."""
+    for split in ("train", "val", "test"):
+        data.load("demo", split)
+    data.load_traces(train.demo_traces())
+    evaluation.scene_facts("demo")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from demo import scenes  # noqa: E402
 
+pytestmark = pytest.mark.slow  # the sample alone takes seconds
 N = 250  # problems a family and split
 PICTURES = [f for f in scenes.FAMILIES if f != "text"]
 ALL = [

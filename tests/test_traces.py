@@ -18,6 +18,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from conftest import gemma
 from PIL import Image
 from test_data import Extract, picture, pictured, record, scienceqa, zipped
 
@@ -34,11 +35,6 @@ def needs(part):
 
 needs_mathvista, needs_traces = needs("mathvista"), needs("pali_reason")
 needs_tokenizer = needs("tokenizers/paligemma")
-
-
-@cache
-def gemma():
-    return data.load_tokenizer(REAL / "tokenizers/paligemma")
 
 
 @cache
@@ -353,12 +349,12 @@ def test_evil_positions(tmp_path, index):
 
 def test_an_image_name_without_end(tmp_path):
     columns = {"prefixes": ["q"], "suffixes": ["Thoughts:\nt\nAnswer:\nB"]}
-    start = time.monotonic()
+    start = time.process_time()
     for name in ("9" * 10**6, "²²", "9." + "a" * 10**6):
         (tmp_path / "t.json").write_text(json.dumps(columns | {"images": [name]}))
         with pytest.raises(ValueError, match="t.json, entry 1: .* an image that is not a number"):
             data.load_traces(tmp_path / "t.json")
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_bad_pali_reason(tmp_path):
@@ -482,9 +478,9 @@ def test_final_answer_without_choices(text, kind, answer):
     "text", [part * 10**5 for part in ("a" * 9, "answer ", "\\text{", "\\boxed{", "answer: ")]
 )
 def test_final_answer_of_a_line_without_end(text):
-    start = time.monotonic()
+    start = time.process_time()
     data.final_answer(asked(choices=(), meta={}), text)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_final_answer_reads_as_the_plain_pattern_does():
@@ -577,6 +573,7 @@ def test_hostile_texts_are_hostile():
     assert 256001 in careful
 
 
+@pytest.mark.slow
 @needs_tokenizer
 @needs_traces
 @needs("scienceqa/problems.json")
@@ -759,6 +756,7 @@ def test_overlap(tmp_path, capsys):
     assert data.overlap(train, []) == [] and not capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs("scienceqa/images/test")
 def test_overlap_of_real_scienceqa():
     train, test = data.load(REAL / "scienceqa", "val"), data.load(REAL / "scienceqa", "minitest")
