@@ -343,8 +343,10 @@ def load_weights(module, folder, table, dtype=torch.float32, skip=()):
     for path, names in by_file.items():
         with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             found = pool.map(lambda pair: checked(file.get_tensor(pair[0]), dtype), names)
-            for (theirs, ours), (tensors[ours], fine) in zip(names, found, strict=True):
-                bad += [] if fine else [theirs]
+            for (theirs, ours), (tensor, fine) in zip(names, found, strict=True):
+                tensors[ours] = tensor
+                if not fine:
+                    bad.append(theirs)
     if bad:
         raise ValueError(
             f"The weights in {folder} are no finite numbers of type {dtype} in {len(bad)} tensors: "
