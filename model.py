@@ -31,6 +31,7 @@ import json
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------
@@ -130,11 +132,21 @@ def from_config(cls, config):
     return cls(**made)
 
 
+class Undrawn(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` would do to weights that are read from a file next. On the
+    meta device that draws nothing, but its first call imports torch's compiler: 2 seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def described(folder):
     """The meta device, where a module takes no memory, to build what config.json describes."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             yield
     except ValueError as e:
         raise ValueError(f"{folder}/config.json: {str(e).rstrip('.')}.") from e
@@ -252,6 +264,7 @@ class KeyTable:
             names = self.expand(theirs)
             self.rows |= zip(names, self.expand(ours) if ours else [None] * len(names), strict=True)
         self.inverse = {ours: theirs for theirs, ours in self.rows.items() if ours}
+        self.found, self.found_inverse = self.by_outline(self.rows), self.by_outline(self.inverse)
 
     @staticmethod
     def expand(pattern):
@@ -260,8 +273,20 @@ class KeyTable:
         return ["".join(chosen) for chosen in itertools.product(*choices)]
 
     @staticmethod
-    def translate(name, rows):
+    def outline(name):
+        return re.sub(r"\{\}|\d+", "#", name)
+
+    @classmethod
+    def by_outline(cls, rows):
+        """Rows, as (pattern, target), by what a name of theirs looks like without its numbers."""
+        found = {}
         for pattern, target in rows.items():
+            found.setdefault(cls.outline(pattern), []).append((pattern, target))
+        return found
+
+    @classmethod
+    def translate(cls, name, found):
+        for pattern, target in found.get(cls.outline(name), ()):
             match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), name)
             if match:
                 return target and target.format(*match.groups())
@@ -273,11 +298,11 @@ class KeyTable:
             return None
         for pattern, replacement in self.spellings:
             name = re.sub(pattern, replacement, name)
-        return self.translate(name, self.rows)
+        return self.translate(name, self.found)
 
     def to_file(self, name):
         """The file's name (Hub layout) for one of our tensors."""
-        return self.translate(name, self.inverse)
+        return self.translate(name, self.found_inverse)
 
 
 def load_weights(module, folder, table, dtype=torch.float32, skip=()):
@@ -317,11 +342,11 @@ def load_weights(module, folder, table, dtype=torch.float32, skip=()):
         )
     tensors, bad = {}, []
     for path, names in by_file.items():
-        with opened(path) as file:
-            for theirs, ours in names:
-                t = file.get_tensor(theirs)
-                tensors[ours] = t.to(dtype)
-                if not t.is_floating_point() or not finite(tensors[ours]):
+        with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            found = pool.map(lambda pair: checked(file.get_tensor(pair[0]), dtype), names)
+            for (theirs, ours), (tensor, fine) in zip(names, found, strict=True):
+                tensors[ours] = tensor
+                if not fine:
                     bad.append(theirs)
     if bad:
         raise ValueError(
@@ -332,9 +357,16 @@ def load_weights(module, folder, table, dtype=torch.float32, skip=()):
     return module
 
 
+def checked(t, dtype):
+    """A tensor in this dtype, and whether it is one of finite floating-point numbers."""
+    made = t.to(dtype)
+    return made, t.is_floating_point() and finite(made)
+
+
 def finite(t):
-    """Whether a tensor has neither NaN nor infinity; its extremes show both, and take no memory."""
-    return t.numel() == 0 or all(math.isfinite(x) for x in t.aminmax())
+    """Whether a tensor has neither NaN nor infinity. Either shows in its sum, which runs at the
+    memory's speed; a sum that has merely overflown is settled by the extremes."""
+    return math.isfinite(t.sum()) or all(math.isfinite(x) for x in t.aminmax())
 
 
 def save_weights(module, folder, table, config):

@@ -467,9 +467,9 @@ def steepest(model, most=64):
 
 
 def stop_unless_moved(model, before, lr, window, stage, step):
-    """Every tensor of `steepest` must have changed, if not each number in it is so large that a step
-    of `lr` rounds to nothing beside it; and one at least. An optimizer of other tensors, a rate too
-    small for all of them and frozen copies learn without a word."""
+    """Every tensor of `steepest` must have changed, unless each number in it is so large that a
+    step of `lr` rounds to nothing beside it; and one at least. An optimizer of other tensors, a
+    rate too small for all of them and frozen copies learn without a word."""
     now = trained(model)
     still = {
         name: (values.abs() * torch.finfo(values.dtype).eps < lr).any()

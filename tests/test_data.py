@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import random
@@ -937,6 +938,13 @@ def pictured(folder, count, start=0):
     records |= {"copy": record(image="image.png"), "none": record()}
     picture(folder / "images/test/copy/image.png", (40 + start % 7, 30), (start % 256, 7, 9))
     return data.load(scienceqa(folder, records), "test")
+
+
+def test_pictures_of_one_size_go_through_the_model_together(tmp_path):
+    extract = Extract()
+    data.cached_features(pictured(tmp_path / "set", 40), extract, "w", 32, tmp_path / "cache")
+    assert len(set(extract.sizes[1:])) == 7  # sizes that take turns in the file
+    assert len(list(itertools.groupby(extract.sizes[1:]))) == 7
 
 
 def test_features_are_computed_once(tmp_path):

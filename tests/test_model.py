@@ -973,6 +973,21 @@ def test_what_is_no_file_is_not_waited_for(pair, tmp_path):
         shard.touch()
 
 
+def test_loading_draws_no_weights(pair, monkeypatch):
+    """On the meta device a first draw would cost nothing but the import of torch's compiler."""
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, **__: pytest.fail("drawn"))
+    T5.from_pretrained(pair.folder)
+
+
+def test_large_finite_weights_are_weights(pair, tmp_path):
+    """Their sum overflows."""
+    stored = {name: t.detach().clone() for name, t in oracle.t5_stored(pair.hf).items()}
+    stored["shared.weight"].fill_(3e38)
+    oracle.write_checkpoint(tmp_path, pair.config, stored)
+    assert T5.from_pretrained(tmp_path).shared.weight.min() > 2.9e38
+
+
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_weights_that_are_not_finite_are_named(pair, bad, dtype, tmp_path):

@@ -342,6 +342,21 @@ def test_what_another_model_wrote_is_not_taken(tmp_path):
     assert evaluation.Part(tmp_path, [model]).batch(["q2"], dict) == {}
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("size", (7, 8192, 3 * 8192 + 5))
+def test_weights_are_known_by_every_bit(size, dtype):
+    weights = torch.randn(size + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mapped = weights[1:]  # as in a file: its bytes begin anywhere
+    told = evaluation.gist(mapped)
+    assert evaluation.gist(mapped.clone()) == told and len(told) < 8 * 8192
+    for place in (0, size // 2, size - 1):
+        other = mapped.clone()
+        other.view(torch.uint8)[place * dtype.itemsize] ^= 1
+        assert evaluation.gist(other) != told
+    if size > 8192:  # in another order
+        assert evaluation.gist(mapped.roll(8192)) != told
+
+
 # ---- runs --------------------------------------------------------------------------------------
 
 
