@@ -15,8 +15,10 @@ options allow. Where the published code cannot be here, its docstring says how i
 """
 
 import argparse
+import contextlib
 import functools
 import gc
+import io
 import json
 import os
 import platform
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +38,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import torch  # noqa: E402
-
-import model as nano  # noqa: E402
+import numpy as np  # noqa: E402
 import oracle  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+import data  # noqa: E402
+import fusion  # noqa: E402
+import model as nano  # noqa: E402
+import train  # noqa: E402
 
 GIB = 2**30
+SHORTEST = 0.3  # seconds of a turn
+REAL = Path(os.environ["NANOCOT_DATA"])
+DEMO_T5 = ROOT / "demo/t5"
+FEATURES = 100, 256  # DETR's: positions and width
 
 
 # ---- sides, rows and clocks ----------------------------------------------------------------------
@@ -49,7 +61,8 @@ GIB = 2**30
 
 @dataclass
 class Side:
-    """build() makes everything one side needs and returns run(), which does the work once.
+    """build() makes everything one side needs and returns run(), which does the work once, or
+    (run, probe), where it is probe's output that is compared with the other side's.
 
     amount  units of work in one run, for a rate; None: the row gives seconds.
     target  what the ratio of ours over this opponent should be.
@@ -88,11 +101,13 @@ def compare(args, item, case, unit, ours, theirs, check):
             measure_memory(sides[wanted[2]], args.device)
         return []
     progress(f"{item}, {case}: setting up")
-    runs = {name: side.build() for name, side in sides.items()}
-    outputs = {name: run() for name, run in runs.items()}  # warms up as well
+    runs, probes = {}, {}
+    for name, side in sides.items():
+        runs[name], probes[name] = run_and_probe(side)
+    expected = probes["ours"]()
     for name in theirs:
-        check(outputs["ours"], outputs[name])
-    del outputs
+        check(expected, probes[name]())
+    del expected, probes
     seconds = take_turns(runs, args, f"{item}, {case}")
     del runs
     gc.collect()
@@ -111,14 +126,29 @@ def compare(args, item, case, unit, ours, theirs, check):
     return made
 
 
+def run_and_probe(side):
+    made = side.build()
+    return made if isinstance(made, tuple) else (made, made)
+
+
 def take_turns(runs, args, what):
-    """{name: seconds of each repeat}: A B A B, each timed until the device has finished."""
-    seconds = {name: [] for name in runs}
+    """{name: seconds of each repeat}: A B A B, each timed until the device has finished. A run
+    that takes milliseconds is repeated within its turn."""
+    seconds, times = {name: [] for name in runs}, {}
+    for name, run in runs.items():
+        progress(f"{what}: warming up, {name}")
+        times[name] = max(1, min(50, int(SHORTEST / clock(run, args.device))))
     for repeat in range(args.repeats):
         for name, run in runs.items():
             progress(f"{what}: {repeat + 1} of {args.repeats}, {name}")
-            seconds[name].append(clock(run, args.device, args.clock))
+            turn = functools.partial(again, run, times[name])
+            seconds[name].append(clock(turn, args.device, args.clock) / times[name])
     return seconds
+
+
+def again(run, times):
+    for _ in range(times):
+        run()
 
 
 def clock(run, device, now=time.perf_counter):
@@ -149,7 +179,7 @@ def peak_memory(args, side):
 
 def measure_memory(side, device):
     """In the child: build, forget the peak so far, run once, print the peak and leave."""
-    run = side.build()
+    run, _ = run_and_probe(side)
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -287,10 +317,285 @@ def hf_detr_name(name):
     )
 
 
+# ---- mm-cot: training and decoding ---------------------------------------------------------------
+
+
+def t5_config(args, layers=12):
+    """T5-base's config with so many layers in encoder and decoder; the demo's with --quick."""
+    if args.quick:
+        return nano.from_config(nano.T5Config, json.loads((DEMO_T5 / "config.json").read_text()))
+    return nano.T5Config(d_model=768, d_ff=3072, num_heads=12, num_layers=layers)
+
+
+def write_t5(config, folder):
+    """A multimodal T5 checkpoint with the oracle's weights: greedy texts go on changing."""
+    with torch.device("meta"):
+        t5 = nano.T5(config)
+        model = fusion.MultimodalT5(t5, fusion.GatedFusion(config.d_model, FEATURES[1]))
+    shapes = {fusion.MULTIMODAL_KEYS.to_file(n): t.shape for n, t in model.state_dict().items()}
+    architecture = t5.hub_config("T5ForMultimodalGeneration") | {"no_image": "zero"}
+    oracle.write_checkpoint(folder, architecture, oracle.seeded_weights(shapes))
+
+
+def hf_multimodal(folder, device):
+    """transformers' T5 with the paper's fusion behind its encoder: Eq. 3-6 from torch's own parts,
+    under the released names, as Multimodal-CoT subclasses it. The published code ran on
+    transformers 4.30; this runs on today's, which is faster."""
+    from transformers import T5ForConditionalGeneration
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class MultimodalHF(T5ForConditionalGeneration):
+        def __init__(self, config):
+            super().__init__(config)
+            D, encoder = config.d_model, self.encoder
+            encoder.image_dense = nn.Linear(FEATURES[1], D)
+            encoder.mha_layer = nn.MultiheadAttention(D, 1, batch_first=True)
+            encoder.gate_dense = nn.Linear(2 * D, D)
+
+        def fused(self, batch):
+            """What the decoder reads, and the mask that goes with it."""
+            batch = train.to_device(batch, self.device)
+            given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            text, e = self.encoder(**given).last_hidden_state, self.encoder
+            picture = e.image_dense(batch["image_features"])
+            seen, _ = e.mha_layer(text, picture, picture, need_weights=False)
+            gate = e.gate_dense(torch.cat((text, seen), -1)).sigmoid()
+            states = BaseModelOutput(last_hidden_state=(1 - gate) * text + gate * seen)
+            return {"encoder_outputs": states, "attention_mask": given["attention_mask"]}
+
+        def loss(self, batch):
+            labels = batch["labels"].to(self.device)
+            return self(**self.fused(batch), labels=labels, use_cache=False).loss
+
+    return MultimodalHF.from_pretrained(folder).to(device).eval()
+
+
+class Questions:
+    """Problems, tokenizer and features: ScienceQA's from NANOCOT_DATA, the demo's with --quick."""
+
+    def __init__(self, split, demo=False):
+        self.problems = data.load("demo" if demo else REAL / "scienceqa", split)
+        self.tokenizer = data.load_tokenizer(DEMO_T5 if demo else REAL / "tokenizers/t5")
+        pictured = [p.id for p in self.problems if p.image is not None]
+        random = np.random.default_rng(0).standard_normal((64, *FEATURES), np.float32)
+        rows = {id: i % 64 for i, id in enumerate(pictured)}  # 64 pictures are enough to copy from
+        self.features = data.Features(random.astype(np.float16), rows)
+
+    def examples(self, fmt, generated=None, limit=None):
+        how = {"vision": "detr", "faithful_text": False, "max_input": 512, "max_output": [512, 64]}
+        problems = self.problems[:limit]
+        return data.examples(problems, fmt, self.tokenizer, self.features, generated, how)
+
+
+def mmcot_train(args):
+    """Samples a second of both stages' training with dropout on, optimizer and collation included.
+
+    As published: every source padded to 512 tokens, every target to 512 (rationale) or 64 (answer),
+    pads in the loss. Multimodal-CoT's code cannot be in this repository, so its padding and loss
+    are rebuilt on transformers' T5. The other two opponents are the same T5 with dynamic padding:
+    in our batches, which are of like length, and in random ones, as most people run it.
+    """
+    layers = 12 if args.full_depth else 3
+    config = t5_config(args, layers)
+    folder = made_once(args, f"t5-{layers}", functools.partial(write_t5, config))
+    questions = Questions("train", args.quick)
+    depth = "demo size" if args.quick else f"base, {layers} + {layers} layers"
+    B, padded_B = (8, 8 if args.full_depth else 4) if not args.quick else (4, 2)
+    for stage, name in enumerate(("rationale", "answer")):
+        training = Training(args, folder, questions, stage, B, padded_B)
+        opponents = {
+            "as published (rebuilt)": ("published", padded_B, (6.0, 4.0)[stage]),
+            "transformers, same batches": ("same", len(training.examples), 1.15),
+            "transformers, random batches": ("random", len(training.examples), 1.8),
+        }
+        sides = {
+            name: Side(functools.partial(training.theirs, batches), amount, target)
+            for name, (batches, amount, target) in opponents.items()
+        }
+        ours = Side(training.ours, len(training.examples))
+        case = f"{name}, {depth}, batch {B} (published: {padded_B})"
+        yield from compare(args, "mmcot-train", case, "samples/s", ours, sides, training.check)
+
+
+class Training:
+    """One stage: its examples, and the sides that train on them."""
+
+    def __init__(self, args, folder, questions, stage, B, padded_B, count=4):
+        flags = ["--model", "mmcot", "--data", "scienceqa", "--batch-size", str(B)]
+        self.flags = train.parse_args([*flags, "--device", args.device])
+        self.folder, self.device = folder, args.device
+        every = questions.examples(fusion.RECIPES["two-stage"][stage])
+        lengths = [len(e["input_ids"]) + len(e["labels"]) for e in every]
+        generator = torch.Generator().manual_seed(0)
+        made = data.batches(lengths, B, generator)  # the whole split's: what an epoch is made of
+        made = [rows for rows in made if len(rows) == B]
+        made.sort(key=lambda rows: sum(lengths[i] for i in rows))
+        made = made[len(made) // (2 * count) :: len(made) // count][:count]  # evenly, by length
+        self.same = [[every[i] for i in rows] for rows in made]
+        self.examples = [example for rows in self.same for example in rows]
+        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        self.random = [[self.examples[i] for i in order[at::count]] for at in range(count)]
+        self.published = [self.examples[:: max(1, len(self.examples) // padded_B)][:padded_B]]
+        self.sizes = 512, 512 if stage == 0 else 64
+        self.shared = {}
+
+    def ours(self):
+        model = fusion.MultimodalT5.from_pretrained(self.folder).to(self.device)
+        self.flags.vocabulary = model.t5.config.vocab_size
+
+        def run():
+            with silence():
+                log = io.StringIO()
+                train.fit(model, self.examples, lambda model: {}, self.flags, "bench", 1.0, log)
+
+        def probe():
+            batch = train.to_device(data.collate(self.same[0]), self.device)
+            loss, count = train.t5_loss(model.eval(), batch, self.flags)
+            row = train.to_device(self.pad(self.same[0][:1]), self.device)
+            names = ("input_ids", "attention_mask", "image_features", "decoder_input_ids")
+            logits = no_grad(model, *(row[name] for name in names))  # (1, U, V)
+            padded = F.cross_entropy(logits[0], row["labels"][0])
+            return {"loss and gradient": with_norm(model, loss / count), "published": padded}
+
+        return run, probe
+
+    def theirs(self, kind):
+        model = self.shared.get("hf") or hf_multimodal(self.folder, self.device)
+        self.shared["hf"] = model  # one for all three: they take turns
+        batches, collate = getattr(self, kind), self.pad if kind == "published" else data.collate
+
+        def run():
+            hf_fit(model, batches, collate, self.flags)
+
+        def probe():
+            model.eval()
+            if kind == "published":
+                return {"published": no_grad(model.loss, self.pad(self.same[0][:1]))}
+            return {"loss and gradient": with_norm(model, model.loss(data.collate(self.same[0])))}
+
+        return run, probe
+
+    def pad(self, rows):
+        """A batch as published: fixed lengths, pads (0) among the labels."""
+        batch = data.collate(rows)
+        (T, U), pad = self.sizes, F.pad
+        for name in ("input_ids", "attention_mask"):
+            batch[name] = pad(batch[name], (0, T - batch[name].shape[1]))  # (B, T)
+        labels = pad(batch["labels"], (0, U - batch["labels"].shape[1]), value=-100)
+        batch["labels"] = labels.masked_fill(labels == -100, 0)  # (B, U)
+        batch["decoder_input_ids"] = pad(batch["labels"], (1, -1))
+        return batch
+
+    @staticmethod
+    def check(ours, theirs):
+        for name, value in theirs.items():
+            apart = ((ours[name] - value).abs() / value.abs()).max().item()
+            assert apart < 1e-3, f"{name}: {ours[name].tolist()} and {value.tolist()}"
+
+
+def with_norm(model, loss):
+    """Loss and the norm of its gradient, (2,)."""
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return torch.stack([loss.detach(), torch.nn.utils.get_total_norm(grads)])
+
+
+def hf_fit(model, batches, collate, flags):
+    """A plain training loop, with the optimizer transformers' Trainer takes today: fused AdamW."""
+    how = {"lr": flags.lr, "weight_decay": flags.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    for rows in batches:
+        model.train()
+        model.loss(collate(rows)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def silence():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def mmcot_decode(args):
+    """Tokens a second through both stages, greedy: question, rationale, question again with the
+    rationale in it, answer. Rows never end early (the weights know no end of a text), so that both
+    sides do the same steps; what it is worth that finished rows leave comes on top.
+    """
+    for size in ("base", "demo"):
+        demo = size == "demo" or args.quick
+        config = replace(t5_config(argparse.Namespace(quick=demo)), eos_token_id=-1)
+        folder = made_once(args, f"t5-{size}-endless", functools.partial(write_t5, config))
+        questions = Questions("test", demo)
+        lengths = (8, 2) if args.quick else (64, 8)
+        for B in (1, 16):
+            targets = {"base": (1.25, 1.25), "demo": (3.0, 2.0)}[size]
+            amount, target = B * sum(lengths), targets[B > 1]
+            loop = functools.partial(two_stages, args, folder, questions, lengths, B)
+            caches = ("dynamic", "static") if args.device.startswith("cuda") else ("dynamic",)
+            opponents = {
+                f"generate, {cache} cache": Side(functools.partial(loop, cache), amount, target)
+                for cache in caches
+            }
+            case = f"{size}, batch {B}, {lengths[0]} + {lengths[1]} tokens"
+            ours = Side(loop, amount)
+            yield from compare(args, "mmcot-decode", case, "tokens/s", ours, opponents, same)
+
+
+def two_stages(args, folder, questions, lengths, B, cache=None):
+    """The two-stage loop over the first B problems: fusion's own, or the same around `generate`
+    with such a cache (static means compiled on a GPU; on a CPU it was no faster than dynamic)."""
+
+    def make_batches(generated):
+        fmt = fusion.RECIPES["two-stage"][generated is not None]
+        yield data.collate(questions.examples(fmt, generated, B))
+
+    if cache is None:
+        model = fusion.MultimodalT5.from_pretrained(folder).to(args.device)
+        given = (model, model, make_batches, questions.tokenizer, lengths)
+
+        def texts():
+            told = fusion.two_stage(*given)
+            assert sum(t["tokens"] for t in told.values()) == B * sum(lengths)
+            return {id: (t["rationale"], t["response"]) for id, t in told.items()}
+
+        def ids(batch):
+            batch = train.to_device(batch, args.device)
+            names = ("input_ids", "attention_mask", "image_features")
+            return model.generate(**{n: batch[n] for n in names}, max_new_tokens=lengths[0])
+    else:
+        model = hf_multimodal(folder, args.device)
+        model.generation_config.eos_token_id = None
+
+        def ids(batch, length=lengths[0]):
+            how = {"max_new_tokens": length, "do_sample": False, "cache_implementation": cache}
+            return no_grad(lambda: model.generate(**model.fused(batch), **how))[:, 1:]
+
+        def write(generated, length):
+            [batch] = make_batches(generated)
+            rows = zip(batch["ids"], ids(batch, length).tolist(), strict=True)
+            return {id: questions.tokenizer.decode(row) for id, row in rows}
+
+        def texts():
+            rationales = write(None, lengths[0])
+            answers = write(rationales, lengths[1])
+            return {id: (rationale, answers[id]) for id, rationale in rationales.items()}
+
+    return texts, lambda: (ids(next(make_batches(None))).tolist(), texts())
+
+
+def same(ours, theirs):
+    assert ours == theirs, f"the sides wrote different things: {ours!s:.200} and {theirs!s:.200}"
+
+
 # ---- all items, in the order of the table --------------------------------------------------------
 # An item takes the flags and yields rows; `compare` makes them, or it builds `Row`s of its own.
 
 ITEMS = {
+    "mmcot-train": mmcot_train,
+    "mmcot-decode": mmcot_decode,
     "detr": detr,
 }
 
