@@ -20,6 +20,7 @@ import functools
 import gc
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,9 +45,12 @@ import oracle  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.utils import _pytree as pytree  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import data  # noqa: E402
 import fusion  # noqa: E402
+import lora  # noqa: E402
 import model as nano  # noqa: E402
 import train  # noqa: E402
 
@@ -144,6 +149,11 @@ def take_turns(runs, args, what):
             turn = functools.partial(again, run, times[name])
             seconds[name].append(clock(turn, args.device, args.clock) / times[name])
     return seconds
+
+
+def cpu_seconds():
+    """Of this process and of those it waited for."""
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def again(run, times):
@@ -525,10 +535,8 @@ def mmcot_decode(args):
     sides do the same steps; what it is worth that finished rows leave comes on top.
     """
     for size in ("base", "demo"):
-        demo = size == "demo" or args.quick
-        config = replace(t5_config(argparse.Namespace(quick=demo)), eos_token_id=-1)
-        folder = made_once(args, f"t5-{size}-endless", functools.partial(write_t5, config))
-        questions = Questions("test", demo)
+        folder = t5_folder(args, size)
+        questions = Questions("test", size == "demo" or args.quick)
         lengths = (8, 2) if args.quick else (64, 8)
         for B in (1, 16):
             targets = {"base": (1.25, 1.25), "demo": (3.0, 2.0)}[size]
@@ -542,6 +550,13 @@ def mmcot_decode(args):
             case = f"{size}, batch {B}, {lengths[0]} + {lengths[1]} tokens"
             ours = Side(loop, amount)
             yield from compare(args, "mmcot-decode", case, "tokens/s", ours, opponents, same)
+
+
+def t5_folder(args, size):
+    """A T5 of base or demo size that writes no end of a text."""
+    demo = argparse.Namespace(quick=size == "demo" or args.quick)
+    config = replace(t5_config(demo), eos_token_id=-1)
+    return made_once(args, f"t5-{size}", functools.partial(write_t5, config))
 
 
 def two_stages(args, folder, questions, lengths, B, cache=None):
@@ -590,6 +605,382 @@ def same(ours, theirs):
     assert ours == theirs, f"the sides wrote different things: {ours!s:.200} and {theirs!s:.200}"
 
 
+# ---- loading and start-up ------------------------------------------------------------------------
+
+
+def loading(args):
+    """Seconds from a folder in the page cache to a model of which every page was read once."""
+    from transformers import PaliGemmaForConditionalGeneration
+
+    t5 = t5_folder(args, "base")
+    pali, layers = made_once(args, "paligemma-cut", write_paligemma), PALIGEMMA_CUT
+    sides = {
+        f"mm-cot T5-base, fp32, {gigabytes(t5)}": (
+            lambda: fusion.MultimodalT5.from_pretrained(t5),
+            lambda: hf_multimodal(t5, "cpu"),
+        ),
+        f"PaliGemma2, {layers} + {layers} layers, bf16, {gigabytes(pali)}": (
+            lambda: nano.PaliGemma.from_pretrained(pali, torch.bfloat16),
+            lambda: PaliGemmaForConditionalGeneration.from_pretrained(pali, dtype=torch.bfloat16),
+        ),
+    }
+    for case, (ours, theirs) in sides.items():
+        ours, theirs = (
+            Side(functools.partial(loader, load, args.device)) for load in (ours, theirs)
+        )
+        theirs.target = 3.0
+        yield from compare(args, "loading", case, "s", ours, {"from_pretrained": theirs}, same)
+
+
+def loader(load, device):
+    def run():
+        with silence():
+            parameters = list(load().to(device).parameters())
+        return sum(p.detach().view(-1)[::1024].float().sum() for p in parameters)
+
+    def probe():
+        """Every bit of every tensor, whatever the tensors are called."""
+        kind = {4: torch.int32, 2: torch.int16}
+        parameters = [p.detach() for p in load().parameters()]
+        bits = [p.contiguous().view(kind[p.element_size()]) for p in parameters]
+        return sorted((str(p.shape), str(p.dtype), p.sum().item()) for p in bits)
+
+    return run, probe
+
+
+PALIGEMMA_CUT = 2  # layers of each tower
+
+
+def write_paligemma(folder):
+    """PaliGemma2-3B at 224 pixels, full width, few layers, bf16."""
+    text = nano.Gemma2Config(vocab_size=257216, num_hidden_layers=PALIGEMMA_CUT)
+    vision = nano.SigLIPConfig(num_hidden_layers=PALIGEMMA_CUT)
+    with torch.device("meta"):
+        model = nano.PaliGemma(nano.PaliGemmaConfig(vision, text))
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.empty(p.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        for name, p in model.named_parameters()
+    }
+    model.load_state_dict(weights, assign=True)
+    model.save_pretrained(folder)
+
+
+def gigabytes(folder):
+    return f"{(folder / 'model.safetensors').stat().st_size / 1e9:.2f} GB"
+
+
+OUR_START = """
+import io, json, os, sys
+import torch
+import data, lora, model, train
+folder, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+flags = ["--model", "paligemma", "--data", "none", "--lr", "0.001", "--device", "cpu"]
+flags = train.parse_args(flags)
+pg, tokenizer = model.PaliGemma.from_pretrained(folder), data.load_tokenizer(folder)
+lora.inject(pg, r=8, alpha=16)
+example = data.sequence(tokenizer, "answer What is it?", "A cat.", pg.config.image_tokens)
+side = pg.config.vision.image_size
+pixels = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
+example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().numpy()}
+flags.vocabulary, log = pg.config.text.vocab_size, io.StringIO()
+train.fit(pg, [example], lambda model: {}, flags, "start", 1.0, log)
+print(json.loads(log.getvalue())["loss"], flush=True)
+os._exit(0)
+"""
+THEIR_START = """
+import os, sys
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PaliGemmaForConditionalGeneration, PreTrainedTokenizerFast
+folder, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+pg = PaliGemmaForConditionalGeneration.from_pretrained(folder)
+tokenizer = PreTrainedTokenizerFast(tokenizer_file=folder + "/tokenizer.json")
+names = ".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+pg, config = get_peft_model(pg, LoraConfig(r=8, lora_alpha=16, target_modules=names)), pg.config
+side, count = config.vision_config.image_size, config.text_config.num_image_tokens
+pixels = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
+def ids(text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+prefix = [config.image_token_id] * count + [2] + ids("answer What is it?") + ids("\\n")
+suffix = ids("A cat.") + [1]
+row = torch.tensor([prefix + suffix])
+kinds = torch.tensor([[0] * len(prefix) + [1] * len(suffix)])
+batch = dict(input_ids=row, attention_mask=torch.ones_like(row), pixel_values=pixels,
+             token_type_ids=kinds, labels=row.masked_fill(kinds == 0, -100))
+"""
+THEIR_LOOP = """
+optimizer = torch.optim.AdamW([p for p in pg.parameters() if p.requires_grad], lr=0.001)
+pg.train()
+loss = pg(**batch).loss
+loss.backward()
+torch.nn.utils.clip_grad_norm_(pg.parameters(), 1.0)
+optimizer.step()
+print(loss.item(), flush=True)
+os._exit(0)
+"""
+THEIR_TRAINER = """
+from transformers import Trainer, TrainingArguments
+how = TrainingArguments(output_dir=os.path.join(os.environ["SCRATCH"], "trainer"), max_steps=1,
+                        learning_rate=0.001, report_to="none", disable_tqdm=True, use_cpu=True,
+                        remove_unused_columns=False, save_strategy="no")
+rows = [{name: value[0] for name, value in batch.items()}]
+print(Trainer(pg, how, train_dataset=rows).train().training_loss, flush=True)
+os._exit(0)
+"""
+STARTUP = {  # the same job from `python` to the end of its first training step
+    "ours": OUR_START,
+    "transformers + peft, own loop": THEIR_START + THEIR_LOOP,
+    "transformers + peft, Trainer": THEIR_START + THEIR_TRAINER,
+}
+
+
+def start_up(args):
+    """Seconds from the start of Python to the end of the first training step: LoRA on the demo's
+    PaliGemma, one row. What counts is what has to be imported."""
+    folder, threads = str(ROOT / "demo/paligemma"), str(args.threads)
+
+    def script(name):
+        command = [sys.executable, "-c", STARTUP[name], folder, threads]
+        environment = os.environ | {"SCRATCH": str(args.folder)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"The start-up script of {name} failed:\n{done.stderr[-2000:]}")
+        return torch.tensor(float(done.stdout.split()[-1]))
+
+    ours, *theirs = (
+        Side(lambda name=name: functools.partial(script, name), target=2.5) for name in STARTUP
+    )
+    opponents = dict(zip(list(STARTUP)[1:], theirs, strict=True))
+    case = "first LoRA step of a small PaliGemma2"
+    args = argparse.Namespace(**vars(args) | {"memory": False})
+    yield from compare(args, "start-up", case, "s", ours, opponents, close(1e-4))
+
+
+# ---- how cost grows ------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive of those made while it is on: exact, free of
+    noise, and on the meta device or with fake tensors as on a real one. `peak` is their most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for t in pytree.tree_leaves(made):
+            if torch.is_tensor(t):
+                self.see(t.untyped_storage())
+        return made
+
+    def ignore(self, tensors):
+        """Weights and inputs that were there before."""
+        for t in tensors:
+            self.alive[t.untyped_storage()._cdata] = 0
+
+    def see(self, storage):
+        key = storage._cdata
+        if key in self.alive:
+            return
+        self.alive[key] = storage.nbytes()
+        weakref.finalize(storage, self.gone, key)
+        self.now += self.alive[key]
+        self.peak = max(self.peak, self.now)
+
+    def gone(self, key):
+        self.now -= self.alive.pop(key)
+
+
+def live_peak(run, before):
+    """Peak of the bytes that run() makes, beyond the tensors `before`."""
+    counter = LiveBytes()
+    counter.ignore(before)
+    with counter:
+        run()
+    return counter.peak
+
+
+def t5_step(length, B, V):
+    """A step of a small T5: `length` source tokens, 32 target tokens."""
+    config = nano.T5Config(V, d_model=256, d_kv=32, d_ff=1024, num_layers=2, num_heads=8)
+    torch.manual_seed(0)
+    model = fusion.MultimodalT5(nano.T5(config), fusion.GatedFusion(256, FEATURES[1])).train()
+    ids = torch.randint(2, V, (B, length + 32), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids[:, :length], "attention_mask": torch.ones(B, length).long()}
+    batch |= {"labels": ids[:, length:], "decoder_input_ids": ids[:, length:]}
+    batch["image_features"] = torch.ones(B, *FEATURES)
+    flags = train.parse_args(["--model", "mmcot"])
+    flags.vocabulary = V
+    return step_of(model, train.t5_loss, batch, flags)
+
+
+def lora_step(length, B, V):
+    """A step of a small PaliGemma: 16 image tokens, `length` of text, the last quarter learned."""
+    text = nano.Gemma2Config(V, 256, 1024, 4, 4, 2, 64, 64)
+    vision = nano.SigLIPConfig(64, 128, 1, 4, image_size=56)
+    torch.manual_seed(0)
+    model = nano.PaliGemma(nano.PaliGemmaConfig(vision, text, image_token_index=V - 1))
+    model.init_weights()
+    lora.inject(model, r=8, alpha=16)
+    ids = torch.randint(2, V - 1, (B, 16 + length), generator=torch.Generator().manual_seed(0))
+    ids[:, :16] = V - 1
+    kinds = (torch.arange(16 + length) >= 16 + length - length // 4).long().expand(B, -1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds}
+    batch["labels"] = ids.masked_fill(kinds == 0, -100)
+    batch["image_features"] = torch.ones(B, 16, 256)
+    flags = train.parse_args(["--model", "paligemma"])
+    flags.vocabulary = V
+    return step_of(model.train(), train.paligemma_loss, batch, flags)
+
+
+def loss_of(length, B, V, chunked=True):
+    """The loss alone: `length` x B states of width 256, all supervised, a frozen vocabulary."""
+    torch.manual_seed(0)
+    weight = torch.randn(V, 256) / 16
+    states = torch.randn(B, length, 256, requires_grad=True)
+    labels = torch.randint(2, V, (B, length))
+    flags = train.parse_args(["--model", "paligemma"])
+    flags.vocabulary = V
+
+    def run():
+        if chunked:
+            loss, count = train.cross_entropy(lambda x: x @ weight.T, states, labels, flags)
+            (loss / count).backward()
+        else:
+            F.cross_entropy((states @ weight.T).flatten(0, 1), labels.flatten()).backward()
+        states.grad = None
+
+    return run, [weight, states, labels]
+
+
+def step_of(model, loss_function, batch, flags):
+    with silence():
+        optimizer = train.make_optimizer(model, 1e-4, 0.01)
+
+    def run():
+        loss, count = loss_function(model, batch, flags)
+        (loss / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    run()  # AdamW makes its moments
+    kept = [t for state in optimizer.state.values() for t in state.values()]
+    return run, [
+        *model.parameters(),
+        *model.buffers(),
+        *kept,
+        *filter(torch.is_tensor, batch.values()),
+    ]
+
+
+GROWTH = {  # what: (function of tokens, batch, vocabulary; colour)
+    "T5 training step": (t5_step, "#1b6ca8"),
+    "PaliGemma LoRA step": (lora_step, "#c4572b"),
+    "loss, in chunks": (loss_of, "#2f7d32"),
+    "loss, all logits at once": (functools.partial(loss_of, chunked=False), "#8a8a8a"),
+}
+AXES = {  # which of (tokens, batch, vocabulary) grows, and through what; the others stay
+    "text tokens": [(n, 2, 4096) for n in (64, 128, 256, 512, 1024)],
+    "batch": [(128, n, 4096) for n in (1, 2, 4, 8, 16)],
+    "vocabulary": [(256, 2, n) for n in (4096, 16384, 65536, 257216)],
+}
+
+
+def growth(args):
+    """Time and peak live bytes (beyond weights and moments) of a step over its sizes, at toy width
+    so that the sizes can be real ones. A row says how many times the peak grew where the size grew
+    so many times; --plot FILE draws it all."""
+    panels = {}
+    for column, (axis, points) in enumerate(AXES.items()):
+        points = points[:2] if args.quick else points
+        sizes = [point[column] for point in points]
+        for what, (make, colour) in GROWTH.items():
+            seconds, peaks = [], []
+            for point in points:
+                progress(f"growth over {axis}: {what}, {point[column]}")
+                run, before = make(*point)
+                seconds.append(min(clock(run, "cpu", args.clock) for _ in range(args.repeats)))
+                peaks.append(live_peak(run, before))
+            panels.setdefault(("seconds", axis), {})[what] = sizes, seconds, colour
+            panels.setdefault(("MiB at the peak", axis), {})[what] = (
+                sizes,
+                [p / 2**20 for p in peaks],
+                colour,
+            )
+            grown, size = peaks[-1] / peaks[0], sizes[-1] / sizes[0]
+            case = f"{what}: peak, {axis} {sizes[0]} to {sizes[-1]}"
+            row = Row("growth", case, "growth of the size", grown, size, "times", grown / size)
+            progress(line(row), keep=True)
+            yield row
+    if args.plot:
+        Path(args.plot).write_text(svg(panels))
+
+
+W, H = 300, 210  # of a panel
+
+
+def svg(panels):
+    """Panels, {(y label, x label): {name: (xs, ys, colour)}}, as rows by y and columns by x; both
+    axes logarithmic, and the thin line in each has slope one: linear growth."""
+    ys, xs = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
+    wide, high = len(xs) * (W + 80) + 40, len(ys) * (H + 75) + 70
+    font = 'font-family="Helvetica, Arial, sans-serif" font-size="13"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" {font}>']
+    parts.append(f'<rect width="{wide}" height="{high}" fill="white"/>')
+    names = {name: colour for lines in panels.values() for name, (*_, colour) in lines.items()}
+    for i, (name, colour) in enumerate(names.items()):
+        at = 60 + 230 * i
+        parts.append(f'<path d="M{at},26h24" stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<text x="{at + 32}" y="30">{name}</text>')
+    for (y, x), lines in panels.items():
+        left, top = 70 + xs.index(x) * (W + 80), 60 + ys.index(y) * (H + 75)
+        parts += [f'<g transform="translate({left},{top})">', *panel(lines, x, y), "</g>"]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def panel(lines, x_label, y_label):
+    every = [[v for xs_ys in lines.values() for v in xs_ys[i]] for i in (0, 1)]
+    (x0, x1), (y0, y1) = ((min(v) / 1.15, max(v) * 1.15) for v in every)
+
+    def across(x):
+        return W * math.log(x / x0) / math.log(x1 / x0)
+
+    def up(y):
+        return H - H * math.log(y / y0) / math.log(y1 / y0)
+
+    yield f'<rect width="{W}" height="{H}" fill="none" stroke="#444"/>'
+    for x in sorted(set(every[0])):
+        yield f'<path d="M{across(x):.1f},{H}v5" stroke="#444"/>'
+        yield f'<text x="{across(x):.1f}" y="{H + 19}" text-anchor="middle">{short(x)}</text>'
+    for y in (m * 10.0**e for e in range(-6, 7) for m in ((1,) if y1 / y0 > 30 else (1, 2, 5))):
+        if y0 <= y <= y1:
+            yield f'<path d="M0,{up(y):.1f}h{W}" stroke="#ddd"/>'
+            yield f'<text x="-6" y="{up(y) + 4:.1f}" text-anchor="end">{short(y)}</text>'
+    span = min(x1 / x0, y1 / y0)  # a line of slope one, through the lower left corner
+    ends = f"M0,{H}L{across(x0 * span):.1f},{up(y0 * span):.1f}"
+    yield f'<path d="{ends}" stroke="#bbb" stroke-dasharray="2 4"/>'
+    for xs, ys, colour in lines.values():
+        points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in zip(xs, ys, strict=True))
+        yield f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        for point in points.split():
+            x, y = point.split(",")
+            yield f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>'
+    yield f'<text x="{W / 2}" y="{H + 38}" text-anchor="middle">{x_label}</text>'
+    place = f'transform="translate(-50,{H / 2}) rotate(-90)" text-anchor="middle"'
+    yield f"<text {place}>{y_label}</text>"
+
+
+def short(n):
+    if n >= 1024 and n % 1024 == 0 or n > 10_000:
+        return f"{n / 1024:.0f}k"
+    return f"{n:g}"
+
+
 # ---- all items, in the order of the table --------------------------------------------------------
 # An item takes the flags and yields rows; `compare` makes them, or it builds `Row`s of its own.
 
@@ -597,6 +988,9 @@ ITEMS = {
     "mmcot-train": mmcot_train,
     "mmcot-decode": mmcot_decode,
     "detr": detr,
+    "loading": loading,
+    "start-up": start_up,
+    "growth": growth,
 }
 
 
@@ -655,6 +1049,8 @@ def parse_args(argv):
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--json", metavar="FILE", help="write machine and rows there as well")
+    plot = "draw how cost grows (item growth), as SVG"
+    parser.add_argument("--plot", metavar="FILE", help=plot)
     deep = "all layers on a CPU too: hours, and 24 GB"
     parser.add_argument("--full-depth", action="store_true", help=deep)
     tiny = "toy sizes: tries the program, says nothing about speed"
@@ -666,7 +1062,7 @@ def parse_args(argv):
     parser.add_argument("--side", help=argparse.SUPPRESS)  # ITEM/CASE/SIDE: the child's orders
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # where its parent's files are
     args = parser.parse_args(argv)
-    args.clock = time.process_time if args.cpu_time else time.perf_counter
+    args.clock = cpu_seconds if args.cpu_time else time.perf_counter
     args.full_depth |= args.device.startswith("cuda")
     sizes = [flag for flag in ("full_depth", "quick") if getattr(args, flag)]
     args.given = [f"--{flag.replace('_', '-')}" for flag in sizes]
