@@ -116,8 +116,6 @@ def compare(args, item, case, unit, ours, theirs, check):
         outputs[name] = probe()
         warm[name] = time.perf_counter() - start
         check(outputs["ours"], outputs[name])
-    for name, run in runs.items():  # only now: a training run changes the weights
-        warm[name] = warm[name] if run is probes[name] else clock(run)
     seconds = take_turns(runs, args, f"{item}, {case}", warm)
     del runs, probes, outputs
     gc.collect()
@@ -143,7 +141,7 @@ def run_and_probe(side):
 
 def take_turns(runs, args, what, warm):
     """{name: seconds of each repeat}: A B A B, each timed until the device has finished. A run
-    that takes milliseconds (`warm` has the seconds of one) is repeated within its turn."""
+    that takes milliseconds (by the seconds of its warm-up) is repeated within its turn."""
     seconds = {name: [] for name in runs}
     times = {name: max(1, min(50, int(SHORTEST / warm[name]))) for name in runs}
     for repeat in range(args.repeats):
@@ -187,7 +185,9 @@ def peak_memory(args, side):
     command = [sys.executable, __file__, "--side", side, "--folder", str(args.folder), *args.given]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"The process that measures {side} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"The process that measures the memory of {side} failed:\n{done.stderr[-2000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
@@ -538,7 +538,7 @@ def mmcot_decode(args):
     rationale in it, answer. Rows never end early (the weights know no end of a text), so that both
     sides do the same steps; what it is worth that finished rows leave comes on top.
     """
-    for size in ("base", "demo"):
+    for size in ("demo",) if args.quick else ("base", "demo"):
         folder = t5_folder(args, size)
         questions = Questions("test", size == "demo" or args.quick)
         lengths = (8, 2) if args.quick else (100, 8)  # ScienceQA's have 204 and 7 in the mean
@@ -1031,11 +1031,12 @@ def head():
 
 def machine(args):
     """Where this was measured, and what the machine can do at best: fp32 products and copies."""
-    a, b = (torch.randn(2048, 2048, device=args.device) for _ in range(2))
-    flops = 2 * 2048**3 / min(clock(lambda: a @ b) for _ in range(5))
-    source = torch.randn(2**26, device=args.device)  # 256 MiB: no cache holds it
+    n, size = (256, 2**20) if args.quick else (2048, 2**26)  # 256 MiB: no cache holds it
+    a, b = (torch.randn(n, n, device=args.device) for _ in range(2))
+    flops = 2 * n**3 / min(clock(lambda: a @ b) for _ in range(5))
+    source = torch.randn(size, device=args.device)
     target = torch.empty_like(source)
-    copied = 2 * 2**28 / min(clock(lambda: target.copy_(source)) for _ in range(5))
+    copied = 8 * size / min(clock(lambda: target.copy_(source)) for _ in range(5))
     device = platform.processor() or platform.machine()
     if args.device.startswith("cuda"):
         device = torch.cuda.get_device_name(args.device)
