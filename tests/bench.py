@@ -56,6 +56,7 @@ import train  # noqa: E402
 
 GIB = 2**30
 SHORTEST = 0.3  # seconds of a turn
+CLEAR_REFS = Path("/proc/self/clear_refs")
 REAL = Path(os.environ["NANOCOT_DATA"])
 DEMO_T5 = ROOT / "demo/t5"
 FEATURES = 100, 256  # DETR's: positions and width
@@ -69,12 +70,12 @@ class Side:
     """build() makes everything one side needs and returns run(), which does the work once, or
     (run, probe), where it is probe's output that is compared with the other side's.
 
-    amount  units of work in one run, for a rate; None: the row gives seconds.
+    amount  units of work in one run; in a case whose unit is "s" it stays one.
     target  what the ratio of ours over this opponent should be.
     """
 
     build: callable
-    amount: float = None
+    amount: float = 1.0
     target: float = None
 
 
@@ -101,37 +102,41 @@ def compare(args, item, case, unit, ours, theirs, check):
     nothing because another case is wanted."""
     sides = {"ours": ours} | theirs
     if args.side:
-        wanted = args.side.split("/")
+        wanted = args.side.split("/", 2)
         if wanted[:2] == [item, case]:
             measure_memory(sides[wanted[2]], args.device)
         return []
-    progress(f"{item}, {case}: setting up")
-    runs, probes = {}, {}
-    for name, side in sides.items():
-        runs[name], probes[name] = run_and_probe(side)
+    what = f"{item}, {case}"
+    progress(f"{what}: setting up")
+    built = {name: run_and_probe(side) for name, side in sides.items()}
     outputs, warm = {}, {}
-    for name, probe in probes.items():
-        progress(f"{item}, {case}: warming up, {name}")
+    for name, (_, probe) in built.items():
+        progress(f"{what}: warming up, {name}")
         start = time.perf_counter()
         outputs[name] = probe()
         warm[name] = time.perf_counter() - start
         check(outputs["ours"], outputs[name])
-    seconds = take_turns(runs, args, f"{item}, {case}", warm)
-    del runs, probes, outputs
+    seconds = take_turns({name: run for name, (run, _) in built.items()}, args, what, warm)
+    del built, outputs
     gc.collect()
     memory = {name: peak_memory(args, f"{item}/{case}/{name}") for name in sides}
     made = []
-    for name, side in theirs.items():
-        pair = {"ours": ours, name: side}
-        values = [rates(pair[n], seconds[n]) for n in pair]
-        middle = [statistics.median(v) for v in values]
-        ratios = [b / a if unit == "s" else a / b for a, b in zip(*values, strict=True)]
-        ratio = middle[1] / middle[0] if unit == "s" else middle[0] / middle[1]
-        spread, peak = (min(ratios), max(ratios)), (memory["ours"], memory[name])
-        row = Row(item, case, name, *middle, unit, ratio, spread, side.target, peak)
+    for name in theirs:
+        peaks = (memory["ours"], memory[name])
+        row = Row(item, case, name, *figures(sides, seconds, name, unit), memory=peaks)
         progress(line(row), keep=True)
         made.append(row)
     return made
+
+
+def figures(sides, seconds, name, unit):
+    """ours, theirs, unit, ratio, spread and target of a `Row`."""
+    speeds = [[sides[n].amount / s for s in seconds[n]] for n in ("ours", name)]
+    middle = [statistics.median(v) for v in speeds]
+    ratios = [a / b for a, b in zip(*speeds, strict=True)]
+    shown = [1 / speed for speed in middle] if unit == "s" else middle
+    spread = (min(ratios), max(ratios))
+    return *shown, unit, middle[0] / middle[1], spread, sides[name].target
 
 
 def run_and_probe(side):
@@ -173,13 +178,10 @@ def clock(run, now=time.perf_counter):
     return now() - start
 
 
-def rates(side, seconds):
-    return [side.amount / s if side.amount else s for s in seconds]
-
-
 def peak_memory(args, side):
-    """Bytes at the peak of one run of a side, in a process of its own; None with --no-memory."""
-    if not args.memory:
+    """Bytes at the peak of one run of a side, in a process of its own; None with --no-memory, and
+    on a CPU where there is no Linux to ask."""
+    if not args.memory or not (args.device.startswith("cuda") or CLEAR_REFS.exists()):
         return None
     progress(f"memory of {side}")
     command = [sys.executable, __file__, "--side", side, "--folder", str(args.folder), *args.given]
@@ -200,7 +202,7 @@ def measure_memory(side, device):
         run()
         peak = torch.cuda.max_memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+        CLEAR_REFS.write_text("5")  # VmHWM := VmRSS
         run()
         status = Path("/proc/self/status").read_text()
         peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
@@ -1085,6 +1087,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, on both sides
     if args.side:
         return list(ITEMS[args.side.split("/")[0]](args))
     with tempfile.TemporaryDirectory(prefix="nanocot-bench-") as args.folder:

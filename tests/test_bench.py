@@ -14,7 +14,7 @@ def toy(*flags):
     return bench.parse_args([*QUICK, *flags])
 
 
-def side(output, amount=None, target=None):
+def side(output, amount=1, target=None):
     return bench.Side(lambda: lambda: output, amount, target)
 
 
@@ -27,7 +27,7 @@ def test_rows_have_medians_ratios_and_neighbours(monkeypatch, capsys):
     [row] = bench.compare(toy(), "toy", "eights", "things/s", *given)
     assert (row.ours, row.theirs, row.ratio) == (4.0, 2.0, 2.0)
     assert row.spread == (0.5, 4.0)
-    opponents["slow"].amount = given[0].amount = None
+    opponents["slow"].amount = given[0].amount = 1
     [row] = bench.compare(toy(), "toy", "seconds", "s", *given)
     assert (row.ours, row.theirs, row.ratio, row.spread) == (2.0, 4.0, 2.0, (0.5, 4.0))
     assert ">= 1.5 " in bench.line(row) and "missed" not in bench.line(row)
