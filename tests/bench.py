@@ -123,9 +123,7 @@ def compare(args, item, case, unit, ours, theirs, check):
     made = []
     for name in theirs:
         peaks = (memory["ours"], memory[name])
-        row = Row(item, case, name, *figures(sides, seconds, name, unit), memory=peaks)
-        progress(line(row), keep=True)
-        made.append(row)
+        made.append(Row(item, case, name, *figures(sides, seconds, name, unit), memory=peaks))
     return made
 
 
@@ -210,12 +208,10 @@ def measure_memory(side, device):
     sys.exit(0)
 
 
-def progress(text, keep=False):
-    """One running line on a terminal; what is kept is a line of its own, anywhere."""
+def progress(text):
+    """The running line of a terminal."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="\n" if keep else "", file=sys.stderr, flush=True)
-    elif keep:
-        print(text, file=sys.stderr, flush=True)
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 # ---- what both sides share -----------------------------------------------------------------------
@@ -928,7 +924,6 @@ def growth(args):
             flat = axis == "vocabulary" and "chunks" in what
             row = Row("growth", case, "growth of the size", grown, size, "times", grown / size)
             row.target, row.at_most = (1.1 / size if flat else None), True
-            progress(line(row), keep=True)
             yield row
     if args.plot:
         Path(args.plot).write_text(svg(panels))
@@ -1023,13 +1018,13 @@ def line(row):
     memory = " / ".join("-" if m is None else f"{m / GIB:.2f}" for m in row.memory or ())
     name = f"{row.item}: {row.case}"
     return (
-        f"{name:58} {row.against:34} {ours:>8} {theirs:>8} {row.unit:10} {row.ratio:6.2f}x "
+        f"{name:67} {row.against:31} {ours:>8} {theirs:>8} {row.unit:10} {row.ratio:6.2f}x "
         f"{spread:11} {target:14} {memory}"
     )
 
 
 def head():
-    names = f"{'item':58} {'against':34} {'ours':>8} {'theirs':>8} {'unit':10} {'ratio':>7} "
+    names = f"{'item':67} {'against':31} {'ours':>8} {'theirs':>8} {'unit':10} {'ratio':>7} "
     return names + f"{'spread':11} {'target':14} GiB ours / theirs"
 
 
@@ -1093,13 +1088,17 @@ def main(argv=None):
     if args.side:
         return list(ITEMS[args.side.split("/")[0]](args))
     with tempfile.TemporaryDirectory(prefix="nanocot-bench-") as args.folder:
-        where = machine(args)
-        print(", ".join(f"{k} {v}" for k, v in where.items()), flush=True)
-        rows = [row for name in args.only for row in ITEMS[name](args)]
-    print("\n".join([head(), *map(line, rows)]))
-    if args.json:
-        result = {"machine": where, "rows": [asdict(row) for row in rows]}
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        where, rows = machine(args), []
+        print(", ".join(f"{k} {v}" for k, v in where.items()))
+        print(head(), flush=True)
+        for name in args.only:
+            for row in ITEMS[name](args):
+                progress("")
+                print(line(row), flush=True)
+                rows.append(row)
+            if args.json:  # after each item: the next may fail
+                result = {"machine": where, "rows": [asdict(row) for row in rows]}
+                Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     return rows
 
 
