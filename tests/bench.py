@@ -443,8 +443,9 @@ class Training:
         made = [rows for rows in made if len(rows) == B]
         made.sort(key=lambda rows: sum(lengths[i] for i in rows))
         made = made[len(made) // (2 * count) :: len(made) // count][:count]  # evenly, by length
-        self.same = [[every[i] for i in rows] for rows in made]
-        self.examples = [example for rows in self.same for example in rows]
+        chosen = sorted((i for rows in made for i in rows), key=lambda i: lengths[i])
+        self.examples = [every[i] for i in chosen]  # which `fit` will split in the same way:
+        self.same = [self.examples[at : at + B] for at in range(0, len(chosen), B)]
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         self.random = [[self.examples[i] for i in order[at::count]] for at in range(count)]
         self.published = [self.examples[:: max(1, len(self.examples) // padded_B)][:padded_B]]
