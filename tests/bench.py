@@ -349,7 +349,7 @@ def write_t5(config, folder):
     oracle.write_checkpoint(folder, architecture, oracle.seeded_weights(shapes))
 
 
-def hf_multimodal(folder, device):
+def hf_multimodal(folder, device, attention=None):
     """transformers' T5 with the paper's fusion behind its encoder: Eq. 3-6 from torch's own parts,
     under the released names, as Multimodal-CoT subclasses it. The published code ran on
     transformers 4.30; this runs on today's, which is faster."""
@@ -379,7 +379,8 @@ def hf_multimodal(folder, device):
             labels = batch["labels"].to(self.device)
             return self(**self.fused(batch), labels=labels, use_cache=False).loss
 
-    return MultimodalHF.from_pretrained(folder).to(device).eval()
+    model = MultimodalHF.from_pretrained(folder, attn_implementation=attention)
+    return model.to(device).eval()
 
 
 class Questions:
@@ -404,8 +405,9 @@ def mmcot_train(args):
 
     As published: every source padded to 512 tokens, every target to 512 (rationale) or 64 (answer),
     pads in the loss. Multimodal-CoT's code cannot be in this repository, so its padding and loss
-    are rebuilt on transformers' T5. The other two opponents are the same T5 with dynamic padding:
-    in our batches, which are of like length, and in random ones, as most people run it.
+    are rebuilt on transformers' T5, with eager attention: 4.30, which it ran on, has no other. The
+    two other opponents are the same T5 with fused attention and dynamic padding: in our batches,
+    which are of like length, and in random ones, as most people run it.
     """
     layers = 12 if args.full_depth else 3
     config = t5_config(args, layers)
@@ -473,8 +475,10 @@ class Training:
         return run, probe
 
     def theirs(self, kind):
-        model = self.shared.get("hf") or hf_multimodal(self.folder, self.device)
-        self.shared["hf"] = model  # one for all three: they take turns
+        attention = "eager" if kind == "published" else None
+        if attention not in self.shared:  # one model for two opponents: they take turns
+            self.shared[attention] = hf_multimodal(self.folder, self.device, attention)
+        model = self.shared[attention]
         batches, collate = getattr(self, kind), self.pad if kind == "published" else data.collate
 
         def run():
