@@ -382,6 +382,8 @@ def check_dtype(dtype):
 # Decoding: one loop for every model that generates
 # ----------------------------------------------------------------------------------------------
 
+ONEDNN = 2**18  # weights of a layer from which on it is worth its 12 us a call
+
 
 def pick(logits, temperature=0.0, generator=None):
     """The next ids (B,) from logits (B, V): arg-max, or a sample at `temperature`."""
@@ -450,6 +452,28 @@ def decode(
         if t + 1 < max_new_tokens:
             logits = step(ids[:, None], cache)  # (B, V)
     return out[:, : t + 1], stops
+
+
+@contextlib.contextmanager
+def onednn(layers, rows=None):
+    """Inside, a CPU multiplies by those of `layers` that are plain, big and fp32 with oneDNN, which
+    torch keeps for compiled models: 1.1 times as fast as its BLAS, and 1.1 to 2.3 times for the few
+    `rows` of a decoding step (an int), if the weights are laid out for them, which costs a copy.
+    Without gradients only."""
+    ops, ours = torch.ops.mkldnn, []
+    usable = torch.backends.mkldnn.is_available() and not torch.is_grad_enabled()
+    for m in layers if usable else ():
+        w = m.weight if type(m) is nn.Linear and m.bias is None else torch.empty(0)
+        if w.numel() >= ONEDNN and w.device.type == "cpu" and w.dtype == torch.float32:
+            if (rows or 1) > 1:  # one row is bound by reading the weights, whatever their layout
+                w = ops._reorder_linear_weight(w, rows)
+            m.forward = lambda x, w=w: ops._linear_pointwise(x, w, None, "none", [], "")
+            ours.append(m)
+    try:
+        yield
+    finally:
+        for m in ours:
+            del m.forward  # the class's own is seen again
 
 
 # ----------------------------------------------------------------------------------------------
@@ -821,7 +845,8 @@ class T5(nn.Module):
 
     def encode(self, input_ids, attention_mask):
         """(B, T) ids and mask -> encoder states (B, T, D)."""
-        return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
+        with onednn(self.encoder.modules()):
+            return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
 
     def mask_bias(self, attention_mask):
         """(B, T) of ones and zeros -> additive (B, 1, 1, T): 0 or the dtype's lowest number."""
@@ -857,16 +882,19 @@ class T5(nn.Module):
     @torch.inference_mode()
     def generate_from(self, memory, attention_mask, max_new_tokens, **how):
         """As `generate`, from encoder states (B, T, D), perhaps fused with a picture."""
-        c = self.config
+        c, weight = self.config, (self.lm_head or self.shared).weight
         cache = T5Cache(self.decoder, memory, self.mask_bias(attention_mask), max_new_tokens)
+        head = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        head.weight = weight
 
         def step(ids, cache):  # (B, 1) -> (B, V)
-            return self.head(self.scaled(self.decoder.step(self.shared(ids[:, 0]), cache)))
+            return head(self.scaled(self.decoder.step(self.shared(ids[:, 0]), cache)))
 
         start = torch.full((len(memory), 1), c.decoder_start_token_id, device=memory.device)
         ends = (c.eos_token_id, c.pad_token_id)
-        first = step(start, cache)  # (B, V)
-        return decode(first, step, cache, max_new_tokens, *ends, **how)[0]
+        with onednn([*self.decoder.modules(), head], len(memory)):
+            first = step(start, cache)  # (B, V)
+            return decode(first, step, cache, max_new_tokens, *ends, **how)[0]
 
 
 # ----------------------------------------------------------------------------------------------
