@@ -439,12 +439,13 @@ def decode(
         out[rows, t] = ids
         if on_token:
             on_token(t, ids)
-        ended = ids == eos_id
-        looped = ~ended & looping(out[rows, : t + 1]) if stop_loops else torch.zeros_like(ended)
-        alive = ~(ended | looped)
-        if not alive.all():
-            for row, loop in zip(rows[~alive].tolist(), looped[~alive].tolist(), strict=True):
-                stops[row] = "loop" if loop else "eos"
+        stopped = ended = ids == eos_id  # (B,)
+        if stop_loops:
+            stopped = ended | looping(out[rows, : t + 1])
+        if stopped.any():
+            for row, end in zip(rows[stopped].tolist(), ended[stopped].tolist(), strict=True):
+                stops[row] = "eos" if end else "loop"
+            alive = ~stopped
             rows, ids = rows[alive], ids[alive]
             if not len(rows):
                 break

@@ -521,6 +521,24 @@ def test_greedy_ids_equal_the_reference(speaker):
     assert torch.equal(ours, theirs)
 
 
+def test_onednn_changes_no_id(speaker, monkeypatch):
+    """Rows leave, so that weights laid out for six meet fewer; one row has a path of its own."""
+    ids, mask = speaker.ids, speaker.mask
+    plain = [speaker.t5.generate(ids[:n], mask[:n], max_new_tokens=20) for n in (6, 1)]
+    with torch.no_grad():
+        memory = speaker.t5.encode(ids, mask)
+    called, forward = [], torch.nn.Linear.forward
+    monkeypatch.setattr(model, "ONEDNN", 1)
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *a: called.append(1) or forward(*a))
+    with torch.no_grad():
+        close(speaker.t5.encode(ids, mask), memory, 1e-5)
+    assert not called
+    fast = [speaker.t5.generate(ids[:n], mask[:n], max_new_tokens=20) for n in (6, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, fast, strict=True))
+    assert len(called) == 2 * 2 * 2  # only the keys and values of the source, once, in two layers
+    assert speaker.t5.encode(ids, mask).requires_grad and len(called) > 8  # it has no gradients
+
+
 def test_cached_equals_recomputed(speaker):
     ours = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
     assert torch.equal(padded(ours, 20), recompute(speaker.t5, speaker.ids, speaker.mask, 20))
