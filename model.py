@@ -1287,8 +1287,30 @@ class GemmaNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
 
     def forward(self, x):  # (B, T, D)
-        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
+        return Normed.apply(x, self.weight, self.eps)
+
+
+class Normed(torch.autograd.Function):
+    """GemmaNorm's y = x r (1 + w), r = (mean x^2 + eps)^-0.5. Keeps x as it is and r, where
+    autograd would keep two or three copies of x in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.float()
+        r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)  # (B, T, 1)
+        ctx.save_for_backward(x, r, weight)
+        return (y * r * (1 + weight.float())).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, given):
+        """dx = r (g - n mean(g n)), with n = x r and g = dy (1 + w); dw = sum dy n."""
+        x, r, weight = ctx.saved_tensors
+        n, g = x.float() * r, given.float()  # (B, T, D)
+        learns = ctx.needs_input_grad[1]
+        of_weight = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if learns else None  # (D,)
+        g = g * (1 + weight.float())
+        g = (g - n * (g * n).mean(-1, keepdim=True)) * r
+        return g.to(x.dtype), of_weight, None
 
 
 def rotary_angles(positions, width, theta, dtype):
@@ -1362,6 +1384,9 @@ class GemmaAttention(nn.Module):
         K = c.num_key_value_heads
         scale, cap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
         q = q.unflatten(1, (K, -1)).flatten(2, 3) * (scale / (cap or 1))  # (B, K, G*T, H)
+        if torch.is_grad_enabled() and q.requires_grad:
+            out = CappedAttention.apply(q, k, v, bias, cap).unflatten(2, (-1, T)).flatten(1, 2)
+            return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
         scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T))  # (B, K, G, T, S)
         if cap:  # cap * tanh(scores / cap): the division was done on q, which is smaller
             scores = torch.add(bias[:, :, None], scores.tanh(), alpha=cap)
@@ -1372,6 +1397,43 @@ class GemmaAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
+class CappedAttention(torch.autograd.Function):
+    """The same for training: keeps q, k and v and computes the scores again on the way back, those
+    of one key-value head at a time, where autograd would keep three tensors of N * T * S."""
+
+    @staticmethod
+    def weights(q, k, bias, cap):
+        """One head's q (B, G*T, H) and k (B, S, H) -> capped scores / cap, weights (B, G*T, S)."""
+        scores = q @ k.transpose(1, 2)  # (B, G*T, S)
+        scores = scores.tanh_() if cap else scores
+        groups = scores.unflatten(1, (-1, bias.shape[2]))  # (B, G, T, S)
+        biased = torch.add(bias, groups, alpha=cap or 1)
+        return scores, biased.softmax(-1, dtype=torch.float32).flatten(1, 2)
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, cap):
+        """q (B, K, G*T, H), already over its scale and the cap; k, v (B, K, S, H) -> as q."""
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.cap, heads = cap, zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
+        weigh = CappedAttention.weights
+        return torch.stack([weigh(q, k, bias, cap)[1].to(v.dtype) @ v for q, k, v in heads], 1)
+
+    @staticmethod
+    def backward(ctx, given):
+        *saved, bias = ctx.saved_tensors
+        heads, gradients = zip(*(x.unbind(1) for x in (*saved, given)), strict=True), []
+        for q, k, v, g in heads:
+            capped, weights = CappedAttention.weights(q, k, bias, ctx.cap)  # (B, G*T, S)
+            of_v = weights.to(v.dtype).transpose(1, 2) @ g  # (B, S, H)
+            g = (g @ v.transpose(1, 2)).float()  # (B, G*T, S)
+            g = torch.ops.aten._softmax_backward_data(g, weights, -1, torch.float32).to(q.dtype)
+            del weights
+            if ctx.cap:
+                g = torch.ops.aten.tanh_backward(g, capped).mul_(ctx.cap)
+            gradients.append((g @ k, g.transpose(1, 2) @ q, of_v))
+        return *(torch.stack(parts, 1) for parts in zip(*gradients, strict=True)), None, None
+
+
 class GemmaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -1380,8 +1442,23 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(ffn, D, bias=False)
 
     def forward(self, x):  # (B, T, D)
-        hidden = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # (B, T, F)
+        hidden = GatedGELU.apply(self.gate_proj(x), self.up_proj(x))  # (B, T, F)
         return self.down_proj(hidden)  # (B, T, D)
+
+
+class GatedGELU(torch.autograd.Function):
+    """GELU(gate) * up, which keeps gate and up but not GELU(gate)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx, given):
+        gate, up = ctx.saved_tensors
+        of_up = F.gelu(gate, approximate="tanh").mul_(given)
+        return torch.ops.aten.gelu_backward(given * up, gate, approximate="tanh"), of_up
 
 
 class GemmaLayer(nn.Module):
