@@ -1373,12 +1373,16 @@ class GemmaAttention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * H, c.hidden_size, bias=False)
         self.softmax = nn.Softmax(-1)  # a module, so that a hook can watch the weights
 
-    def forward(self, x, cos, sin, bias, cache=None):
-        """x (B, T, D), angles (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D)."""
-        c, T = self.config, x.shape[1]
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+    def forward(self, x, cos, sin, bias, cache=None, last=None):
+        """x (B, T, D), angles (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D).
+
+        With `last` so many of the T are queries, and the result is (B, last, D)."""
+        c, asking = self.config, x if last is None else x[:, -last:]
+        T = asking.shape[1]
+        projected = (self.q_proj(asking), self.k_proj(x), self.v_proj(x))
         q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in projected)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, N, T, H), (B, K, T, H)
+        q, k = rotate(q, cos[:, :, -T:], sin[:, :, -T:]), rotate(k, cos, sin)
+        bias = bias[:, :, -T:]  # (B, 1, T, S), for q (B, N, T, H) and k (B, K, T, H)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, H)
         K = c.num_key_value_heads
@@ -1472,9 +1476,9 @@ class GemmaLayer(nn.Module):
         self.pre_feedforward_layernorm = GemmaNorm(*norm)
         self.post_feedforward_layernorm = GemmaNorm(*norm)
 
-    def forward(self, x, cos, sin, bias, cache=None):  # (B, T, D)
-        h = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache)
-        x = x + self.post_attention_layernorm(h)
+    def forward(self, x, cos, sin, bias, cache=None, last=None):  # (B, T, D)
+        h = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache, last)
+        x = (x if last is None else x[:, -last:]) + self.post_attention_layernorm(h)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -1533,8 +1537,10 @@ class Gemma2(nn.Module):
         x = self.embed_tokens(input_ids)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
-    def forward(self, x, valid, suffix, cache=None):
-        """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D)."""
+    def forward(self, x, valid, suffix, cache=None, last=None):
+        """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D).
+
+        With `last` those of so many last tokens alone: the top layer computes no others."""
         c, T = self.config, x.shape[1]
         if cache is not None:
             valid, suffix = cache.extend(valid, suffix)  # (B, S)
@@ -1546,11 +1552,12 @@ class Gemma2(nn.Module):
         positions = valid.cumsum(1)[:, -T:] - 1  # (B, T)
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H) each
         for i, layer in enumerate(self.layers):
-            given = (x, *angles, sliding if c.is_sliding(i) else full)
+            given = (x, *angles, sliding if c.is_sliding(i) else full, cache and cache.layers[i])
+            given += (last if i == len(self.layers) - 1 else None,)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *given, use_reentrant=False)
             else:
-                x = layer(*given, cache and cache.layers[i])
+                x = layer(*given)
         return self.norm(x)
 
 
@@ -1696,8 +1703,9 @@ class PaliGemma(nn.Module):
         token_type_ids=None,
         image_features=None,
         cache=None,
+        last=None,
     ):
-        """(B, T) ids -> states (B, T, D) after the final norm; a loss may need only some of them.
+        """(B, T) ids -> states (B, T, D) after the final norm, or those of the `last` tokens.
 
         attention_mask  0 at pads, on the left or on the right.
         token_type_ids  0 for picture and prefix, 1 for the suffix; None is all prefix.
@@ -1719,7 +1727,7 @@ class PaliGemma(nn.Module):
         ones = torch.ones_like(input_ids)
         valid = (ones if attention_mask is None else attention_mask).bool()  # (B, T)
         suffix = (ones * 0 if token_type_ids is None else token_type_ids).bool()  # (B, T)
-        return self.language_model(x, valid, suffix, cache)
+        return self.language_model(x, valid, suffix, cache, last)
 
     def head(self, states):
         """(..., D) -> soft-capped logits (..., V)."""
@@ -1768,9 +1776,11 @@ class PaliGemma(nn.Module):
         )
         ones = torch.ones_like(input_ids)
         mask = ones if attention_mask is None else attention_mask  # (B, T)
-        states = self.states(input_ids, mask, token_type_ids, image_features, cache)  # (B, T, D)
-        last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)  # (B,), the last that is no pad
-        first = self.head(states[torch.arange(len(last), device=last.device), last])  # (B, V)
+        pads = mask.int().flip(1).argmax(1)  # (B,), behind the last token that is none
+        last = int(pads.max()) + 1
+        given = (input_ids, mask, token_type_ids, image_features, cache, last)
+        states = self.states(*given)  # (B, last, D)
+        first = self.head(states[torch.arange(len(pads), device=pads.device), -1 - pads])  # (B, V)
 
         def step(ids, cache):  # (B, 1) -> (B, V)
             return self.head(self.states(ids, None, torch.ones_like(ids), None, cache)[:, -1])
