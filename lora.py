@@ -120,14 +120,15 @@ class Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, given):
         x, weight, A, B, low = ctx.saved_tensors
-        wanted, flat = ctx.needs_input_grad, given.flatten(0, -2)  # (n, O)
+        wanted, flat = ctx.needs_input_grad, given.reshape(-1, given.shape[-1])  # (n, O)
         exact = flat.to(A.dtype)
         of_low = exact @ B * ctx.scaling  # (n, r)
-        of_B = exact.T @ low.flatten(0, -2)  # (O, r)
+        of_B = exact.T @ low.view(-1, low.shape[-1])  # (O, r)
         del exact
-        of_A = of_low.T @ x.flatten(0, -2).to(A.dtype)  # (r, I)
+        x = x.reshape(-1, x.shape[-1])  # (n, I)
+        of_A = of_low.T @ x.to(A.dtype)  # (r, I)
         of_x = plus(given @ weight, of_low.view(*given.shape[:-1], -1), A) if wanted[0] else None
-        of_weight = flat.T @ x.flatten(0, -2) if wanted[1] else None  # frozen, but for whoever
+        of_weight = flat.T @ x if wanted[1] else None  # frozen, but for whoever
         of_bias = flat.sum(0) if wanted[2] else None  # unfreezes it
         return of_x, of_weight, of_bias, of_A, of_B, None
 

@@ -1287,12 +1287,15 @@ class GemmaNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
 
     def forward(self, x):  # (B, T, D)
-        return Normed.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return Normed.apply(x, self.weight, self.eps)
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
 
 
 class Normed(torch.autograd.Function):
-    """GemmaNorm's y = x r (1 + w), r = (mean x^2 + eps)^-0.5. Keeps x as it is and r, where
-    autograd would keep two or three copies of x in fp32."""
+    """The same for training: y = x r (1 + w), r = (mean x^2 + eps)^-0.5. Keeps x as it is, and r,
+    where autograd would keep two or three copies of x in fp32."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -1379,10 +1382,10 @@ class GemmaAttention(nn.Module):
         With `last` so many of the T are queries, and the result is (B, last, D)."""
         c, asking = self.config, x if last is None else x[:, -last:]
         T = asking.shape[1]
-        projected = (self.q_proj(asking), self.k_proj(x), self.v_proj(x))
+        projected = self.q_proj(asking), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in projected)
-        q, k = rotate(q, cos[:, :, -T:], sin[:, :, -T:]), rotate(k, cos, sin)
-        bias = bias[:, :, -T:]  # (B, 1, T, S), for q (B, N, T, H) and k (B, K, T, H)
+        k, bias = rotate(k, cos, sin), bias[:, :, -T:]  # (B, K, T, H), (B, 1, T, S)
+        q = rotate(q, cos[:, :, -T:], sin[:, :, -T:])  # (B, N, T, H)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, H)
         K = c.num_key_value_heads
@@ -1446,8 +1449,10 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(ffn, D, bias=False)
 
     def forward(self, x):  # (B, T, D)
-        hidden = GatedGELU.apply(self.gate_proj(x), self.up_proj(x))  # (B, T, F)
-        return self.down_proj(hidden)  # (B, T, D)
+        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, F)
+        if torch.is_grad_enabled():
+            return self.down_proj(GatedGELU.apply(gate, up))  # (B, T, D)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
 
 
 class GatedGELU(torch.autograd.Function):
