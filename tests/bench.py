@@ -54,6 +54,7 @@ import train  # noqa: E402
 
 GIB = 2**30
 SHORTEST = 0.3  # seconds of a turn
+CLEAR_REFS = Path("/proc/self/clear_refs")
 REAL = Path(os.environ["NANOCOT_DATA"])
 DEMO_T5 = ROOT / "demo/t5"
 FEATURES = 100, 256  # DETR's: positions and width
@@ -67,12 +68,12 @@ class Side:
     """build() makes everything one side needs and returns run(), which does the work once, or
     (run, probe), where it is probe's output that is compared with the other side's.
 
-    amount  units of work in one run, for a rate; None: the row gives seconds.
+    amount  units of work in one run; in a case whose unit is "s" it stays one.
     target  what the ratio of ours over this opponent should be.
     """
 
     build: callable
-    amount: float = None
+    amount: float = 1.0
     target: float = None
 
 
@@ -99,39 +100,39 @@ def compare(args, item, case, unit, ours, theirs, check):
     nothing because another case is wanted."""
     sides = {"ours": ours} | theirs
     if args.side:
-        wanted = args.side.split("/")
+        wanted = args.side.split("/", 2)
         if wanted[:2] == [item, case]:
             measure_memory(sides[wanted[2]], args.device)
         return []
-    progress(f"{item}, {case}: setting up")
-    runs, probes = {}, {}
-    for name, side in sides.items():
-        runs[name], probes[name] = run_and_probe(side)
+    what = f"{item}, {case}"
+    progress(f"{what}: setting up")
+    built = {name: run_and_probe(side) for name, side in sides.items()}
     outputs, warm = {}, {}
-    for name, probe in probes.items():
-        progress(f"{item}, {case}: warming up, {name}")
+    for name, (_, probe) in built.items():
+        progress(f"{what}: warming up, {name}")
         start = time.perf_counter()
         outputs[name] = probe()
         warm[name] = time.perf_counter() - start
         check(outputs["ours"], outputs[name])
-    for name, run in runs.items():  # only now: a training run changes the weights
-        warm[name] = warm[name] if run is probes[name] else clock(run)
-    seconds = take_turns(runs, args, f"{item}, {case}", warm)
-    del runs, probes, outputs
+    seconds = take_turns({name: run for name, (run, _) in built.items()}, args, what, warm)
+    del built, outputs
     gc.collect()
     memory = {name: peak_memory(args, f"{item}/{case}/{name}") for name in sides}
     made = []
-    for name, side in theirs.items():
-        pair = {"ours": ours, name: side}
-        values = [rates(pair[n], seconds[n]) for n in pair]
-        middle = [statistics.median(v) for v in values]
-        ratios = [b / a if unit == "s" else a / b for a, b in zip(*values, strict=True)]
-        ratio = middle[1] / middle[0] if unit == "s" else middle[0] / middle[1]
-        spread, peak = (min(ratios), max(ratios)), (memory["ours"], memory[name])
-        row = Row(item, case, name, *middle, unit, ratio, spread, side.target, peak)
-        progress(line(row), keep=True)
-        made.append(row)
+    for name in theirs:
+        peaks = (memory["ours"], memory[name])
+        made.append(Row(item, case, name, *figures(sides, seconds, name, unit), memory=peaks))
     return made
+
+
+def figures(sides, seconds, name, unit):
+    """ours, theirs, unit, ratio, spread and target of a `Row`."""
+    speeds = [[sides[n].amount / s for s in seconds[n]] for n in ("ours", name)]
+    middle = [statistics.median(v) for v in speeds]
+    ratios = [a / b for a, b in zip(*speeds, strict=True)]
+    shown = [1 / speed for speed in middle] if unit == "s" else middle
+    spread = (min(ratios), max(ratios))
+    return *shown, unit, middle[0] / middle[1], spread, sides[name].target
 
 
 def run_and_probe(side):
@@ -141,7 +142,7 @@ def run_and_probe(side):
 
 def take_turns(runs, args, what, warm):
     """{name: seconds of each repeat}: A B A B, each timed until the device has finished. A run
-    that takes milliseconds (`warm` has the seconds of one) is repeated within its turn."""
+    that takes milliseconds (by the seconds of its warm-up) is repeated within its turn."""
     seconds = {name: [] for name in runs}
     times = {name: max(1, min(50, int(SHORTEST / warm[name]))) for name in runs}
     for repeat in range(args.repeats):
@@ -173,19 +174,18 @@ def clock(run, now=time.perf_counter):
     return now() - start
 
 
-def rates(side, seconds):
-    return [side.amount / s if side.amount else s for s in seconds]
-
-
 def peak_memory(args, side):
-    """Bytes at the peak of one run of a side, in a process of its own; None with --no-memory."""
-    if not args.memory:
+    """Bytes at the peak of one run of a side, in a process of its own; None with --no-memory, and
+    on a CPU where there is no Linux to ask."""
+    if not args.memory or not (args.device.startswith("cuda") or CLEAR_REFS.exists()):
         return None
     progress(f"memory of {side}")
     command = [sys.executable, __file__, "--side", side, "--folder", str(args.folder), *args.given]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"The process that measures {side} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"The process that measures the memory of {side} failed:\n{done.stderr[-2000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
@@ -198,7 +198,7 @@ def measure_memory(side, device):
         run()
         peak = torch.cuda.max_memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+        CLEAR_REFS.write_text("5")  # VmHWM := VmRSS
         run()
         status = Path("/proc/self/status").read_text()
         peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
@@ -206,12 +206,10 @@ def measure_memory(side, device):
     sys.exit(0)
 
 
-def progress(text, keep=False):
-    """One running line on a terminal; what is kept is a line of its own, anywhere."""
+def progress(text):
+    """The running line of a terminal."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="\n" if keep else "", file=sys.stderr, flush=True)
-    elif keep:
-        print(text, file=sys.stderr, flush=True)
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 # ---- what both sides share -----------------------------------------------------------------------
@@ -443,8 +441,9 @@ class Training:
         made = [rows for rows in made if len(rows) == B]
         made.sort(key=lambda rows: sum(lengths[i] for i in rows))
         made = made[len(made) // (2 * count) :: len(made) // count][:count]  # evenly, by length
-        self.same = [[every[i] for i in rows] for rows in made]
-        self.examples = [example for rows in self.same for example in rows]
+        chosen = sorted((i for rows in made for i in rows), key=lambda i: lengths[i])
+        self.examples = [every[i] for i in chosen]  # which `fit` will split in the same way:
+        self.same = [self.examples[at : at + B] for at in range(0, len(chosen), B)]
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         self.random = [[self.examples[i] for i in order[at::count]] for at in range(count)]
         self.published = [self.examples[:: max(1, len(self.examples) // padded_B)][:padded_B]]
@@ -536,7 +535,7 @@ def mmcot_decode(args):
     rationale in it, answer. Rows never end early (the weights know no end of a text), so that both
     sides do the same steps; what it is worth that finished rows leave comes on top.
     """
-    for size in ("base", "demo"):
+    for size in ("demo",) if args.quick else ("base", "demo"):
         folder = t5_folder(args, size)
         questions = Questions("test", size == "demo" or args.quick)
         lengths = (8, 2) if args.quick else (100, 8)  # ScienceQA's have 204 and 7 in the mean
@@ -611,17 +610,16 @@ def same(ours, theirs):
 
 # ---- PaliGemma: adapters, decoding, memory -------------------------------------------------------
 
-CUT = 2  # layers of each of the 3B's towers on a CPU; the width and the 257,216 words are its own
-
 
 def pali_folder(args):
-    """PaliGemma2-3B's files: 224 pixels and few layers on a CPU, all of it at 448 on a GPU."""
+    """PaliGemma2-3B's files: on a CPU of 224 pixels and two layers in each tower, on a GPU of 448
+    and all; the width and the 257,216 words are always its own."""
     if args.quick:
         return ROOT / "demo/paligemma"
     if args.full_depth:
-        write = functools.partial(write_paligemma, layers=(26, 27), side=448)
-        return made_once(args, "paligemma-3b", write)
-    return made_once(args, "paligemma-cut", write_paligemma)
+        write = functools.partial(write_paligemma, 26, 27, side=448)
+        return made_once(args, "paligemma-448", write)
+    return made_once(args, "paligemma", functools.partial(write_paligemma, 2, 2))
 
 
 def pali_case(args, folder):
@@ -823,7 +821,6 @@ def pali_decode(args):
             values = (rows[0].ours, bound, "tokens/s", rows[0].ours / bound)
             row = Row("pali-decode", case, f"bandwidth bound, {gb_s:.1f} GB/s", *values)
             row.target = 0.6 if args.device.startswith("cuda") else 0.9
-            progress(line(row), keep=True)
             yield row
 
 
@@ -875,7 +872,6 @@ def live_bytes(args):
         for against, target in targets.items():
             values = (peak / GIB, peaks[against] / GIB, "GiB", peak / peaks[against])
             row = Row("memory", case, against, *values, target=target, at_most=True)
-            progress(line(row), keep=True)
             yield row
 
 
@@ -883,34 +879,39 @@ def live_bytes(args):
 
 
 def loading(args):
-    """Seconds from a folder in the page cache to a model of which every page was read once."""
+    """Seconds from a folder in the page cache to a model that can be called, and to one of which
+    every page was read as well. Both sides map the file, so the second has the first use in it."""
     from transformers import PaliGemmaForConditionalGeneration
 
+    layers = (26, 27) if args.full_depth else (2, 2)
     t5 = t5_folder(args, "base")
-    pali, layers = made_once(args, "paligemma-cut", write_paligemma), CUT
-    sides = {
+    pali = made_once(args, "paligemma", functools.partial(write_paligemma, *layers))
+    models = {
         f"mm-cot T5-base, fp32, {gigabytes(t5)}": (
             lambda: fusion.MultimodalT5.from_pretrained(t5),
             lambda: hf_multimodal(t5, "cpu"),
         ),
-        f"PaliGemma2, {layers} + {layers} layers, bf16, {gigabytes(pali)}": (
+        f"PaliGemma2, {layers[0]} + {layers[1]} layers, bf16, {gigabytes(pali)}": (
             lambda: nano.PaliGemma.from_pretrained(pali, torch.bfloat16),
             lambda: PaliGemmaForConditionalGeneration.from_pretrained(pali, dtype=torch.bfloat16),
         ),
     }
-    for case, (ours, theirs) in sides.items():
-        ours, theirs = (
-            Side(functools.partial(loader, load, args.device)) for load in (ours, theirs)
-        )
-        theirs.target = 3.0
-        yield from compare(args, "loading", case, "s", ours, {"from_pretrained": theirs}, same)
+    for name, loads in models.items():
+        for read in (False, True):
+            ours, theirs = (
+                Side(functools.partial(loader, load, args.device, read)) for load in loads
+            )
+            theirs.target = None if read else 3.0
+            case = f"{name}, read" if read else name
+            yield from compare(args, "loading", case, "s", ours, {"from_pretrained": theirs}, same)
 
 
-def loader(load, device):
+def loader(load, device, read):
     def run():
         with silence():
-            parameters = list(load().to(device).parameters())
-        return sum(p.detach().view(-1)[::1024].float().sum() for p in parameters)
+            model = load().to(device)
+        if read:
+            sum(p.detach().view(-1)[::1024].float().sum() for p in model.parameters())
 
     def probe():
         """Every bit of every tensor, whatever the tensors are called."""
@@ -922,10 +923,10 @@ def loader(load, device):
     return run, probe
 
 
-def write_paligemma(folder, layers=(CUT, CUT), side=224):
-    """PaliGemma2-3B at `side` pixels, full width, few layers, bf16."""
-    text = nano.Gemma2Config(vocab_size=257216, num_hidden_layers=layers[0])
-    vision = nano.SigLIPConfig(1152, 4304, layers[1], 16, image_size=side, patch_size=14)
+def write_paligemma(text_layers, vision_layers, folder, side=224):
+    """PaliGemma2-3B at `side` pixels, full width, so many layers, bf16."""
+    text = nano.Gemma2Config(vocab_size=257216, num_hidden_layers=text_layers)
+    vision = nano.SigLIPConfig(1152, 4304, vision_layers, 16, image_size=side, patch_size=14)
     with torch.device("meta"):
         model = nano.PaliGemma(nano.PaliGemmaConfig(vision, text))
     generator = torch.Generator().manual_seed(0)
@@ -1157,7 +1158,6 @@ def growth(args):
             flat = axis == "vocabulary" and "chunks" in what
             row = Row("growth", case, "growth of the size", grown, size, "times", grown / size)
             row.target, row.at_most = (1.1 / size if flat else None), True
-            progress(line(row), keep=True)
             yield row
     if args.plot:
         Path(args.plot).write_text(svg(panels))
@@ -1255,23 +1255,24 @@ def line(row):
     memory = " / ".join("-" if m is None else f"{m / GIB:.2f}" for m in row.memory or ())
     name = f"{row.item}: {row.case}"
     return (
-        f"{name:58} {row.against:34} {ours:>8} {theirs:>8} {row.unit:10} {row.ratio:6.2f}x "
+        f"{name:67} {row.against:31} {ours:>8} {theirs:>8} {row.unit:10} {row.ratio:6.2f}x "
         f"{spread:11} {target:14} {memory}"
     )
 
 
 def head():
-    names = f"{'item':58} {'against':34} {'ours':>8} {'theirs':>8} {'unit':10} {'ratio':>7} "
+    names = f"{'item':67} {'against':31} {'ours':>8} {'theirs':>8} {'unit':10} {'ratio':>7} "
     return names + f"{'spread':11} {'target':14} GiB ours / theirs"
 
 
 def machine(args):
     """Where this was measured, and what the machine can do at best: fp32 products and copies."""
-    a, b = (torch.randn(2048, 2048, device=args.device) for _ in range(2))
-    flops = 2 * 2048**3 / min(clock(lambda: a @ b) for _ in range(5))
-    source = torch.randn(2**26, device=args.device)  # 256 MiB: no cache holds it
+    n, size = (256, 2**20) if args.quick else (2048, 2**26)  # 256 MiB: no cache holds it
+    a, b = (torch.randn(n, n, device=args.device) for _ in range(2))
+    flops = 2 * n**3 / min(clock(lambda: a @ b) for _ in range(5))
+    source = torch.randn(size, device=args.device)
     target = torch.empty_like(source)
-    copied = 2 * 2**28 / min(clock(lambda: target.copy_(source)) for _ in range(5))
+    copied = 8 * size / min(clock(lambda: target.copy_(source)) for _ in range(5))
     device = platform.processor() or platform.machine()
     if args.device.startswith("cuda"):
         device = torch.cuda.get_device_name(args.device)
@@ -1320,16 +1321,21 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, on both sides
     if args.side:
         return list(ITEMS[args.side.split("/")[0]](args))
     with tempfile.TemporaryDirectory(prefix="nanocot-bench-") as args.folder:
-        where = machine(args)
-        print(", ".join(f"{k} {v}" for k, v in where.items()), flush=True)
-        rows = [row for name in args.only for row in ITEMS[name](args)]
-    print("\n".join([head(), *map(line, rows)]))
-    if args.json:
-        result = {"machine": where, "rows": [asdict(row) for row in rows]}
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        where, rows = machine(args), []
+        print(", ".join(f"{k} {v}" for k, v in where.items()))
+        print(head(), flush=True)
+        for name in args.only:
+            for row in ITEMS[name](args):
+                progress("")
+                print(line(row), flush=True)
+                rows.append(row)
+            if args.json:  # after each item: the next may fail
+                result = {"machine": where, "rows": [asdict(row) for row in rows]}
+                Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     return rows
 
 
