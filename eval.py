@@ -1613,6 +1613,7 @@ def paligemma_looks(model, problems, predictions, config, tokenizer, features):
     return found
 
 
+@torch.inference_mode()  # also because only then the softmax is called
 def paligemma_look(model, example, ids, tokenizer):
     """What the model had in mind when it wrote `ids` behind a prompt.
 

@@ -1416,8 +1416,33 @@ class GemmaNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
 
     def forward(self, x):  # (B, T, D)
+        if torch.is_grad_enabled():
+            return Normed.apply(x, self.weight, self.eps)
         y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
+
+
+class Normed(torch.autograd.Function):
+    """The same for training: y = x r (1 + w), r = (mean x^2 + eps)^-0.5. Keeps x as it is, and r,
+    where autograd would keep two or three copies of x in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.float()
+        r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)  # (B, T, 1)
+        ctx.save_for_backward(x, r, weight)
+        return (y * r * (1 + weight.float())).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, given):
+        """dx = r (g - n mean(g n)), with n = x r and g = dy (1 + w); dw = sum dy n."""
+        x, r, weight = ctx.saved_tensors
+        n, g = x.float() * r, given.float()  # (B, T, D)
+        learns = ctx.needs_input_grad[1]
+        of_weight = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if learns else None  # (D,)
+        g = g * (1 + weight.float())
+        g = (g - n * (g * n).mean(-1, keepdim=True)) * r
+        return g.to(x.dtype), of_weight, None
 
 
 def rotary_angles(positions, width, theta, dtype):
@@ -1480,17 +1505,24 @@ class GemmaAttention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * H, c.hidden_size, bias=False)
         self.softmax = nn.Softmax(-1)  # a module, so that a hook can watch the weights
 
-    def forward(self, x, cos, sin, bias, cache=None):
-        """x (B, T, D), angles (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D)."""
-        c, T = self.config, x.shape[1]
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+    def forward(self, x, cos, sin, bias, cache=None, last=None):
+        """x (B, T, D), angles (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D).
+
+        With `last` so many of the T are queries, and the result is (B, last, D)."""
+        c, asking = self.config, x if last is None else x[:, -last:]
+        T = asking.shape[1]
+        projected = self.q_proj(asking), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in projected)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, N, T, H), (B, K, T, H)
+        k, bias = rotate(k, cos, sin), bias[:, :, -T:]  # (B, K, T, H), (B, 1, T, S)
+        q = rotate(q, cos[:, :, -T:], sin[:, :, -T:])  # (B, N, T, H)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, H)
         K = c.num_key_value_heads
         scale, cap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
         q = q.unflatten(1, (K, -1)).flatten(2, 3) * (scale / (cap or 1))  # (B, K, G*T, H)
+        if torch.is_grad_enabled() and q.requires_grad:
+            out = CappedAttention.apply(q, k, v, bias, cap).unflatten(2, (-1, T)).flatten(1, 2)
+            return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
         scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T))  # (B, K, G, T, S)
         if cap:  # cap * tanh(scores / cap): the division was done on q, which is smaller
             scores = torch.add(bias[:, :, None], scores.tanh(), alpha=cap)
@@ -1501,6 +1533,43 @@ class GemmaAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
+class CappedAttention(torch.autograd.Function):
+    """The same for training: keeps q, k and v and computes the scores again on the way back, those
+    of one key-value head at a time, where autograd would keep three tensors of N * T * S."""
+
+    @staticmethod
+    def weights(q, k, bias, cap):
+        """One head's q (B, G*T, H) and k (B, S, H) -> capped scores / cap, weights (B, G*T, S)."""
+        scores = q @ k.transpose(1, 2)  # (B, G*T, S)
+        scores = scores.tanh_() if cap else scores
+        groups = scores.unflatten(1, (-1, bias.shape[2]))  # (B, G, T, S)
+        biased = torch.add(bias, groups, alpha=cap or 1)
+        return scores, biased.softmax(-1, dtype=torch.float32).flatten(1, 2)
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, cap):
+        """q (B, K, G*T, H), already over its scale and the cap; k, v (B, K, S, H) -> as q."""
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.cap, heads = cap, zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
+        weigh = CappedAttention.weights
+        return torch.stack([weigh(q, k, bias, cap)[1].to(v.dtype) @ v for q, k, v in heads], 1)
+
+    @staticmethod
+    def backward(ctx, given):
+        *saved, bias = ctx.saved_tensors
+        heads, gradients = zip(*(x.unbind(1) for x in (*saved, given)), strict=True), []
+        for q, k, v, g in heads:
+            capped, weights = CappedAttention.weights(q, k, bias, ctx.cap)  # (B, G*T, S)
+            of_v = weights.to(v.dtype).transpose(1, 2) @ g  # (B, S, H)
+            g = (g @ v.transpose(1, 2)).float()  # (B, G*T, S)
+            g = torch.ops.aten._softmax_backward_data(g, weights, -1, torch.float32).to(q.dtype)
+            del weights
+            if ctx.cap:
+                g = torch.ops.aten.tanh_backward(g, capped).mul_(ctx.cap)
+            gradients.append((g @ k, g.transpose(1, 2) @ q, of_v))
+        return *(torch.stack(parts, 1) for parts in zip(*gradients, strict=True)), None, None
+
+
 class GemmaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -1509,8 +1578,25 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(ffn, D, bias=False)
 
     def forward(self, x):  # (B, T, D)
-        hidden = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # (B, T, F)
-        return self.down_proj(hidden)  # (B, T, D)
+        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, F)
+        if torch.is_grad_enabled():
+            return self.down_proj(GatedGELU.apply(gate, up))  # (B, T, D)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+
+
+class GatedGELU(torch.autograd.Function):
+    """GELU(gate) * up, which keeps gate and up but not GELU(gate)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx, given):
+        gate, up = ctx.saved_tensors
+        of_up = F.gelu(gate, approximate="tanh").mul_(given)
+        return torch.ops.aten.gelu_backward(given * up, gate, approximate="tanh"), of_up
 
 
 class GemmaLayer(nn.Module):
@@ -1524,9 +1610,9 @@ class GemmaLayer(nn.Module):
         self.pre_feedforward_layernorm = GemmaNorm(*norm)
         self.post_feedforward_layernorm = GemmaNorm(*norm)
 
-    def forward(self, x, cos, sin, bias, cache=None):  # (B, T, D)
-        h = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache)
-        x = x + self.post_attention_layernorm(h)
+    def forward(self, x, cos, sin, bias, cache=None, last=None):  # (B, T, D)
+        h = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache, last)
+        x = (x if last is None else x[:, -last:]) + self.post_attention_layernorm(h)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -1585,8 +1671,10 @@ class Gemma2(nn.Module):
         x = self.embed_tokens(input_ids)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
-    def forward(self, x, valid, suffix, cache=None):
-        """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D)."""
+    def forward(self, x, valid, suffix, cache=None, last=None):
+        """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D).
+
+        With `last` those of so many last tokens alone: the top layer computes no others."""
         c, T = self.config, x.shape[1]
         if cache is not None:
             valid, suffix = cache.extend(valid, suffix)  # (B, S)
@@ -1598,11 +1686,12 @@ class Gemma2(nn.Module):
         positions = valid.cumsum(1)[:, -T:] - 1  # (B, T)
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H) each
         for i, layer in enumerate(self.layers):
-            given = (x, *angles, sliding if c.is_sliding(i) else full)
+            given = (x, *angles, sliding if c.is_sliding(i) else full, cache and cache.layers[i])
+            given += (last if i == len(self.layers) - 1 else None,)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *given, use_reentrant=False)
             else:
-                x = layer(*given, cache and cache.layers[i])
+                x = layer(*given)
         return self.norm(x)
 
 
@@ -1748,8 +1837,9 @@ class PaliGemma(nn.Module):
         token_type_ids=None,
         image_features=None,
         cache=None,
+        last=None,
     ):
-        """(B, T) ids -> states (B, T, D) after the final norm; a loss may need only some of them.
+        """(B, T) ids -> states (B, T, D) after the final norm, or those of the `last` tokens.
 
         attention_mask  0 at pads, on the left or on the right.
         token_type_ids  0 for picture and prefix, 1 for the suffix; None is all prefix.
@@ -1771,7 +1861,7 @@ class PaliGemma(nn.Module):
         ones = torch.ones_like(input_ids)
         valid = (ones if attention_mask is None else attention_mask).bool()  # (B, T)
         suffix = (ones * 0 if token_type_ids is None else token_type_ids).bool()  # (B, T)
-        return self.language_model(x, valid, suffix, cache)
+        return self.language_model(x, valid, suffix, cache, last)
 
     def head(self, states):
         """(..., D) -> soft-capped logits (..., V)."""
@@ -1820,9 +1910,11 @@ class PaliGemma(nn.Module):
         )
         ones = torch.ones_like(input_ids)
         mask = ones if attention_mask is None else attention_mask  # (B, T)
-        states = self.states(input_ids, mask, token_type_ids, image_features, cache)  # (B, T, D)
-        last = mask.shape[1] - 1 - mask.int().flip(1).argmax(1)  # (B,), the last that is no pad
-        first = self.head(states[torch.arange(len(last), device=last.device), last])  # (B, V)
+        pads = mask.int().flip(1).argmax(1)  # (B,), behind the last token that is none
+        last = int(pads.max()) + 1
+        given = (input_ids, mask, token_type_ids, image_features, cache, last)
+        states = self.states(*given)  # (B, last, D)
+        first = self.head(states[torch.arange(len(pads), device=pads.device), -1 - pads])  # (B, V)
 
         def step(ids, cache):  # (B, 1) -> (B, V)
             return self.head(self.states(ids, None, torch.ones_like(ids), None, cache)[:, -1])

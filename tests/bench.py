@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,13 +39,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import memory  # noqa: E402
 import numpy as np  # noqa: E402
 import oracle  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.utils import _pytree as pytree  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import data  # noqa: E402
 import fusion  # noqa: E402
@@ -614,6 +612,273 @@ def same(ours, theirs):
     assert ours == theirs, f"the sides wrote different things: {ours!s:.200} and {theirs!s:.200}"
 
 
+# ---- PaliGemma: adapters, decoding, memory -------------------------------------------------------
+
+
+def pali_folder(args):
+    """PaliGemma2-3B's files: on a CPU of 224 pixels and two layers in each tower, on a GPU of 448
+    and all; the width and the 257,216 words are always its own."""
+    if args.quick:
+        return ROOT / "demo/paligemma"
+    if args.full_depth:
+        write = functools.partial(write_paligemma, 26, 27, side=448)
+        return made_once(args, "paligemma-448", write)
+    return made_once(args, "paligemma", functools.partial(write_paligemma, 2, 2))
+
+
+def pali_case(args, folder):
+    config = json.loads((folder / "config.json").read_text())
+    depth = [config[f"{part}_config"]["num_hidden_layers"] for part in ("text", "vision")]
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    return "demo size" if args.quick else f"{depth[0]} + {depth[1]} layers", dtype
+
+
+def hf_paligemma(folder, dtype, device):
+    from transformers import PaliGemmaForConditionalGeneration
+
+    with silence():
+        return PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
+
+
+def pali_step(args):
+    """Rows a second of a LoRA step, adapters of rank 8 on all projections of the language model:
+    forward, backward, clipping and AdamW. On a CPU a 224-pixel picture (256 tokens), 100 tokens of
+    question and 100 that are learned; on a GPU 1024, 100 and 300. Depth is cut on a CPU, which
+    flatters nobody's layers but makes the vocabulary layer count for more than it does in the 3B,
+    and our top layer, which is computed for learned tokens only, too (at 26 layers: 3 %).
+
+    First both sides compute the picture's features; then ours has them cached, as train.py does.
+    """
+    folder = pali_folder(args)
+    tuning = Tuning(args, folder)
+    own, kept = {}, {"suffix_logits": True}
+    plain = {"as people run it": (own, 1.2), "suffix logits": (kept, 1.0)}
+    again = {"checkpointing": True}
+    both = {"checkpointing": (again, 1.2), "suffix logits + checkpointing": (kept | again, 1.0)}
+    for what, ours, opponents in (
+        ("picture computed", {}, plain),
+        ("features cached", {"cached": True}, plain),
+        ("features cached, checkpointing", {"cached": True} | again, both),
+    ):
+        sides = {
+            name: Side(functools.partial(tuning.theirs, **how), 1, target)
+            for name, (how, target) in opponents.items()
+        }
+        case = f"{tuning.depth}, {what}"
+        ours = Side(functools.partial(tuning.ours, **ours), 1)
+        yield from compare(args, "pali-step", case, "steps/s", ours, sides, tuning.check)
+
+
+class Tuning:
+    """One row to learn, the adapters to begin with, and the sides that train on it."""
+
+    def __init__(self, args, folder):
+        self.args, self.folder, self.shared = args, folder, {}
+        self.depth, self.dtype = pali_case(args, folder)
+        model = nano.PaliGemma.from_pretrained(folder, self.dtype)
+        config, side = model.config, model.config.vision.image_size
+        prefix, suffix = (4, 6) if args.quick else (100, 300 if side == 448 else 100)
+        words = torch.randint(5, 250, (prefix + suffix,), generator=torch.manual_seed(0)).tolist()
+        ids = [config.image_token_index] * config.image_tokens + words
+        labels = [-100] * (len(ids) - suffix) + words[prefix:]
+        kinds = [int(label != -100) for label in labels]
+        self.pixels = oracle.uniform("bench/pali", (3, side, side), -1.0, 1.0)
+        self.row = {"id": "1", "input_ids": ids, "token_type_ids": kinds, "labels": labels}
+        self.suffix, self.adapter = suffix, made_once(args, "adapter", self.write_adapter)
+        self.features = no_grad(model.image_features, self.pixels[None])[0].float().numpy()
+        flags = ["--model", "paligemma", "--data", "none", "--device", args.device]
+        self.flags = train.parse_args(flags)
+        self.flags.vocabulary = config.text.vocab_size
+
+    def write_adapter(self, folder):
+        model = nano.PaliGemma.from_pretrained(self.folder, self.dtype)
+        lora.inject(model, r=8, alpha=16)
+        for name, p in model.named_parameters():
+            if "lora_" in name:  # as after training: B is not zero
+                p.data = oracle.uniform(name, p.shape, -0.02, 0.02)
+        lora.save(model, folder)
+
+    def ours(self, cached=False, checkpointing=False):
+        model = self.shared.get("ours")
+        if model is None:
+            model = nano.PaliGemma.from_pretrained(self.folder, self.dtype).to(self.args.device)
+            lora.load(model, self.adapter)
+            self.shared["ours"] = model
+            self.begun = copies(model)
+        example = self.row | {"image_features": self.features if cached else self.pixels.numpy()}
+
+        def run():
+            model.language_model.checkpointing = checkpointing
+            with silence():
+                train.fit(model, [example], lambda model: {}, self.flags, "", 1.0, io.StringIO())
+
+        def probe():
+            batch = train.to_device(data.pali_collate([example]), self.args.device)
+
+            def loss():
+                total, count = train.paligemma_loss(model.train(), batch, self.flags)
+                return total / count
+
+            return loss_and_adapters(model, self.begun, loss, model.hub_path)
+
+        return run, probe
+
+    def theirs(self, suffix_logits=False, checkpointing=False):
+        from peft import PeftModel
+
+        model = self.shared.get("hf")
+        if model is None:
+            hf = hf_paligemma(self.folder, self.dtype, self.args.device)
+            share(hf, self.shared.get("ours"))
+            model = PeftModel.from_pretrained(hf, self.adapter, is_trainable=True).train()
+            self.shared["hf"] = model
+            self.their_begun = copies(model)
+        batch = data.pali_collate([self.row | {"image_features": self.pixels.numpy()}])
+        batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        batch = train.to_device({k: v for k, v in batch.items() if k != "ids"}, self.args.device)
+        labels = batch["labels"][0, -self.suffix :]
+        trained = [p for p in model.parameters() if p.requires_grad]
+
+        def loss():
+            if not suffix_logits:
+                return model(**batch, use_cache=False).loss
+            given = {name: t for name, t in batch.items() if name != "labels"}
+            out = model(**given, use_cache=False, logits_to_keep=self.suffix + 1)
+            return F.cross_entropy(out.logits[0, :-1].float(), labels)
+
+        def run():
+            again = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+            on_off = model.gradient_checkpointing_enable, model.gradient_checkpointing_disable
+            on_off[0](**again) if checkpointing else on_off[1]()
+            optimizer = torch.optim.AdamW(trained, self.flags.lr, fused=True)
+            loss().backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def probe():
+            begun, name = self.their_begun, len("base_model.model.")
+            return loss_and_adapters(model, begun, loss, lambda n: n[name:])
+
+        return run, probe
+
+    def check(self, ours, theirs):
+        bound = 1e-3 if self.dtype == torch.float32 else 5e-2
+        assert ours.keys() == theirs.keys(), f"{len(ours)} and {len(theirs)} gradients"
+        for name, value in theirs.items():
+            apart = ((ours[name] - value).abs().max() / value.abs().max()).item()
+            assert apart < bound, f"{name} is {apart:.2g} of its largest value apart"
+
+
+def copies(model):
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+def share(hf, ours):
+    """Let transformers' model use the frozen tensors of ours: both would take 6 GB."""
+    own = dict(ours.named_parameters()) if ours else {}
+    for name, p in hf.named_parameters():
+        p.data = own.get(name.removeprefix("model."), p).data
+
+
+def loss_and_adapters(model, begun, loss_of, called):
+    """{name: gradient} of every adapter, named as in PEFT's files, and the loss; both as `begun`,
+    since a case before this one trained the same model."""
+    for p, first in zip((p for p in model.parameters() if p.requires_grad), begun, strict=True):
+        p.data.copy_(first)
+    loss = loss_of()
+    loss.backward()
+    grads = {called(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {n.replace(".default", ""): g for n, g in grads.items()} | {"loss": loss.detach()}
+
+
+def pali_decode(args):
+    """Tokens a second, greedy. No step can be faster than the weights can be read, so the rows of
+    batch 1 stand beside that bound as well: bytes of the language model over measured GB/s. Prompts
+    are short texts on a CPU, pictures on a GPU; rows never end early, so that both do the same."""
+    folder = pali_folder(args)
+    depth, dtype = pali_case(args, folder)
+    length = 8 if args.quick else 256 if args.full_depth else 24
+    weights = sum(
+        math.prod(p.shape)
+        for n, p in pali_shapes(folder).named_parameters()
+        if n.startswith("language_model.")
+    )
+    gb_s = read_gb_s(args)
+    for B in (1, 16):
+        ids = torch.randint(5, 250, (B, 16), generator=torch.manual_seed(0)).to(args.device)
+        loop = functools.partial(writes, args, folder, dtype, ids, length)
+        caches = ("dynamic", "static") if args.device.startswith("cuda") else ("dynamic",)
+        opponents = {
+            f"generate, {cache} cache": Side(functools.partial(loop, cache), B * length)
+            for cache in caches
+        }
+        if args.device.startswith("cuda"):
+            opponents["generate, dynamic cache"].target = 5.0
+        case = f"{depth}, batch {B}, {length} tokens"
+        ours = Side(loop, B * length)
+        rows = list(compare(args, "pali-decode", case, "tokens/s", ours, opponents, same))
+        yield from rows
+        if B == 1 and rows:
+            bound = gb_s * 1e9 / (weights * dtype.itemsize)
+            values = (rows[0].ours, bound, "tokens/s", rows[0].ours / bound)
+            row = Row("pali-decode", case, f"bandwidth bound, {gb_s:.1f} GB/s", *values)
+            row.target = 0.6 if args.device.startswith("cuda") else 0.9
+            yield row
+
+
+def pali_shapes(folder):
+    with torch.device("meta"):
+        return nano.PaliGemma(
+            nano.PaliGemmaConfig.from_hub(json.loads((folder / "config.json").read_text()), folder)
+        )
+
+
+def read_gb_s(args):
+    """How fast memory can be read: the best of several sums over 1 GiB."""
+    numbers = torch.ones(2**28, device=args.device)
+    seconds = min(clock(numbers.sum, args.clock) for _ in range(7))
+    return 2**30 / seconds / 1e9
+
+
+def writes(args, folder, dtype, ids, length, cache=None):
+    """Ours, or `generate` with such a cache; returns a run that gives the new ids."""
+    if cache is None:
+        model = nano.PaliGemma.from_pretrained(folder, dtype).to(args.device)
+        model.config = replace(model.config, eos_token_id=-1)
+        return lambda: model.generate(ids, max_new_tokens=length).tolist()
+    model = hf_paligemma(folder, dtype, args.device).eval()
+    model.generation_config.eos_token_id = None
+    given = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    how = {"max_new_tokens": length, "do_sample": False, "cache_implementation": cache}
+
+    def run():
+        return no_grad(lambda: model.generate(ids, **given, **how))[:, ids.shape[1] :].tolist()
+
+    return run
+
+
+def live_bytes(args):
+    """Bytes alive at the peak of the real 3B's LoRA step in bf16, counted on tensors without
+    numbers (memory.py): 1024 image tokens, 100 of question, 300 learned; exact, on any machine."""
+    layers = 2 if args.quick else memory.LAYERS
+    peaks = {name: memory.theirs(layers, **how) for name, how in memory.THEIRS.items()}
+    both = "suffix logits + checkpointing"
+    for case, how, targets in (
+        ("features cached", {}, {"as people run it": 0.45, "suffix logits": None}),
+        ("features cached, checkpointing", {"checkpointing": True}, {both: 0.85}),
+        ("picture computed", {"cached": False}, {"as people run it": None}),
+        ("picture computed, checkpointing", {"cached": False, "checkpointing": True}, {both: None}),
+    ):
+        progress(f"memory, {case}")
+        peak = memory.ours(layers, **how)
+        for against, target in targets.items():
+            values = (peak / GIB, peaks[against] / GIB, "GiB", peak / peaks[against])
+            row = Row("memory", case, against, *values, target=target, at_most=True)
+            yield row
+
+
 # ---- loading and start-up ------------------------------------------------------------------------
 
 
@@ -662,10 +927,10 @@ def loader(load, device, read):
     return run, probe
 
 
-def write_paligemma(text_layers, vision_layers, folder):
-    """PaliGemma2-3B at 224 pixels, full width, so many layers, bf16."""
+def write_paligemma(text_layers, vision_layers, folder, side=224):
+    """PaliGemma2-3B at `side` pixels, full width, so many layers, bf16."""
     text = nano.Gemma2Config(vocab_size=257216, num_hidden_layers=text_layers)
-    vision = nano.SigLIPConfig(1152, 4304, vision_layers, 16, patch_size=14)
+    vision = nano.SigLIPConfig(1152, 4304, vision_layers, 16, image_size=side, patch_size=14)
     with torch.device("meta"):
         model = nano.PaliGemma(nano.PaliGemmaConfig(vision, text))
     generator = torch.Generator().manual_seed(0)
@@ -773,46 +1038,14 @@ def start_up(args):
 # ---- how cost grows ------------------------------------------------------------------------------
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive of those made while it is on: exact, free of
-    noise, and on the meta device or with fake tensors as on a real one. `peak` is their most."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **kwargs or {})
-        for t in pytree.tree_leaves(made):
-            if torch.is_tensor(t):
-                self.see(t.untyped_storage())
-        return made
-
-    def ignore(self, tensors):
-        """Weights and inputs that were there before."""
-        for t in tensors:
-            self.alive[t.untyped_storage()._cdata] = 0
-
-    def see(self, storage):
-        key = storage._cdata
-        if key in self.alive:
-            return
-        self.alive[key] = storage.nbytes()
-        weakref.finalize(storage, self.gone, key)
-        self.now += self.alive[key]
-        self.peak = max(self.peak, self.now)
-
-    def gone(self, key):
-        self.now -= self.alive.pop(key)
-
-
 def live_peak(run, before):
     """Peak of the bytes that run() makes, beyond the tensors `before`."""
-    counter = LiveBytes()
-    counter.ignore(before)
+    counter = memory.LiveBytes()
+    counter.count(before)
+    there = counter.now
     with counter:
         run()
-    return counter.peak
+    return counter.peak - there
 
 
 def t5_step(length, B, V):
@@ -859,7 +1092,7 @@ def loss_of(length, B, V, chunked=True):
 
     def run():
         if chunked:
-            loss, count = train.cross_entropy(lambda x: x @ weight.T, states, labels, flags)
+            loss, count = train.cross_entropy(lambda x: x @ weight.T, weight, states, labels, flags)
             (loss / count).backward()
         else:
             F.cross_entropy((states @ weight.T).flatten(0, 1), labels.flatten()).backward()
@@ -1002,6 +1235,9 @@ def short(n):
 ITEMS = {
     "mmcot-train": mmcot_train,
     "mmcot-decode": mmcot_decode,
+    "pali-step": pali_step,
+    "pali-decode": pali_decode,
+    "memory": live_bytes,
     "detr": detr,
     "loading": loading,
     "start-up": start_up,

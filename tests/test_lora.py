@@ -276,6 +276,18 @@ def test_starts_as_the_base(tiny, variant):
     close(adapted, base, 1e-4)
 
 
+def test_a_base_that_somebody_unfreezes_learns_too():
+    base = nn.Linear(6, 5)
+    layer = scramble(lora.LoRALinear(base, 2, 4))
+    x, up = torch.randn(3, 4, 6, requires_grad=True), torch.randn(3, 4, 5)
+    names = [x, *layer.parameters()]
+    plain = x @ (layer.weight + layer.delta()).T + layer.bias
+    for one, other in zip(
+        *(torch.autograd.grad(y, names, up) for y in (layer(x), plain)), strict=True
+    ):
+        close(one, other, 1e-5)
+
+
 def test_initialisation_and_scaling():
     torch.manual_seed(0)
     base = nn.Linear(400, 50)

@@ -763,6 +763,47 @@ def test_norm_computes_in_fp32_and_casts_last():
     assert (norm(x) != exact).float().mean() < 0.01  # a last bit of rsqrt at most
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_gradients_written_out_are_autograds(cap):
+    """Attention's, the norm's and the gated GELU's, each against its formula in plain torch."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 10, 4), (2, 3, 5, 4), (2, 3, 5, 4), (2, 7, 6), (6,), (2, 7, 6)]
+    given = [torch.randn(shape, generator=generator) for shape in shapes]
+    bias = model.mask_bias(torch.rand(2, 1, 5, 5, generator=generator) > 0.3, torch.float32)
+
+    def attention(q, k, v):
+        scores = model.soft_cap(cap * (q @ k.mT), cap) if cap else q @ k.mT  # (B, K, G*T, S)
+        return (scores + bias.repeat(1, 1, 2, 1)).softmax(-1) @ v
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight)
+
+    pairs = [
+        (lambda q, k, v: model.CappedAttention.apply(q, k, v, bias, cap), attention, given[:3]),
+        (lambda x, weight: model.Normed.apply(x, weight, 1e-6), norm, given[3:5]),
+        (model.GatedGELU.apply, lambda g, u: F.gelu(g, approximate="tanh") * u, given[3::2]),
+    ]
+    for function, formula, inputs in pairs:
+        inputs = [t.requires_grad_() for t in inputs]
+        outs = function(*inputs), formula(*inputs)
+        up = torch.randn(outs[0].shape, generator=generator)
+        close(*outs, 1e-5)
+        for one, other in zip(*(torch.autograd.grad(o, inputs, up) for o in outs), strict=True):
+            close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_states_are_those_of_all(pg, side):
+    """With the window cutting, padded rows, and with and without gradient."""
+    batch, *_ = make_batch(side)
+    features = pg.image_features(batch.pop("pixel_values"))
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode:
+            for last in (1, 3, 14):
+                some = pg.states(**batch, image_features=features, last=last)
+                close(some, pg.states(**batch, image_features=features)[:, -last:], 1e-5)
+
+
 def grads(pg, batch, labels):
     pg.zero_grad()
     shifted_loss(pg(**batch), labels).backward()

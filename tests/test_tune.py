@@ -120,7 +120,7 @@ def loss_and_gradients(args):
         calls.append(len(some))
         return some @ weight.T
 
-    loss, count = train.cross_entropy(head, states, labels, args)
+    loss, count = train.cross_entropy(head, weight, states, labels, args)
     loss.backward()
     return (loss.detach(), torch.tensor(count), states.grad, weight.grad), calls
 
@@ -133,12 +133,12 @@ def test_the_loss_in_chunks_is_the_loss_at_once(rows, weighting, monkeypatch):
     assert calls == [12]  # 7 + 1 + 4 supervised tokens, of 36
     monkeypatch.setattr(train, "LOGITS", 30 * rows + 29 if rows > 1 else 7)
     parts, calls = loss_and_gradients(args)
-    assert calls == [rows] * (2 * 12 // rows)  # there, and once more on the way back
+    assert calls == [rows] * (12 // rows)  # once: not again on the way back
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
     with torch.inference_mode():
         states, labels, weight = random_rows()
-        loss, _ = train.cross_entropy(lambda x: x @ weight.T, states, labels, args)
+        loss, _ = train.cross_entropy(lambda x: x @ weight.T, weight, states, labels, args)
     torch.testing.assert_close(loss, whole[0], atol=1e-6, rtol=1e-5)
 
 
@@ -162,7 +162,7 @@ def test_label_smoothing_is_torchs(weighting):
     logits, labels = (states[:1] @ weight.T).flatten(0, 1), labels[:1].flatten()
     expected = F.cross_entropy(logits, labels, label_smoothing=0.2)  # ignores -100
     args = settings("--label-smoothing", "0.2", weighting=weighting, vocabulary=30)
-    loss, n = train.cross_entropy(lambda x: x @ weight.T, states[:1], labels[None], args)
+    loss, n = train.cross_entropy(lambda x: x @ weight.T, weight, states[:1], labels[None], args)
     assert loss.item() / n == pytest.approx(expected.item(), rel=1e-6)
 
 
