@@ -246,7 +246,7 @@ def test_a_signal_saves_after_the_step(whole, tmp_path):
         real = train.stop_unless_moved
         patch.setattr(
             train, "stop_unless_moved",
-            lambda *given: real(*given) or report(given[3], given[4]),
+            lambda *given: real(*given) or report(given[4], given[5]),
         )  # fmt: skip
         with train.in_use(tmp_path):
             fitted(tmp_path, every=100)
