@@ -340,7 +340,7 @@ def fit(model, examples, validate, args, stage, epochs, log):
         lr = args.lr * schedule(step - 1, len(plan), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        before = steepest(model) if step <= done + 2 and lr else {}
+        before = steepest(model) if step <= 2 and lr else {}  # at the end lr rounds to nothing
         optimizer.step()
         stop_unless_moved(model, before, lr, window, stage, step)
         optimizer.zero_grad(set_to_none=True)
