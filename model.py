@@ -522,6 +522,7 @@ def onednn(layers, rows=None):
     Without gradients only."""
     ops, ours = torch.ops.mkldnn, []
     usable = torch.backends.mkldnn.is_available() and not torch.is_grad_enabled()
+    usable = usable and hasattr(ops, "_linear_pointwise")  # no public name has them
     for m in layers if usable else ():
         w = m.weight if type(m) is nn.Linear and m.bias is None else torch.empty(0)
         if w.numel() >= ONEDNN and w.device.type == "cpu" and w.dtype == torch.float32:

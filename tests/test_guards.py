@@ -184,7 +184,8 @@ def _(patch):
 def _(patch):
     def loss(model, batch, args):
         states = model.states(**evaluation.paligemma_inputs(model, batch))
-        return train.cross_entropy(model.head, states, batch["labels"], args)
+        weight = model.language_model.embed_tokens.weight
+        return train.cross_entropy(model.head, weight, states, batch["labels"], args)
 
     patch.setitem(train.LOSS, "paligemma", loss)
 

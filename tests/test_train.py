@@ -118,6 +118,29 @@ def test_weight_decay_spares_norms_and_everything_called_bias(capsys):
     assert f"trainable {total:,} of {total:,} parameters" in capsys.readouterr().out
 
 
+def test_adamw_is_the_library_s_to_the_bit():
+    """Also from a state of three steps; a parameter without a gradient stays as it is."""
+    ours, theirs = tiny_model(), tiny_model()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = train.make_optimizer(ours, 1e-2, 0.01)
+    groups = train.make_optimizer(theirs, 1e-2, 0.01).param_groups
+    reference = torch.optim.AdamW(groups, lr=1e-2)
+    for step in range(6):
+        for model in (ours, theirs):
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.sin(p.detach() * (i + step)) if i else None
+        if step == 3:
+            saved = optimizer.state_dict()
+            optimizer = train.make_optimizer(ours, 1e-2, 0.01)
+            optimizer.load_state_dict(saved)
+        optimizer.step()
+        reference.step()
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in ours.parameters())
+
+
 def test_windows_cover_every_example_once_an_epoch():
     args = settings(batch_size=2, accumulate=2)
     generator = torch.Generator().manual_seed(0)
