@@ -512,7 +512,7 @@ def with_norm(model, loss):
     """Loss and the norm of its gradient, (2,)."""
     loss.backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     return torch.stack([loss.detach(), torch.nn.utils.get_total_norm(grads)])
 
 
@@ -525,7 +525,7 @@ def hf_fit(model, batches, collate, flags):
         model.loss(collate(rows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
 
 @contextlib.contextmanager
@@ -754,7 +754,7 @@ class Tuning:
             loss().backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
         def probe():
             begun, name = self.their_begun, len("base_model.model.")
@@ -789,7 +789,7 @@ def loss_and_adapters(model, begun, loss_of, called):
     loss = loss_of()
     loss.backward()
     grads = {called(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     return {n.replace(".default", ""): g for n, g in grads.items()} | {"loss": loss.detach()}
 
 
@@ -1113,7 +1113,7 @@ def step_of(model, loss_function, batch, flags):
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     run()  # AdamW makes its moments
     kept = [t for state in optimizer.state.values() for t in state.values()]

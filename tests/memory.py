@@ -95,11 +95,11 @@ def step_peak(model, loss_of, batch):
         for p in trained:
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         live.peak = live.now
         loss_of(model, batch).backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return live.peak
 
 

@@ -42,11 +42,11 @@ def allocated(model, loss_of, batch):
     for p in trained:
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss_of(model, batch).backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     now = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
