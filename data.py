@@ -33,6 +33,9 @@ The same problem as a row for PaliGemma (`sequence`) with a trace of a teacher, 
     Answer: B<eos>
 
 In the loss are the last two lines, from "Two north" to <eos>.
+
+Axes: B batch, T length, U target length; N pictures, n of them in a batch, each P positions of F
+features, for PaliGemma I tokens of D; H W pixels down and across, S both of a square.
 """
 
 import argparse
@@ -1055,7 +1058,7 @@ def pali_collate(examples, pad_id=0, side="left"):
     if "labels" in examples[0]:
         batch["labels"] = padded([example["labels"] for example in examples], -100)
     if pictured := [example for example in examples if "image_features" in example]:
-        seen = _stacked(pictured)  # (n, I, D) or (n, 3, S, S)
+        seen = _stacked(pictured)  # n x I x D, or n x 3 x S x S
         batch["image_features" if seen.ndim == 3 else "pixel_values"] = seen
     return batch
 
@@ -1412,7 +1415,7 @@ def published_features(path, name_map):
             found = f"{id:.60} has row {row!s:.60}"
             raise ValueError(f"{name_map}: {found}, but {path} has {len(array)} rows.")
     if path.name == "resnet.npy":
-        array = np.broadcast_to(array[:, None, :], (len(array), 512, 2048))  # (N, P, F), no copy
+        array = np.broadcast_to(array[:, None, :], (len(array), 512, 2048))  # no copy
     return Features(array, {id: int(row) for id, row in rows.items()})
 
 

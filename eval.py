@@ -21,7 +21,7 @@ problems: missing, unknown and repeated predictions are errors.
 Left out: sentence-embedding similarity, which needs one more model to say what ROUGE-L says.
 
 Axes: B pictures or rows, H W S pixels, P I image positions, F D their width; T tokens, U of them
-written, n of them with a map, K x G heads, L classes.
+written, n of them with a map, K x G heads, L classes, `resamples` of a bootstrap.
 """
 
 import argparse
@@ -1562,7 +1562,7 @@ def fusion_looks(models, problems, predictions, config, tokenizer, features):
             for row, i in enumerate(batch["ids"]):
                 real = mask[row].bool()  # (T,), no pads
                 tokens = spelled(tokenizer, ids[row, real].tolist(), skip=False)
-                lam = decimals(gate[row, real].mean(-1))  # (T,), of (T, D)
+                lam = decimals(gate[row, real].mean(-1))  # T numbers
                 look = {"stage": stage, "tokens": tokens, "gate": lam}
                 found[i].append(look | strongest(attention[row, real], objects[i]))
     return found
@@ -1585,7 +1585,7 @@ def detected(config, problems, features):
     detr, found = DETR.from_pretrained(resolve(config["vision_weights"])), {}
     names = (detr.config.id2label or {}).get
     for i, n in P.items():
-        logits, boxes = detr.detect(torch.from_numpy(features[i][:n]))  # (P, L + 1), (P, 4)
+        logits, boxes = detr.detect(torch.from_numpy(features[i][:n]))  # (..., L + 1), (..., 4)
         best, nothing = logits.argmax(-1).tolist(), detr.config.num_labels
         labels = ["no object" if j == nothing else names(str(j), str(j)) for j in best]
         found[i] = {"boxes": decimals(boxes), "labels": labels}
@@ -1645,7 +1645,7 @@ def paligemma_look(model, example, ids, tokenizer):
         for hook in hooks:
             hook.remove()
     p = model.head(states).float().softmax(-1)[torch.arange(len(ids)), ids]  # (U,)
-    maps = torch.stack(seen).mean(0) if chosen else torch.zeros(0, 1)  # (n, I)
+    maps = torch.stack(seen).mean(0) if chosen else torch.zeros(0, 1)  # n x I; 0 x 1 of none
     grey = (maps / maps.amax(1, keepdim=True).clamp(min=1e-9) * 255).round().byte()
     drawn = [base64.b64encode(row.numpy().tobytes()).decode() for row in grey]
     side = model.config.vision.image_size // model.config.vision.patch_size

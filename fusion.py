@@ -94,7 +94,7 @@ class SingleHeadAttention(nn.Module):
         K, V = F.linear(vision, wk, bk), F.linear(vision, wv, bv)  # (B, P, D)
         scores = Q @ K.transpose(1, 2) / math.sqrt(Q.shape[-1])  # (B, T, P)
         attention = scores.float().softmax(-1).to(V.dtype)  # (B, T, P)
-        return self.out_proj(attention @ V), attention  # (B, T, D), Eq. 4
+        return self.out_proj(attention @ V), attention  # (B, T, D), (B, T, P), Eq. 4
 
 
 class GatedFusion(nn.Module):
@@ -187,21 +187,21 @@ class MultimodalT5(nn.Module):
 
     def states(self, input_ids, attention_mask, image_features, decoder_input_ids):
         """Decoder states (B, U, D) before the vocabulary layer; a loss may need only some."""
-        memory = self.encode(input_ids, attention_mask, image_features)
-        mask_bias = self.t5.mask_bias(attention_mask)
+        memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
+        mask_bias = self.t5.mask_bias(attention_mask)  # (B, 1, 1, T)
         return self.t5.decode_states(decoder_input_ids, memory, mask_bias)
 
     def forward(self, input_ids, attention_mask, image_features, decoder_input_ids):
         """Teacher-forced logits (B, U, V): the factors of Eq. 1."""
         states = self.states(input_ids, attention_mask, image_features, decoder_input_ids)
-        return self.t5.head(states)
+        return self.t5.head(states)  # (B, U, V)
 
     @torch.inference_mode()
     def generate(self, input_ids, attention_mask, image_features=None, *, max_new_tokens, **how):
         """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
 
         `how` is as in `model.decode`."""
-        memory = self.encode(input_ids, attention_mask, image_features)
+        memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
         return self.t5.generate_from(memory, attention_mask, max_new_tokens, **how)
 
 

@@ -17,7 +17,7 @@ Left out on purpose: several adapters in one model, adapters on embeddings and o
 (our models multiply by its weight without calling it), trained biases, quantised bases, and
 initialisations that change the base (PiSSA, OLoRA, CorDA, LoftQ): all refused with a sentence.
 
-Axes: I input width, O output width, r rank; `...` any axes before the last.
+Axes: I input width, O output width, r rank; `...` any axes before the last, n all of them in one.
 """
 
 import json

@@ -23,6 +23,8 @@ Axes:
   B batch        T source length   U target length   S key length     D width       N heads
   H head width   F ffn width       V vocabulary      Q object queries P feature pixels (h*w)
   C channels     L classes         K key-value heads I image tokens    G = N / K
+  Y X pixels of a picture, down and across; h w the same of a feature map; n pictures
+  `new` tokens of this call; `live` rows still written; `...` any axes
 """
 
 import contextlib
@@ -458,12 +460,12 @@ def looping(ids, times=4, least=24):
     Together they are `least` tokens or more. Counting n-grams anywhere in the text (8 tokens, four
     times) would cut every fifth of Gemini's own thoughts, which restate a formula as often as they
     need it; this cuts none of 335 (tests/test_paligemma.py)."""
-    found = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    found = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
     for period in range(1, ids.shape[1] // times + 1):
         length = max(times * period, least)
         if length <= ids.shape[1]:
             tail = ids[:, -length:]  # (B, length)
-            found |= (tail[:, period:] == tail[:, :-period]).all(1)
+            found |= (tail[:, period:] == tail[:, :-period]).all(1)  # (B,)
     return found
 
 
@@ -491,26 +493,26 @@ def decode(
     """
     B = len(logits)
     out = torch.full((B, max_new_tokens), pad_id, device=logits.device)  # (B, U)
-    rows = torch.arange(B, device=logits.device)  # which row of `out` each live row writes
+    rows = torch.arange(B, device=logits.device)  # (live,), their places in `out`
     stops, t = ["length"] * B, -1
     for t in range(max_new_tokens):
-        ids = pick(logits, temperature, generator)  # (B,)
+        ids = pick(logits, temperature, generator)  # (live,)
         out[rows, t] = ids
         if on_token:
             on_token(t, ids)
-        stopped = ended = ids == eos_id  # (B,)
+        stopped = ended = ids == eos_id  # (live,)
         if stop_loops:
             stopped = ended | looping(out[rows, : t + 1])
         if stopped.any():
             for row, end in zip(rows[stopped].tolist(), ended[stopped].tolist(), strict=True):
                 stops[row] = "eos" if end else "loop"
             alive = ~stopped
-            rows, ids = rows[alive], ids[alive]
+            rows, ids = rows[alive], ids[alive]  # (live,)
             if not len(rows):
                 break
             cache.keep(alive)
         if t + 1 < max_new_tokens:
-            logits = step(ids[:, None], cache)  # (B, V)
+            logits = step(ids[:, None], cache)  # (live, V)
     return out[:, : t + 1], stops
 
 
@@ -625,8 +627,8 @@ class T5Norm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
-    def forward(self, x):  # (B, T, D)
-        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # (B, T, D)
+    def forward(self, x):  # (..., D)
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # (..., D)
 
 
 class Dropout(nn.Dropout):
@@ -698,12 +700,12 @@ class T5FeedForward(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x):  # (B, T, D)
+    def forward(self, x):  # (..., D)
         if self.gated:
-            h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (B, T, F)
+            h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (..., F)
         else:
-            h = F.relu(self.wi(x))  # (B, T, F)
-        return self.wo(self.dropout(h))  # (B, T, D)
+            h = F.relu(self.wi(x))  # (..., F)
+        return self.wo(self.dropout(h))  # (..., D)
 
 
 class T5Block(nn.Module):
@@ -811,9 +813,10 @@ class T5LayerCache:
     computed once from the encoder's output."""
 
     def __init__(self, block, memory, length):
-        self.ck, self.cv = (x.flatten(0, 1) for x in block.cross_attn.keys_values(memory))
-        rows, _, H = self.ck.shape  # (B*N, T, H)
-        self.k, self.v = (memory.new_empty(rows, length, H) for _ in range(2))
+        kv = block.cross_attn.keys_values(memory)  # (B, N, T, H) each
+        self.ck, self.cv = (x.flatten(0, 1) for x in kv)  # (B*N, T, H)
+        rows, _, H = self.ck.shape
+        self.k, self.v = (memory.new_empty(rows, length, H) for _ in range(2))  # (B*N, U, H)
         self.length = 0
 
     def append(self, k, v):
@@ -937,7 +940,7 @@ class T5(nn.Module):
         """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
 
         `how`: temperature, generator, stop_loops, on_token, as in `decode`."""
-        memory = self.encode(input_ids, attention_mask)
+        memory = self.encode(input_ids, attention_mask)  # (B, T, D)
         return self.generate_from(memory, attention_mask, max_new_tokens, **how)
 
     @torch.inference_mode()
@@ -1116,7 +1119,7 @@ class ResNet(nn.Module):
         self.channels = inner
 
     def forward(self, pixels):
-        """(B, 3, H, W) -> C5 (B, C, h, w)."""
+        """(B, 3, Y, X) -> C5 (B, C, h, w)."""
         x = F.relu(self.bn1(self.conv1(pixels)))  # stride 2
         x = F.max_pool2d(x, 3, 2, 1)  # stride 4
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, C, h, w)
@@ -1149,13 +1152,13 @@ class DETRAttention(nn.Module):
         self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, query, key, value, mask=None):
-        """query (B, Q, D), key, value (B, S, D), mask (B, 1, 1, S) of valid keys -> (B, Q, D)."""
+        """query (B, T, D), key, value (B, S, D), mask (B, 1, 1, S) of valid keys -> (B, T, D)."""
         projected = (self.q_proj(query), self.k_proj(key), self.v_proj(value))
         q, k, v = (
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected
-        )  # (B, N, S, H)
+        )  # (B, N, T, H), (B, N, S, H), (B, N, S, H)
         out = F.scaled_dot_product_attention(q, k, v, mask)  # softmax(q k^T / sqrt(H)) v
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, Q, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class DETREncoderLayer(nn.Module):
@@ -1180,7 +1183,8 @@ class DETRDecoderLayer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(D, ffn), nn.Linear(ffn, D)
         self.final_layer_norm = nn.LayerNorm(D)
 
-    def forward(self, x, queries, memory, positions, mask):  # (B, Q, D); post-norm
+    def forward(self, x, queries, memory, positions, mask):
+        """x, queries (B, Q, D); memory, positions (B, P, D); mask (B, 1, 1, P). Post-norm."""
         x = self.self_attn_layer_norm(x + self.self_attn(x + queries, x + queries, x))
         seen = self.encoder_attn(x + queries, memory + positions, memory, mask)  # (B, Q, D)
         x = self.encoder_attn_layer_norm(x + seen)
@@ -1232,13 +1236,13 @@ class DETR(nn.Module):
     def features(self, pixel_values, pixel_mask=None):
         """Object features (B, Q, D): the last decoder layer's states after the decoder's norm.
 
-        pixel_values (B, 3, H, W), ImageNet-normalised; pixel_mask (B, H, W), 1 where the picture
+        pixel_values (B, 3, Y, X), ImageNet-normalised; pixel_mask (B, Y, X), 1 where the picture
         is, for batches of unequal sizes. Padding changes activations at the border a little, so
         features for training are made one size at a time.
         """
         c5 = self.backbone(pixel_values)  # (B, C, h, w)
         if pixel_mask is None:
-            pixel_mask = pixel_values.new_ones(pixel_values[:, 0].shape)  # (B, H, W)
+            pixel_mask = pixel_values.new_ones(pixel_values[:, 0].shape)  # (B, Y, X)
         valid = F.interpolate(pixel_mask[:, None].float(), c5.shape[-2:])[:, 0] > 0.5  # (B, h, w)
         positions = sine_positions(valid, self.config.d_model).to(c5.dtype)  # (B, P, D)
         mask = valid.flatten(1)[:, None, None, :]  # (B, 1, 1, P)
@@ -1256,12 +1260,12 @@ class DETR(nn.Module):
         (B, Q, 4) as centre x, centre y, width, height, each in 0..1 of the picture."""
         boxes = objects
         for layer in self.bbox_predictor.layers[:-1]:
-            boxes = F.relu(layer(boxes))  # (B, Q, D)
-        boxes = self.bbox_predictor.layers[-1](boxes).sigmoid()  # (B, Q, 4)
+            boxes = F.relu(layer(boxes))  # (..., D)
+        boxes = self.bbox_predictor.layers[-1](boxes).sigmoid()  # (..., 4)
         return self.class_labels_classifier(objects), boxes
 
     def forward(self, pixel_values, pixel_mask=None):
-        """(B, 3, H, W) -> class logits (B, Q, L + 1) and boxes (B, Q, 4)."""
+        """(B, 3, Y, X) -> class logits (B, Q, L + 1) and boxes (B, Q, 4)."""
         return self.detect(self.features(pixel_values, pixel_mask))
 
 
@@ -1280,7 +1284,7 @@ class SigLIPConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12  # N
     num_channels: int = 3
-    image_size: int = 224  # S, the pictures are squares
+    image_size: int = 224  # Y, the pictures are squares
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
 
@@ -1343,7 +1347,7 @@ class SigLIP(nn.Module):
         self.post_layernorm = nn.LayerNorm(D, config.layer_norm_eps)
 
     def forward(self, pixels):
-        """(B, 3, S, S) in -1..1 -> (B, I, D), row by row."""
+        """(B, 3, Y, Y) in -1..1 -> (B, I, D), row by row."""
         side = self.config.image_size
         if pixels.shape[-2:] != (side, side):
             raise ValueError(
@@ -1455,9 +1459,9 @@ def rotary_angles(positions, width, theta, dtype):
 
 
 def rotate(x, cos, sin):
-    """RoPE (arXiv 2104.09864), halves and not pairs: x (B, N, T, H) turned by its position."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin  # (B, N, T, H)
+    """RoPE (arXiv 2104.09864), halves and not pairs: x (..., T, H) turned by its position."""
+    first, second = x.chunk(2, -1)  # (..., T, H/2)
+    return x * cos + torch.cat((-second, first), -1) * sin  # (..., T, H)
 
 
 def soft_cap(x, cap):
@@ -1480,7 +1484,7 @@ def prefix_lm_mask(valid, suffix, new, window=None):
         s 1 1 1 1 1
     """
     position = valid.cumsum(1)  # (B, S), consecutive over what is no pad
-    query, key = position[:, -new:, None], position[:, None, :]
+    query, key = position[:, -new:, None], position[:, None, :]  # (B, T, 1), (B, 1, S)
     allowed = key <= query  # (B, T, S)
     if window is not None:
         allowed = allowed & (key > query - window)
@@ -1507,14 +1511,14 @@ class GemmaAttention(nn.Module):
         self.softmax = nn.Softmax(-1)  # a module, so that a hook can watch the weights
 
     def forward(self, x, cos, sin, bias, cache=None, last=None):
-        """x (B, T, D), angles (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D).
+        """x (B, new, D), angles (B, 1, new, H), additive mask (B, 1, new, S) -> (B, T, D).
 
-        With `last` so many of the T are queries, and the result is (B, last, D)."""
-        c, asking = self.config, x if last is None else x[:, -last:]
+        The T queries are all of the `new` tokens, or the `last` of them."""
+        c, asking = self.config, x if last is None else x[:, -last:]  # (B, T, D)
         T = asking.shape[1]
         projected = self.q_proj(asking), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in projected)
-        k, bias = rotate(k, cos, sin), bias[:, :, -T:]  # (B, K, T, H), (B, 1, T, S)
+        k, bias = rotate(k, cos, sin), bias[:, :, -T:]  # (B, K, new, H), (B, 1, T, S)
         q = rotate(q, cos[:, :, -T:], sin[:, :, -T:])  # (B, N, T, H)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, H)
@@ -1669,7 +1673,7 @@ class Gemma2(nn.Module):
 
     def embed(self, input_ids):
         """(B, T) -> (B, T, D), times the root of D as the model's own dtype has it."""
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids)  # (B, T, D)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
     def forward(self, x, valid, suffix, cache=None, last=None):
@@ -1827,7 +1831,7 @@ class PaliGemma(nn.Module):
                 p.zero_()
 
     def image_features(self, pixel_values):
-        """(n, 3, S, S) -> (n, I, D): what the language model sees of a picture. Not scaled."""
+        """(n, 3, Y, Y) -> (n, I, D): what the language model sees of a picture. Not scaled."""
         weight = self.multi_modal_projector.linear.weight
         return self.multi_modal_projector.linear(self.vision_tower(pixel_values.to(weight.dtype)))
 
@@ -1866,7 +1870,7 @@ class PaliGemma(nn.Module):
 
     def head(self, states):
         """(..., D) -> soft-capped logits (..., V)."""
-        logits = F.linear(states, self.language_model.embed_tokens.weight)
+        logits = F.linear(states, self.language_model.embed_tokens.weight)  # (..., V)
         return soft_cap(logits, self.config.text.final_logit_softcapping)
 
     def forward(
@@ -1877,7 +1881,7 @@ class PaliGemma(nn.Module):
         token_type_ids=None,
         image_features=None,
     ):
-        """Logits (B, T, V); see `states`. Give pixel_values (n, 3, S, S) or their features."""
+        """Logits (B, T, V); see `states`. Give pixel_values (n, 3, Y, Y) or their features."""
         if pixel_values is not None:
             image_features = self.image_features(pixel_values)  # (n, I, D)
         return self.head(self.states(input_ids, attention_mask, token_type_ids, image_features))
@@ -1914,7 +1918,7 @@ class PaliGemma(nn.Module):
         pads = mask.int().flip(1).argmax(1)  # (B,), behind the last token that is none
         last = int(pads.max()) + 1
         given = (input_ids, mask, token_type_ids, image_features, cache, last)
-        states = self.states(*given)  # (B, last, D)
+        states = self.states(*given)  # (B, U, D), U = last
         first = self.head(states[torch.arange(len(pads), device=pads.device), -1 - pads])  # (B, V)
 
         def step(ids, cache):  # (B, 1) -> (B, V)

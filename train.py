@@ -20,7 +20,7 @@ A run that was killed goes on with --resume and ends in the same bits (on a CPU)
 Left out on purpose: trainer classes, callbacks, autocast (weights that are trained are fp32, frozen
 ones bf16 where the device is good at it), loggers other than log.jsonl.
 
-Axes: B batch, T length, U target length, D width, V vocabulary.
+Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` in the loss.
 """
 
 import argparse
