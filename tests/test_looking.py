@@ -401,6 +401,7 @@ def test_a_decoded_run_keeps_looks_and_the_same_predictions(runs, name, tmp_path
     written = {}
     for looks in ("0", "2"):
         how = scoring.parse_args([str(tmp_path / "run"), "--looks", looks])
+        how.skipped = None
         scoring.evaluate(tmp_path / "run", models, problems, config, tokenizer, features, how)
         files = ("predictions.jsonl", "metrics.json", "looks.json")
         written[looks] = [(tmp_path / "run" / file).read_text() for file in files]

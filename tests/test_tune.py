@@ -738,11 +738,11 @@ def test_an_adapter_can_be_decoded_by_itself(tiny, tmp_path):
 @pytest.mark.slow
 def test_training_goes_on_from_an_adapter(tiny, tmp_path):
     rank = data.read_json(tiny.folder / lora.CONFIG)["r"]
-    flags = ["--adapter", str(tiny.folder), "--lora-r", str(rank + 3), "--lr", "1e-12"]
+    flags = ["--adapter", str(tiny.folder), "--lora-r", str(rank + 3), "--lr", "1e-8"]
     further = run(tmp_path / "further", *flags).folder
     assert data.read_json(further / lora.CONFIG)["r"] == rank  # the adapter's, not the flag's
     for name, tensor in adapter(further).items():
-        torch.testing.assert_close(tensor, adapter(tiny.folder)[name], atol=1e-9, rtol=0)
+        torch.testing.assert_close(tensor, adapter(tiny.folder)[name], atol=1e-7, rtol=0)
 
 
 def test_a_question_can_be_asked_of_a_run(short, capsys, tokenizer):
