@@ -920,9 +920,10 @@ class T5(nn.Module):
 
     def decode_states(self, decoder_input_ids, memory, memory_bias):
         """(B, U) ids -> (B, U, D), ready for the vocabulary layer."""
-        return self.scaled(self.decoder(self.shared(decoder_input_ids), None, memory, memory_bias))
+        states = self.decoder(self.shared(decoder_input_ids), None, memory, memory_bias)
+        return self.rescaled(states)
 
-    def scaled(self, states):
+    def rescaled(self, states):
         return states * self.config.d_model**-0.5 if self.config.scaled else states
 
     def head(self, states):
@@ -952,7 +953,7 @@ class T5(nn.Module):
         head.weight = weight
 
         def step(ids, cache):  # (B, 1) -> (B, V)
-            return head(self.scaled(self.decoder.step(self.shared(ids[:, 0]), cache)))
+            return head(self.rescaled(self.decoder.step(self.shared(ids[:, 0]), cache)))
 
         start = torch.full((len(memory), 1), c.decoder_start_token_id, device=memory.device)
         ends = (c.eos_token_id, c.pad_token_id)

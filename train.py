@@ -364,13 +364,7 @@ def fit(model, examples, validate, args, stage, epochs, log):
         stop_unless_supervised(window, stage, step)
         batches = [to_device(COLLATE[args.model](rows), args.device) for rows in dealt(window)]
         count = units(window, args)
-        total = 0.0
-        for batch in batches:
-            forward.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
-            loss = forward(batch)
-            (loss * world() / count).backward()  # as the devices' gradients are averaged
-            total += loss.detach() / count
-        total = summed(total)
+        total = backward(forward, batches, count)
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         if not (math.isfinite(total) and math.isfinite(norm)):
             stop_at_what_is_not_finite(whole_model(model), total, norm, window, args, stage, step)
@@ -398,6 +392,17 @@ def fit(model, examples, validate, args, stage, epochs, log):
         model.load_state_dict(best[2], strict=False)
         print(f"  kept: the weights after step {best[1]}, validation accuracy {best[0]:.2f}")
     return whole_model(model).eval()
+
+
+def backward(forward, batches, count):
+    """Put the gradients of a window's summed loss over `count` into the weights; that loss."""
+    total = 0.0
+    for batch in batches:
+        forward.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
+        loss = forward(batch)
+        (loss * world() / count).backward()  # as the devices' gradients are averaged
+        total += loss.detach() / count
+    return summed(total)
 
 
 def better(best, entry, model):
@@ -428,7 +433,7 @@ def report(stage, step, steps, entry, seconds):
 # the first batch is asked directly whether a prediction changes with what it must not see.
 
 
-def loss_of(model, examples, args, shown=None, told=None, junk=None):
+def evaluated_loss(model, examples, args, shown=None, told=None, junk=None):
     """Summed loss of the examples' first `told` targets each (None: of all), in evaluation mode.
     `shown` are examples that take their place in all that the model reads; `junk` is an id that
     takes the place of pads."""
@@ -472,15 +477,15 @@ def stop_if_it_leaks(model, rows, args, stage, most=4):
 
     for first in {0, min(map(len, labels)) // 2}:
         other = [changed_from(e, first, ids) for e in rows]
-        loss = loss_of(model, rows, args, told=first + 1)
-        if not same(loss, seen := loss_of(model, rows, args, other, told=first + 1)):
+        loss = evaluated_loss(model, rows, args, told=first + 1)
+        if not same(loss, seen := evaluated_loss(model, rows, args, other, told=first + 1)):
             raise RuntimeError(
                 f"{said}the loss of the first {first + 1} targets changes from {loss:.6g} to "
                 f"{seen:.6g} with the last of them and those behind it: the model sees what it "
                 "shall predict. Look at the attention mask, token_type_ids and the shift of labels."
             )
     supervised = int((COLLATE[args.model](rows)["labels"] != -100).sum())
-    loss, seen = loss_of(model, rows, args), loss_of(model, rows, args, junk=ids[-1])
+    loss, seen = evaluated_loss(model, rows, args), evaluated_loss(model, rows, args, junk=ids[-1])
     if supervised != sum(map(len, labels)) or not same(loss, seen):
         raise RuntimeError(
             f"{said}pads take part: {supervised} targets of {sum(map(len, labels))} are in the "
@@ -502,7 +507,7 @@ def stop_unless_supervised(window, stage, step):
 def stop_at_what_is_not_finite(model, loss, norm, window, args, stage, step):
     """Of the step's records those are named whose own loss is not finite, or all if none is."""
     rows = [e for rows in window for e in rows]
-    bad = [e for e in rows if not math.isfinite(loss_of(model, [e], args))] or rows
+    bad = [e for e in rows if not math.isfinite(evaluated_loss(model, [e], args))] or rows
     raise FloatingPointError(
         f"{stage}, step {step}: loss {float(loss)}, gradient norm {float(norm)}, in "
         f"{', '.join(e['id'] for e in bad)}. This step was not taken. Look at these records, or "
