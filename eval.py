@@ -711,7 +711,7 @@ def refine(graded, spec, cache):
     """`explained` answers, their kinds corrected by a judge who is shown the picture, a
     `teacher.py --judge` SPEC; its verdicts are kept in the JSONL file `cache`. The judge is asked
     about thoughts, and believed where it finds right what the rule finds right."""
-    import teacher  # imports eval
+    from support import judging  # imports eval
 
     rows = [i for i, (_, x, _) in enumerate(graded) if thought_of(x) and x["kind"] not in
             ("loop", "cut off", "no parse")]  # fmt: skip
@@ -719,7 +719,7 @@ def refine(graded, spec, cache):
     for p, x, g in (graded[i] for i in rows):
         letter = data.LETTERS.find(g.parsed) if p.choices and g.parsed else -1
         items.append((p, thought_of(x), x["response"] if letter < 0 else p.choices[letter]))
-    for i, verdict in zip(rows, teacher.judge_many(items, spec, cache), strict=True):
+    for i, verdict in zip(rows, judging.judge_many(items, spec, cache), strict=True):
         p, x, g = graded[i]
         leads, seen, name = verdict["consistent"], verdict.get("picture"), None
         if verdict["correct"] is g.correct and g.correct:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import ssl
 import sys
 from pathlib import Path
 
@@ -47,3 +48,39 @@ def read_once():
         for module, name in ((data, "load"), (data, "load_traces"), (evaluation, "scene_facts")):
             patch.setattr(module, name, once(getattr(module, name)))
         yield
+
+
+@pytest.fixture(scope="module")
+def running():
+    """A server that speaks both providers' wire formats, and its url."""
+    import loopback
+
+    server = loopback.Loopback()
+    return server, server.start()
+
+
+@pytest.fixture
+def server(running, monkeypatch):
+    """The server as new, the SDKs pointed at it, dummy keys, and no back-off beyond 50 ms."""
+    from asking import environment
+
+    from support import clients
+
+    server, url = running
+    server.reset()
+    for name, value in environment(url).items():
+        monkeypatch.setenv(name, value)
+    for name in ("GEMINI_API_KEY", "ANTHROPIC_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(clients, "LONGEST_WAIT", 0.05)
+    # Both SDKs read a bundle of certificates for every client, half the time of these tests.
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
+    return server
+
+
+@pytest.fixture
+def ask(tmp_path, capsys):
+    """teacher.py's command line."""
+    from asking import Asker
+
+    return Asker(tmp_path, capsys)

@@ -50,7 +50,6 @@ from PIL import Image, PngImagePlugin  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import lora  # noqa: E402
-import teacher  # noqa: E402
 import train  # noqa: E402
 from fusion import GatedFusion, MultimodalT5  # noqa: E402
 from model import (  # noqa: E402
@@ -63,6 +62,7 @@ from model import (  # noqa: E402
     SigLIPConfig,
     T5Config,
 )
+from support.ledger import Ledger  # noqa: E402
 
 SAID = (  # the kinds of error that may leave a reader; a subclass (JSONDecodeError) may not
     ValueError,
@@ -493,7 +493,7 @@ def read_predictions(folder):
 
 
 def read_ledger(folder):
-    ledger = teacher.Ledger(folder / "traces.jsonl")
+    ledger = Ledger(folder / "traces.jsonl")
     ledger.close()
 
 

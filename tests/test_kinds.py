@@ -33,7 +33,6 @@ import hashlib
 import json
 import os
 import sys
-import types
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -46,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
 from demo import scenes  # noqa: E402
+from support import judging  # noqa: E402
 
 REAL = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data"))
 needs_data = pytest.mark.skipif(
@@ -276,7 +276,7 @@ def test_a_judge_refines_kinds_but_not_grades(monkeypatch):
         assert len(items) == len(replies)
         return replies
 
-    monkeypatch.setitem(sys.modules, "teacher", types.SimpleNamespace(judge_many=judge_many))
+    monkeypatch.setattr(judging, "judge_many", judge_many)
     rule = scoring.explained(graded)
     after = scoring.refine(rule, "x:y", "cache.jsonl")
     assert [x["kind"] for _, x, _ in rule] == [v[5] for v in verdicts]

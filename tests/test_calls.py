@@ -1,0 +1,181 @@
+"""support/calls.py and clients.py with the real SDKs against tests/loopback.py: faults of every
+kind, Ctrl-C, and money.
+"""
+
+import re
+import time
+
+import loopback
+import pytest
+from asking import KEY, WIRES, both_wires, interrupted, questions, write
+
+from support import clients
+
+# --- faults
+
+PASSING = """429:0 429:ms=20 500 503 529 408 stall drip reset cut short event malformed empty
+html nothing""".split()
+
+
+@both_wires
+def test_passing_faults_are_tried_again(ask, server, wire):
+    questions(ask.folder, len(PASSING))
+    server.script = {f"Q{i}": [fault] for i, fault in enumerate(PASSING, 1)}
+    begun = time.monotonic()
+    code, *_ = ask(wire, concurrency=len(PASSING), timeout=0.6)
+    assert code == 0 and time.monotonic() - begun < 6
+    found = ask.by_id()
+    for i, fault in enumerate(PASSING, 1):
+        assert [e["fault"] for e in server.sent(f"Q{i}")] == [fault, None]
+        assert found[f"q{i}"]["verdict"]["correct"] and found[f"q{i}"]["usage"]["tries"] == 2
+    assert len(ask.records()) == len(PASSING)
+
+
+def test_no_question_is_asked_more_often_than_retries_say(ask, server):
+    questions(ask.folder, 4)
+    server.script = {"Q1": "500", "Q2": "malformed", "Q3": "reset"}
+    code, out, err = ask(retries=3)
+    assert [len(server.sent(f"Q{i}")) for i in range(1, 5)] == [3, 3, 3, 1]
+    assert list(ask.by_id()) == ["q4"] and "3 calls failed for good" in out
+    assert all(f"failed: q{i}: " in err for i in (1, 2, 3)) and "Traceback" not in err
+    server.script = {}
+    ask(retries=3)
+    assert [len(server.sent(f"Q{i}")) for i in range(1, 5)] == [4, 4, 4, 1]
+    assert len(ask.records()) == 4
+
+
+@pytest.mark.parametrize(
+    "wire, steps",
+    [
+        ("gemini", {"429:0.4": 0.4, "429:delay=0.3": 0.3, "429:date=9": 0.6, "503:86400": 0.6}),
+        ("anthropic", {"429:ms=200": 0.2, "529:86400": 0.6}),
+    ],
+)
+def test_retry_after_is_obeyed_up_to_a_cap(ask, server, monkeypatch, wire, steps):
+    monkeypatch.setattr(clients, "LONGEST_WAIT", 0.6)
+    questions(ask.folder, len(steps))
+    server.script = {f"Q{i}": [step] for i, step in enumerate(steps, 1)}
+    ask(wire)
+    for i, (step, seconds) in enumerate(steps.items(), 1):
+        first, second = server.sent(f"Q{i}")
+        assert seconds - 0.01 <= second["t"] - first["end"] < seconds * 1.1 + 0.25, step
+
+
+def test_back_off_grows_has_jitter_and_a_cap():
+    waits = [[clients.retry_after(TimeoutError(), n) for _ in range(20)] for n in (1, 2, 3, 20)]
+    for some, longest in zip(waits, (0.5, 1, 2, clients.LONGEST_WAIT), strict=True):
+        assert longest / 2 <= min(some) < max(some) <= longest
+    assert clients.retry_after(KeyError("a bug of ours"), 1) is None
+
+
+@both_wires
+@pytest.mark.parametrize("status", ["400", "413"])
+def test_a_request_that_is_refused_fails_alone_and_once(ask, server, wire, status):
+    questions(ask.folder, 3)
+    server.script = {"Q2": status}
+    code, _, err = ask(wire)
+    assert len(server.sent("Q2")) == 1 and set(ask.by_id()) == {"q1", "q3"}
+    assert f"failed: q2: {status}" in err and code == 0
+
+
+@both_wires
+@pytest.mark.parametrize("status", ["401", "403", "404"])
+def test_a_wrong_key_or_model_stops_at_once(ask, server, wire, status):
+    questions(ask.folder, 12)
+    server.script = {"*": status}
+    code, out, err = ask(wire, concurrency=2)
+    assert code == 1 and not ask.out.exists() and len(server.sent()) <= 2
+    (line,) = err.strip().splitlines()
+    assert line.startswith(f"Stopped: the provider refuses: {status}")
+
+
+def test_no_key_is_one_sentence(ask, server, monkeypatch):
+    questions(ask.folder, 1)
+    for wire, name in (("gemini", "GOOGLE_API_KEY"), ("anthropic", "ANTHROPIC_API_KEY")):
+        monkeypatch.delenv(name)
+        with pytest.raises(ValueError, match=name):
+            ask(wire)
+    assert server.log == []
+
+
+def test_a_provider_that_is_not_there_ends_the_run(ask, server, monkeypatch):
+    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
+    questions(ask.folder, 60)
+    for wire in WIRES:
+        code, _, err = ask(wire, retries=2)
+        assert code == 1 and "Stopped: 20 questions in a row failed" in err, wire
+
+
+def test_a_key_in_a_reply_reaches_no_file(ask, server):
+    questions(ask.folder, 1)
+    server.script = {"Q1": {"thought": f"Their key is {KEY}."}}
+    ask()  # which looks for the key
+    (record,) = ask.records()
+    assert record["reply"]["thought"] == "Their key is [GOOGLE_API_KEY]."
+
+
+# --- Ctrl-C
+
+
+def test_ctrl_c_finishes_what_is_paid_for_and_can_be_gone_on_with(ask, server):
+    questions(ask.folder, 12)
+    server.latency = 0.15
+    with interrupted(lambda: len(server.sent()) > 4):
+        code, _, err = ask(concurrency=4)
+    answered = sum(entry["answered"] for entry in server.sent())
+    assert code == 130 and "Stopped: interrupted" in err
+    assert 5 <= answered == len(ask.records()) < 12
+    server.latency = 0
+    assert ask()[0] == 0
+    assert len(ask.by_id()) == len(ask.records()) == len(server.sent()) == 12
+
+
+def test_a_second_ctrl_c_drops_the_calls_under_way(ask, server):
+    questions(ask.folder, 4)
+    server.script = {"Q2": "stall", "Q3": "stall", "Q4": "stall"}
+    begun = time.monotonic()
+    with interrupted(lambda: len(server.sent()) == 4 and ask.records(), times=2):
+        code, *_ = ask(concurrency=4)
+    assert code == 130 and time.monotonic() - begun < 5 and len(ask.records()) == 1
+
+
+# --- money
+
+
+def test_max_cost_is_not_passed_and_a_larger_one_goes_on(ask, server):
+    questions(ask.folder, 12)
+    server.rate, server.faults = 0.3, ["500", "short"]
+    flags = {"max_output": 100, "concurrency": 4}
+    price = ["--price", "10", "10"]
+    limits, counts = (0.02, 0.03, 1), []
+    for limit in limits:
+        code, _, err = ask("gemini", *price, max_cost=limit, **flags)
+        spent = sum(record["usage"]["cost"] for record in ask.records())
+        counts.append(len(ask.records()))
+        assert code == 0 and spent <= limit
+        if limit < 1:
+            assert "Stopped: --max-cost" in err
+    assert 0 < counts[0] < counts[1] < counts[2] == 12
+    answered = [entry["tag"] for entry in server.sent() if entry["answered"]]
+    assert sorted(answered) == sorted({f"Q{i}" for i in range(1, 13)})
+
+
+def test_max_cost_counts_calls_under_way_and_stops_only_where_one_more_may_pass_it(ask, server):
+    write(ask.folder, [loopback.question(i) for i in range(1, 13)])
+    server.latency = 0.05  # without limit all twelve are under way before the first has a cost
+    flags = {"max_cost": 0.004, "max_output": 100, "concurrency": 12}
+    _, _, err = ask("gemini", "--price", "10", "10", **flags)
+    spent = sum(record["usage"]["cost"] for record in ask.records())
+    most = float(re.search(r"a call may cost \$(\d+\.\d+)", err)[1])
+    assert spent <= 0.004 < spent + most + 1e-4 and len(ask.records()) > 1
+
+
+def test_a_dry_run_sends_nothing_and_needs_no_key(ask, server, monkeypatch):
+    questions(ask.folder, 3)
+    for name in ("GOOGLE_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name)
+    for wire in WIRES:
+        code, out, _ = ask(wire, "--dry-run", "--judge", WIRES["anthropic"])
+        assert code == 0 and "3 requests" in out and "$" in out
+    assert server.log == [] and {file.name for file in ask.folder.iterdir()} == {"q.jsonl", "3.png"}

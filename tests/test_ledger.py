@@ -1,0 +1,290 @@
+"""support/ledger.py: nothing is ever asked or paid for twice, whatever is done to the trace file
+and to the process that writes it.
+
+`python tests/test_ledger.py` runs the long one by itself and prints its figures: 2,000 questions,
+32 at a time, a fifth of the requests failing, and SIGKILL three times.
+"""
+
+import collections
+import heapq
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import conftest  # noqa: F401 (the import paths, when this is run as a script)
+import loopback
+import pytest
+from asking import WIRES, environment, questions
+from PIL import Image
+
+from support import clients, ledger
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_nothing_is_asked_twice_and_other_questions_are_asked_anew(ask, server, monkeypatch):
+    questions(ask.folder, 3)
+    ask()
+    before = ask.out.read_bytes()
+    for _ in range(2):
+        code, out, _ = ask()
+        assert (code, len(server.sent())) == (0, 3) and ask.out.read_bytes() == before
+    assert " 3 " in out
+    flags = [{"max_output": 9000}, {"effort": "low"}, {"seed": 5}, {"thinking_budget": 2048}]
+    for count, more in enumerate(flags, 2):
+        ask(**more)
+        assert len(server.sent()) == 3 * count, more
+    Image.new("RGB", (8, 8), "red").save(ask.folder / "3.png")
+    clients.seen.cache_clear()
+    ask()
+    assert len(server.sent("Q3")) == 6 and len(server.sent()) == 16
+    monkeypatch.setattr(ledger, "VERSION", ledger.VERSION + 1)
+    ask()
+    assert len(server.sent()) == 19
+    ask("anthropic")
+    assert len(server.sent()) == 22 and ask.out.read_bytes().startswith(before)
+    assert len({record["key"] for record in ask.records()}) == len(ask.records()) == 22
+
+
+@pytest.mark.parametrize("left", [1, 40, None])
+def test_a_torn_last_line_is_mended(ask, server, left):
+    questions(ask.folder, 3)
+    ask()
+    *whole, last = ask.out.read_bytes().splitlines(keepends=True)
+    ask.out.write_bytes(b"".join(whole) + (last[:left] if left else last[:-1]))
+    _, _, err = ask()
+    assert ("is dropped" in err) == (left is not None)
+    assert len(server.sent()) == 3 + (left is not None) and len(ask.records()) == 3
+    assert ask.out.read_bytes().startswith(b"".join(whole))
+    assert ask.out.read_bytes().endswith(b"}\n") and set(ask.by_id()) == {"q1", "q2", "q3"}
+
+
+@pytest.mark.parametrize("line", ["{half", '{"id": "q9"}', "[]", '{"key": "k", "usage": 3}'])
+def test_a_bad_line_in_the_middle_is_refused(ask, server, line):
+    questions(ask.folder, 2)
+    ask()
+    first, second = ask.out.read_text().splitlines()
+    ask.out.write_text("\n".join([first, line, second, ""]))
+    with pytest.raises(ValueError, match="t.jsonl, line 2 is no"):
+        ask()
+    assert len(server.sent()) == 2 and line in ask.out.read_text()
+
+
+def test_a_file_in_use_is_refused(ask, server):
+    questions(ask.folder, 1)
+    holder = ledger.Ledger(ask.out)
+    with pytest.raises(ValueError, match="in use by another process"):
+        ask()
+    assert server.log == []
+    holder.close()
+    ask()
+    assert len(ask.records()) == 1
+
+
+# --- killed
+
+FAULTS = (
+    """429:0 429:ms=50 500 503 529 reset cut short event malformed empty html nothing""".split()
+)
+FAULTS = [*FAULTS * 3, "stall", "drip"]
+SHAPE = {"rate": 0.2, "most": 3, "seed": 1, "faults": FAULTS}
+AT_ONCE, TIMEOUT, RETRIES = 32, 3.0, 6
+
+
+class Server:
+    """The loopback server as a process of its own, which outlives its clients."""
+
+    def __enter__(self):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, loopback.__file__], **pipes)
+        self.url = f"http://127.0.0.1:{self.process.stdout.readline().strip()}"
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()  # it ends when nobody can talk to it any more
+        self.process.stdout.close()
+        self.process.wait(10)
+
+    def call(self, path, **body):
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+
+def begin(folder, url, wire, *flags):
+    """teacher.py as a process."""
+    argv = ["teacher.py", "--data", folder / "q.jsonl", "--out", folder / "t.jsonl"]
+    argv += ["--teacher", WIRES[wire], "--concurrency", AT_ONCE, *flags]
+    said = open(folder / "said.txt", "a")  # noqa: SIM115 (the child holds it)
+    with said:
+        return subprocess.Popen(
+            [sys.executable, *map(str, argv)],
+            cwd=ROOT,
+            env=os.environ | environment(url) | {"OMP_NUM_THREADS": "1"},
+            stdout=said,
+            stderr=said,
+        )
+
+
+def wait_until(reached, seconds=60):
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def killed_run(folder, count, wire, kills, latency=0.1):
+    """Ask `count` questions, with SIGKILL at `kills` random moments; figures of what happened."""
+    questions(folder, count)
+    out, draw, lives, snapshots = folder / "t.jsonl", random.Random(0), [], []
+    limits = ["--timeout", TIMEOUT, "--retries", RETRIES]
+    with Server() as server:
+        server.call("/configure", latency=latency, **SHAPE)
+        for life in range(kills + 1):
+            size = out.stat().st_size if out.exists() else 0
+            process = begin(folder, server.url, wire, *limits)
+            if life < kills:
+                wait_until(lambda size=size: out.exists() and out.stat().st_size > size)
+                time.sleep(draw.uniform(0.2, count / 700))  # all of them before the last question
+                process.kill()
+            code = process.wait(200)
+            lives.append(time.time())
+            snapshots.append(out.read_bytes())
+        log = server.call("/log")
+    assert code == 0, (folder / "said.txt").read_text()[-3000:]
+    return tallied(count, [e for e in log if e["kind"] == "ask"], lives, snapshots)
+
+
+def tallied(count, sent, lives, snapshots):
+    """Count records, requests a life, and answers paid for twice."""
+    records = [json.loads(line) for line in snapshots[-1].splitlines()]
+    by_life = collections.Counter()
+    answers, doubled = {}, []
+    for entry in sent:
+        life = sum(end < entry["t"] for end in lives)
+        by_life[life, entry["tag"]] += 1
+        if entry["answered"]:
+            answers.setdefault(entry["tag"], []).append((life, entry))
+    for tag, several in answers.items():
+        for life, entry in several[:-1]:
+            doubled.append((life, tag, lives[life] - entry["t"]))
+    whole = [snapshot[: snapshot.rfind(b"\n") + 1] for snapshot in snapshots]
+    had = [{json.loads(line)["id"] for line in lines.splitlines()} for lines in whole]
+    return {
+        "questions": count,
+        "records": len(records),
+        "distinct": len({record["id"] for record in records}),
+        "right": sum(record["verdict"]["correct"] for record in records),
+        "records before each kill": [len(ids) for ids in had[:-1]],
+        "kept as they were": all(snapshots[-1].startswith(lines) for lines in whole),
+        "torn lines": sum(not snapshot.endswith(b"\n") for snapshot in snapshots),
+        "requests": len(sent),
+        "faults": sum(entry["fault"] is not None for entry in sent),
+        "most requests for a question in one life": max(by_life.values()),
+        "answers": sum(map(len, answers.values())),
+        "paid twice": len(doubled),
+        "paid twice though recorded": sum(f"q{tag[1:]}" in had[life] for life, tag, _ in doubled),
+        "longest before its kill, s": max((age for *_, age in doubled), default=0.0),
+    }
+
+
+def ideal(count, latency):
+    """Seconds that the run would take if nothing but the server, --timeout and the back-off took
+    time: AT_ONCE workers take the questions in order; a fault takes its latency and mean wait."""
+    plan, free = loopback.Loopback(**SHAPE), [0.0] * AT_ONCE
+    for number in range(1, count + 1):
+        tries, seconds, fault = 0, 0.0, True
+        while fault:
+            tries += 1
+            fault = plan.step("ask", f"Q{number}", tries)
+            seconds += {"stall": TIMEOUT, "drip": TIMEOUT, "reset": 0}.get(fault or "", latency)
+            waits = {"429:0": 0.0, "429:ms=50": 0.0525}
+            seconds += waits.get(fault, 0.375 * 2 ** (tries - 1)) if fault else 0.0
+        heapq.heapreplace(free, free[0] + seconds)
+    return max(free)
+
+
+def timed_run(folder, count, wire, latency):
+    """The same without kills: seconds from the first request to the last reply, and the ideal."""
+    questions(folder, count)
+    with Server() as server:
+        server.call("/configure", latency=latency, **SHAPE)
+        process = begin(folder, server.url, wire, "--timeout", TIMEOUT, "--retries", RETRIES)
+        assert process.wait(300) == 0, (folder / "said.txt").read_text()[-3000:]
+        sent = [entry for entry in server.call("/log") if entry["kind"] == "ask"]
+    seconds = max(entry["end"] for entry in sent) - min(entry["t"] for entry in sent)
+    best = ideal(count, latency)
+    figures = {"questions": count, "requests": len(sent), "seconds": seconds, "ideal": best}
+    return figures | {"a second": count / seconds, "of the ideal": best / seconds}
+
+
+def sound(figures, kills):
+    """What must hold of `killed_run`."""
+    count = figures["questions"]
+    assert figures["records"] == figures["distinct"] == figures["right"] == count
+    assert figures["kept as they were"] and len(figures["records before each kill"]) == kills
+    assert figures["records before each kill"][0] > 0 and figures["faults"] > 0.15 * count
+    assert figures["most requests for a question in one life"] <= RETRIES
+    assert figures["answers"] == count + figures["paid twice"]
+    assert figures["paid twice though recorded"] == 0
+    assert figures["paid twice"] <= kills * AT_ONCE
+    assert figures["longest before its kill, s"] < TIMEOUT
+
+
+@pytest.mark.slow
+def test_a_thousand_questions_faults_and_three_kills(tmp_path):
+    """`python tests/test_ledger.py` asks 2,000 of each wire."""
+    sound(killed_run(tmp_path, 1000, "anthropic", kills=3), kills=3)
+
+
+@pytest.mark.slow
+def test_throughput_is_what_the_latency_allows(tmp_path_factory):
+    """The best of three: what else the machine does can only slow a run down."""
+    if os.getloadavg()[0] > 2 * os.cpu_count():
+        pytest.skip("the machine is too busy to say what the client costs")
+    folders = (tmp_path_factory.mktemp("timed") for _ in range(3))
+    shares = (timed_run(folder, 256, "gemini", latency=0.8)["of the ideal"] for folder in folders)
+    assert any(share > 0.85 for share in shares)  # the second only if the first was slow
+
+
+@pytest.mark.slow
+def test_a_kill_between_teacher_and_judge_costs_no_second_reply(ask, monkeypatch):
+    questions(ask.folder, 3)
+    pending = ask.folder / "t.jsonl.pending"
+    judge = ["--judge", WIRES["anthropic"], "--judge-all"]
+    with Server() as server:
+        server.call("/configure", script={"judge *": "stall"})
+        process = begin(ask.folder, server.url, "gemini", *judge)
+        wait_until(lambda: pending.exists() and pending.read_bytes().count(b"\n") == 3)
+        process.kill()
+        process.wait()
+        server.call("/configure", script={})
+        for name, value in environment(server.url).items():
+            monkeypatch.setenv(name, value)
+        assert ask("gemini", *judge)[0] == 0
+        kinds = [entry["kind"] for entry in server.call("/log")]
+    assert kinds.count("ask") == 3 and 3 <= kinds.count("judge") <= 6
+    assert len(ask.records()) == 3 and not pending.exists()
+
+
+def main():
+    for wire in WIRES:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = killed_run(Path(folder), 2000, wire, kills=3)
+        print(f"{wire}, {AT_ONCE} at a time, killed three times:")
+        print(*(f"  {name}: {value}" for name, value in figures.items()), sep="\n", flush=True)
+        sound(figures, kills=3)
+        with tempfile.TemporaryDirectory() as folder:
+            figures = timed_run(Path(folder), 2000, wire, latency=1.0)
+        print("without kills, 1 s a reply:")
+        print(*(f"  {name}: {value:.4g}" for name, value in figures.items()), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
