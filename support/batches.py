@@ -90,7 +90,7 @@ async def gemini_results(client, id):
     return rows, hide(f"{job.state and job.state.name} {job.error or ''}".strip())
 
 
-BATCH = {
+BATCH = {  # what is there, send, what came of it, the Reply in it
     "anthropic": (anthropic_batches, anthropic_send, anthropic_results, anthropic_reply),
     "gemini": (gemini_batches, gemini_send, gemini_results, gemini_reply),
 }
@@ -184,9 +184,9 @@ class Batches:
 
     async def ended(self, entry):
         """Poll until a batch has ended: ([(key, what came back)], how it ended)."""
-        delay, results = 1.0, BATCH[self.model.provider][2]
+        calls, delay, ended = self.calls, 1.0, None
+        _, _, results, _ = BATCH[self.model.provider]
         ask = functools.partial(results, self.model.client, entry["id"])
-        calls, ended = self.calls, None
         while ended is None:
             try:
                 ended = await calls.insist(ask, fatal=FATAL[:-1])
@@ -204,7 +204,8 @@ class Batches:
         """The Reply, paid for; Failed or Lost with why there is none."""
         if isinstance(said, str):
             raise Failed(said)
-        reply = BATCH[self.model.provider][3](said)
+        *_, parse = BATCH[self.model.provider]
+        reply = parse(said)
         usd = cost(reply.usage, self.model.price, BATCH_SHARE)
         reply.usage |= {"cost": usd, "seconds": None, "tries": 1}
         self.calls.spent += usd or 0.0

@@ -142,6 +142,9 @@ def connect(provider, timeout, opened):
     return genai.Client(vertexai=False, http_options=options)
 
 
+# --- how each is asked
+
+
 def anthropic_request(model, text, image, schema, how):
     """The arguments of messages.stream, and of a request in a batch."""
     content = [{"type": "text", "text": text}]
@@ -266,6 +269,9 @@ def demo_verdict(problem, thought, answer):
 ASK = {"gemini": ask_gemini, "anthropic": ask_anthropic}
 
 
+# --- faults
+
+
 def status_of(error):
     """The HTTP status of an SDK's error, or None."""
     status = getattr(error, "status_code", None) or getattr(error, "code", None)
@@ -316,6 +322,8 @@ def in_words(error):
     text = getattr(error, "api_message", None) or getattr(error, "message", None) or str(error)
     return hide(f"{status_of(error) or type(error).__name__}: {' '.join(text.split())}")[:300]
 
+
+# --- pictures
 
 SENT = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}  # both providers take them
 MOST_BYTES = 3_900_000  # 5 MB in base64 is Anthropic's limit, and so is the side in pixels
