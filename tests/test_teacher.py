@@ -146,7 +146,9 @@ def test_hints_and_prompts_are_recorded_and_are_other_questions(ask, server, wir
 def test_a_judge_fills_the_schema_and_may_look(ask, server, wire):
     questions(ask.folder, 3)
     server.script = {"judge Q1": {"verdict": {"leads_to_answer": False, "why": "It\nwanders."}}}
-    server.script["judge Q3"] = {"verdict": {"agrees_with_picture": False}}
+    server.script |= dict.fromkeys(
+        ("judge Q2", "judge Q3"), {"verdict": {"agrees_with_picture": False}}
+    )
     judge = ["--judge", WIRES[wire], "--judge-all"]
     ask("gemini", *judge)
     found = ask.by_id()
