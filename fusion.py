@@ -34,8 +34,10 @@ from model import (
     T5Config,
     described,
     from_config,
+    has_weights,
     head_is_tied,
     load_weights,
+    main,
     of_all_ranks,
     read_config,
     resolve,
@@ -151,19 +153,28 @@ class MultimodalT5(nn.Module):
         for a fresh fusion build `MultimodalT5(T5.from_pretrained(x), GatedFusion(...))`.
         """
         folder = resolve(where)
+        model, skip = cls.unloaded(folder)
+        return load_weights(model, folder, MULTIMODAL_KEYS, dtype, skip).eval()
+
+    @classmethod
+    def unloaded(cls, folder):
+        """As `model.T5.unloaded`; the fusion is there if the weights have one, in their width."""
         config = read_config(folder, "t5")
-        names = {
-            MULTIMODAL_KEYS.to_ours(n): shape for n, (_, shape) in stored_tensors(folder).items()
-        }
+        stored = stored_tensors(folder) if has_weights(folder) else {}
+        names = {MULTIMODAL_KEYS.to_ours(name): shape for name, (_, shape) in stored.items()}
         width = names.get("fusion.image_dense.weight")
-        tied = head_is_tied(folder)
+        tied = head_is_tied(folder) if stored else None
         with described(folder):
             t5 = T5(from_config(T5Config, config), tied=tied)
             no_image = config.get("no_image", "zero")
             fusion = GatedFusion(t5.config.d_model, width[1], no_image) if width else None
             model = cls(t5, fusion)
-        skip = ("t5.lm_head.weight",) if tied else ()
-        return load_weights(model, folder, MULTIMODAL_KEYS, dtype, skip).eval()
+        return model, ("t5.lm_head.weight",) if t5.lm_head is None else ()
+
+    def walk(self, of):
+        """A forward pass for `model.summary`."""
+        features = self.fusion and of("B", "P", self.fusion.image_dense.in_features)
+        self(of("B", "T"), of("B", "T"), features, of("B", "U"))
 
     def save_pretrained(self, folder):
         """Write a folder that loads here and, by its key names, in the released mm-cot code."""
@@ -286,3 +297,7 @@ def two_stage(rationale_model, answer_model, make_batches, tokenizer, lengths, *
         }
         for problem_id, answer in answers.items()
     }
+
+
+if __name__ == "__main__":  # --keys and --summary, of a T5 with a fusion
+    main({"t5": MultimodalT5})

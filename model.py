@@ -15,6 +15,9 @@ What is worth knowing before reading:
     causal. Picture features are not scaled, word embeddings are (by the root of D).
   * Weight names are data: one table per architecture, file name <-> our name, for both ways.
 
+`python model.py --keys DIR_OR_HUB_ID` prints the weight table that loading goes by; `--summary`
+the architecture, with shapes and parameter counts (fusion.py does both for a T5 with a fusion).
+
 Left out on purpose: DETR's training half (matching, losses, dropout: here it is a frozen feature
 extractor), SigLIP's text half and pooling head, PaliGemma 1 (refused by name), fp16 (it overflows;
 refused with a sentence), beam search.
@@ -27,15 +30,19 @@ Axes:
   `new` tokens of this call; `live` rows still written; `...` any axes
 """
 
+import argparse
 import contextlib
 import itertools
 import json
 import math
 import os
 import re
+import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -88,18 +95,19 @@ def resolve(where):
         ) from e
 
 
-def read_config(folder, model_type):
-    """config.json of `folder` as a dict; ValueError unless its model_type is `model_type`."""
+def read_config(folder, *model_types):
+    """config.json of `folder` as a dict; ValueError unless its model_type is one of these."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: a checkpoint folder needs its config.json."
         )
     config = json_object(path)
-    if config.get("model_type") != model_type:
+    if config.get("model_type") not in model_types:
         raise ValueError(
-            f"{path} says model_type {config.get('model_type')!r:.60}, but {model_type!r} is "
-            "needed here: these weights belong to another architecture."
+            f"{path} says model_type {config.get('model_type')!r:.60}, but "
+            f"{' or '.join(map(repr, model_types))} is needed here: these weights belong to "
+            "another architecture."
         )
     return config
 
@@ -209,6 +217,11 @@ def write_safetensors(tensors, path):
 
 def stored_tensors(folder):
     """{name in the file: (path, shape)} over every weight file of a checkpoint folder."""
+    return {name: (path, shape) for name, (path, shape, _) in headers(folder).items()}
+
+
+def headers(folder):
+    """As `stored_tensors`, with each tensor's dtype as safetensors calls it ("F32", "BF16")."""
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
@@ -232,7 +245,8 @@ def stored_tensors(folder):
     for path in sorted(paths):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                found[name] = (path, tuple(file.get_slice(name).get_shape()))
+                header = file.get_slice(name)
+                found[name] = (path, tuple(header.get_shape()), header.get_dtype())
     return found
 
 
@@ -307,6 +321,50 @@ class KeyTable:
         return self.translate(name, self.found_inverse)
 
 
+class Weight(NamedTuple):
+    """A tensor of the files, or one of ours that they lack, and what becomes of it."""
+
+    fate: str  # "matched", "skipped" or one of UNFIT
+    theirs: str  # its name in the file, or the one it should have there
+    ours: str = None
+    shape: tuple = None  # in the file
+    dtype: str = None
+    path: Path = None
+    wanted: tuple = None  # the shape of ours
+
+    def __str__(self):
+        if self.fate != "of another shape":
+            return self.theirs
+        return f"{self.theirs}: file {list(self.shape)}, model {list(self.wanted)}"
+
+
+UNFIT = ("missing", "unexpected", "of another shape")
+
+
+def weight_rows(module, folder, table, skip=()):
+    """A `Weight` for each tensor in `folder` and for each of the module that is not there."""
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    rows = []
+    for theirs, (path, shape, dtype) in headers(folder).items():
+        ours = table.to_ours(theirs)
+        if ours is None or ours in skip:
+            fate, ours, expected = "skipped", None, None
+        elif ours not in wanted:  # or known by another spelling already
+            fate, ours, expected = "unexpected", None, None
+        else:
+            expected = wanted.pop(ours)
+            fate = "matched" if expected == shape else "of another shape"
+        rows.append(Weight(fate, theirs, ours, shape, dtype, path, expected))
+    lacking = ((table.to_file(ours), ours, shape) for ours, shape in wanted.items())
+    return rows + [Weight("missing", theirs, ours, wanted=shape) for theirs, ours, shape in lacking]
+
+
+def unfit(rows):
+    """What the rows say does not fit, listed by fate; empty if all is well."""
+    found = {fate: sorted(str(row) for row in rows if row.fate == fate) for fate in UNFIT}
+    return "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in found.items() if v)
+
+
 def load_weights(module, folder, table, dtype=torch.float32, skip=()):
     """Fill `module`, built on the meta device, from the checkpoint in `folder`; strict.
 
@@ -316,32 +374,15 @@ def load_weights(module, folder, table, dtype=torch.float32, skip=()):
     and each that is not of finite floating-point numbers.
     """
     check_dtype(dtype)
-    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    unexpected, misshaped, by_file = [], [], {}
-    for theirs, (path, shape) in stored_tensors(folder).items():
-        ours = table.to_ours(theirs)
-        if ours is None or ours in skip:
-            continue
-        if ours not in wanted:
-            unexpected.append(theirs)
-        elif wanted.pop(ours) != shape:
-            expected = list(module.state_dict()[ours].shape)
-            misshaped.append(f"{theirs}: file {list(shape)}, model {expected}")
-        else:
-            by_file.setdefault(path, []).append((theirs, ours))
-    problems = {
-        "missing": [table.to_file(name) for name in wanted],
-        "unexpected": unexpected,
-        "of another shape": misshaped,
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(v)} {k}: {', '.join(sorted(v))}" for k, v in problems.items() if v
-        )
+    rows, by_file = weight_rows(module, folder, table, skip), {}
+    if listed := unfit(rows):
         raise ValueError(
             f"The weights in {folder} do not fit {type(module).__name__} as its config.json "
             f"describes it. Tensors {listed}."
         )
+    for row in rows:
+        if row.fate == "matched":
+            by_file.setdefault(row.path, []).append((row.theirs, row.ours))
     tensors, bad = {}, []
     for path, names in by_file.items():
         with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -384,6 +425,11 @@ def save_weights(module, folder, table, config):
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def has_weights(folder):
+    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+    return any((Path(folder) / name).exists() for name in names)
 
 
 def head_is_tied(folder):
@@ -871,11 +917,21 @@ class T5(nn.Module):
     def from_pretrained(cls, where, dtype=torch.float32):
         """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
         folder = resolve(where)
-        config, tied = read_config(folder, "t5"), head_is_tied(folder)
+        model, skip = cls.unloaded(folder)
+        return load_weights(model, folder, T5_KEYS, dtype, skip).eval()
+
+    @classmethod
+    def unloaded(cls, folder):
+        """The model without its numbers, on the meta device, and what `load_weights` skips."""
+        config = read_config(folder, "t5")
+        tied = head_is_tied(folder) if has_weights(folder) else None
         with described(folder):
             model = cls(from_config(T5Config, config), tied)
-        skip = ("lm_head.weight",) if model.lm_head is None else ()
-        return load_weights(model, folder, T5_KEYS, dtype, skip).eval()
+        return model, ("lm_head.weight",) if model.lm_head is None else ()
+
+    def walk(self, of):
+        """A forward pass for `summary`."""
+        self(of("B", "T"), of("B", "T"), of("B", "U"))
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors as the Hub has them."""
@@ -1195,6 +1251,8 @@ class DETRDecoderLayer(nn.Module):
 class DETR(nn.Module):
     """DetrForObjectDetection: ResNet, transformer encoder, Q object queries, two small heads."""
 
+    KEYS = DETR_KEYS
+
     def __init__(self, config):
         super().__init__()
         self.config, D = config, config.d_model
@@ -1217,10 +1275,19 @@ class DETR(nn.Module):
     def from_pretrained(cls, where, dtype=torch.float32):
         """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
         folder = resolve(where)
+        model, skip = cls.unloaded(folder)
+        return load_weights(model, folder, DETR_KEYS, dtype, skip).eval()
+
+    @classmethod
+    def unloaded(cls, folder):
+        """As T5's."""
         config = read_config(folder, "detr")
         with described(folder):
-            model = cls(DETRConfig.from_hub(config))
-        return load_weights(model, folder, DETR_KEYS, dtype).eval()
+            return cls(DETRConfig.from_hub(config)), ()
+
+    def walk(self, of):
+        """A forward pass for `summary`."""
+        self(of("B", 3, "Y", "X").float())
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors as the Hub has them."""
@@ -1794,15 +1861,28 @@ class PaliGemma(nn.Module):
     def from_pretrained(cls, where, dtype=torch.float32):
         """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
         folder = resolve(where)
-        config = read_config(folder, "paligemma")
-        with described(folder):
-            model = cls(PaliGemmaConfig.from_hub(config, folder))
+        model, skip = cls.unloaded(folder)
         if not head_is_tied(folder):
             raise ValueError(
                 f"{folder} has an lm_head of its own that differs from its embedding; PaliGemma 2 "
                 "has one matrix for both. These weights were trained by other code."
             )
-        return load_weights(model, folder, PALIGEMMA_KEYS, dtype).eval()
+        return load_weights(model, folder, PALIGEMMA_KEYS, dtype, skip).eval()
+
+    @classmethod
+    def unloaded(cls, folder):
+        """As T5's."""
+        config = read_config(folder, "paligemma")
+        with described(folder):
+            return cls(PaliGemmaConfig.from_hub(config, folder)), ()
+
+    def walk(self, of):
+        """A forward pass for `summary`: picture and text each, as on the meta device nobody can
+        count the <image> tokens."""
+        side = self.config.vision.image_size
+        self.image_features(of("B", 3, side, side))
+        valid = of("B", "T").bool()
+        self.head(self.language_model(self.language_model.embed(of("B", "T")), valid, valid))
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors as the Hub has them (transformers reads both)."""
@@ -1927,3 +2007,120 @@ class PaliGemma(nn.Module):
 
         ends = (self.config.eos_token_id, self.config.pad_token_id)
         return decode(first, step, cache, max_new_tokens, *ends, **how)
+
+
+# ----------------------------------------------------------------------------------------------
+# Command line: what a checkpoint holds, without loading it
+# ----------------------------------------------------------------------------------------------
+
+# What stands for a shape's letters in `summary`: large primes, which no config has.
+SIZES = {"B": 1009, "T": 1013, "U": 1019, "P": 1021, "Y": 32 * 1031, "X": 32 * 1033}
+LETTERS = {size: letter for letter, size in SIZES.items()}
+LETTERS |= {SIZES[axis] // n: f"{axis}/{n}" for axis in "YX" for n in (2, 4, 8, 16, 32)}
+LETTERS |= {SIZES["Y"] * SIZES["X"] // n**2: "P" for n in (16, 32)}
+
+
+def keys(model, skip, folder):
+    """The weight table of a folder as lines, in the model's order, and how many tensors are unfit.
+
+    A shape is the file's; the model's is behind it where that is another."""
+    order = {name: i for i, name in enumerate(model.state_dict())}
+    rows = weight_rows(model, folder, model.KEYS, skip)
+    rows.sort(key=lambda row: (order.get(row.ours, len(order)), row.theirs))
+    table = [("ours", "in the file", "shape", "dtype", "")]
+    for row in rows:
+        shapes = dict.fromkeys(x for x in (row.shape, row.wanted) if x is not None)
+        shape = ", not ".join(str(list(x)) for x in shapes)
+        table.append((row.ours or "-", row.theirs, shape, row.dtype or "-", row.fate))
+    fates = Counter(row.fate for row in rows)
+    told, listed = ", ".join(f"{n} {fate}" for fate, n in fates.items()), unfit(rows)
+    lines = [*aligned(table), f"{type(model).__name__}: {len(rows)} tensors, {told}"]
+    lines += [f"Tensors {listed}."] if listed else []
+    if re.search("image_dense|mha_layer|gate_dense", listed) and isinstance(model, T5):
+        lines.append("Multimodal-CoT's fusion has its table in fusion.py: python fusion.py --keys.")
+    return lines, sum(fates[fate] for fate in UNFIT)
+
+
+def aligned(table, right=()):
+    """Rows of texts as lines; the columns of these numbers are flush right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        texts = enumerate(zip(row, widths, strict=True))
+        yield "  ".join(x.rjust(n) if i in right else x.ljust(n) for i, (x, n) in texts).rstrip()
+
+
+def summary(model):
+    """The architecture as lines: module, shape of what it gives, parameters. Sizes that the config
+    fixes are numbers, the others this file's letters; equal neighbours are one line."""
+    shapes = {}
+
+    def note(module, given, made):
+        made = made[0] if isinstance(made, tuple) else made
+        shapes.setdefault(module, [str(LETTERS.get(n, n)) for n in made.shape])
+
+    def of(*axes):
+        return torch.ones([SIZES.get(a, a) for a in axes], dtype=torch.long, device="meta")
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    with torch.no_grad():
+        model.eval().walk(of)
+    for hook in hooks:
+        hook.remove()
+    total, constants = (sum(t.numel() for t in x()) for x in (model.parameters, model.buffers))
+    more = f", {constants:,} constants" if constants else ""
+    tree = drawn("", [branch(model, shapes)], "")
+    return [*aligned(tuple(tree), right=(2,)), f"{total:,} parameters{more}"]
+
+
+def branch(module, shapes):
+    """(class, shape, parameters, children) of a module; a child is (name, its branch). Containers
+    that compute nothing give their children their name; what has no weights is left out."""
+    children = []
+    for name, child in module.named_children():
+        made = branch(child, shapes)
+        if type(child) in (nn.Module, nn.ModuleList):
+            children += [(f"{name}.{inner}", x) for inner, x in made[3]]
+        elif child.state_dict():
+            children.append((name, made))
+    shape = f"({', '.join(shapes[module])})" if module in shapes else ""
+    return type(module).__name__, shape, sum(p.numel() for p in module.parameters()), children
+
+
+def drawn(name, equal, indent):
+    """Rows (module, shape, parameters) of neighbours whose branches are all equal."""
+    kind, shape, size, children = equal[0]
+    times = f"{len(equal)} x " if len(equal) > 1 else ""
+    yield f"{indent}{name}{times}{kind}", shape, f"{times}{size:,}"
+    for _, group in itertools.groupby(children, key=lambda child: child[1]):
+        names, parts = zip(*group, strict=True)
+        joined, last = ", ".join(names), names[-1].rpartition(".")[2]
+        if len(names) > 1 and last.isdecimal():
+            joined = f"{names[0]}-{last}"  # layers.0-11
+        if len(joined) <= 40:
+            yield from drawn(f"{joined}  ", parts, indent + "  ")
+        else:
+            for inner, part in zip(names, parts, strict=True):
+                yield from drawn(f"{inner}  ", [part], indent + "  ")
+
+
+def main(architectures):
+    """`--keys`: the weight table, status 1 if a tensor is unfit; `--summary`: the modules, for
+    which config.json is enough. `architectures` are the classes by model_type."""
+    parser = argparse.ArgumentParser(description="What a checkpoint holds, without loading it.")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--keys", metavar="DIR_OR_HUB_ID", help="the weight table")
+    asked.add_argument("--summary", metavar="DIR_OR_HUB_ID", help="the architecture as text")
+    args = parser.parse_args()
+    try:
+        folder = resolve(args.keys or args.summary)
+        kind = read_config(folder, *architectures)["model_type"]
+        model, skip = architectures[kind].unloaded(folder)
+        lines, unfit = keys(model, skip, folder) if args.keys else (summary(model), 0)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    print("\n".join(lines))
+    sys.exit(unfit > 0)
+
+
+if __name__ == "__main__":
+    main({"t5": T5, "detr": DETR, "paligemma": PaliGemma})
