@@ -94,9 +94,10 @@ class SingleHeadAttention(nn.Module):
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         Q = F.linear(language, wq, bq)  # (B, T, D)
         K, V = F.linear(vision, wk, bk), F.linear(vision, wv, bv)  # (B, P, D)
+        # Eq. 4 (Multimodal-CoT)
         scores = Q @ K.transpose(1, 2) / math.sqrt(Q.shape[-1])  # (B, T, P)
         attention = scores.float().softmax(-1).to(V.dtype)  # (B, T, P)
-        return self.out_proj(attention @ V), attention  # (B, T, D), (B, T, P), Eq. 4
+        return self.out_proj(attention @ V), attention  # (B, T, D), (B, T, P)
 
 
 class GatedFusion(nn.Module):
@@ -123,12 +124,15 @@ class GatedFusion(nn.Module):
     def explain(self, H_language, image_features):
         """As forward, with the gate (B, T, D) and the attention over the picture (B, T, P)."""
         image_features = image_features.to(H_language.dtype)
-        H_vision = self.image_dense(image_features)  # (B, P, D), Eq. 3
-        H_attn, attention = self.mha_layer(H_language, H_vision)  # (B, T, D), (B, T, P), Eq. 4
-        gate = self.gate_dense(torch.cat((H_language, H_attn), -1)).sigmoid()  # (B, T, D), Eq. 5
+        # Eq. 3 (Multimodal-CoT)
+        H_vision = self.image_dense(image_features)  # (B, P, D)
+        H_attn, attention = self.mha_layer(H_language, H_vision)  # (B, T, D), (B, T, P)
+        # Eq. 5 (Multimodal-CoT)
+        gate = self.gate_dense(torch.cat((H_language, H_attn), -1)).sigmoid()  # (B, T, D)
         if self.no_image == "mask":
             gate = gate * image_features.any(2).any(1)[:, None, None]  # (B, T, D)
-        H_fuse = (1 - gate) * H_language + gate * H_attn  # (B, T, D), Eq. 6
+        # Eq. 6 (Multimodal-CoT)
+        H_fuse = (1 - gate) * H_language + gate * H_attn  # (B, T, D)
         return H_fuse, gate, attention
 
 
@@ -186,7 +190,8 @@ class MultimodalT5(nn.Module):
 
     def encode(self, input_ids, attention_mask, image_features=None):
         """(B, T) ids and mask, (B, P, F) features -> what the decoder reads (B, T, D)."""
-        H_language = self.t5.encode(input_ids, attention_mask)  # (B, T, D), Eq. 2
+        # Eq. 2 (Multimodal-CoT)
+        H_language = self.t5.encode(input_ids, attention_mask)  # (B, T, D)
         if self.fusion is None:
             return H_language
         if image_features is None:
@@ -205,6 +210,7 @@ class MultimodalT5(nn.Module):
     def forward(self, input_ids, attention_mask, image_features, decoder_input_ids):
         """Teacher-forced logits (B, U, V): the factors of Eq. 1."""
         states = self.states(input_ids, attention_mask, image_features, decoder_input_ids)
+        # Eq. 1 (Multimodal-CoT): a softmax away from p(Y_i | X_language, X_vision, Y_<i)
         return self.t5.head(states)  # (B, U, V)
 
     @torch.inference_mode()

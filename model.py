@@ -674,6 +674,7 @@ class T5Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):  # (..., D)
+        # Eq. RMSNorm (T5): w x / sqrt(mean(x^2) + eps)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # (..., D)
 
 
@@ -715,6 +716,7 @@ class T5Attention(nn.Module):
         """x (B, T, D), k and v (B, N, S, H), additive bias (B or 1, N or 1, T, S) -> (B, T, D)."""
         q = self.split(self.q_proj(x))  # (B, N, T, H)
         p = self.dropout.p if self.training else 0.0
+        # Eq. attention (T5): softmax(q k^T + bias) v
         if p and x.device.type == "cpu":  # what SDPA does there as well, with a slower dropout
             weights = (q @ k.transpose(2, 3)).add_(bias).softmax(-1)  # (B, N, T, S)
             out = self.dropout(weights) @ v  # (B, N, T, H)
@@ -748,6 +750,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x):  # (..., D)
         if self.gated:
+            # Eq. GEGLU (T5): GELU(x W_0) * (x W_1)
             h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (..., F)
         else:
             h = F.relu(self.wi(x))  # (..., F)
@@ -797,6 +800,7 @@ def relative_bucket(distance, bidirectional, buckets=32, max_distance=128):
         distance = distance.abs()
     else:
         distance = (-distance).clamp(min=0)
+    # Eq. relative buckets (T5): n below e = buckets / 2, then e + e log(n / e) / log(max / e)
     exact = buckets // 2
     log = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (log * (buckets - exact)).long()).clamp(max=buckets - 1)
@@ -1193,6 +1197,7 @@ def sine_positions(mask, width):
     for axis in (1, 2):
         position = mask.float().cumsum(axis)  # (B, h, w), 1-based
         last = position[:, -1:, :] if axis == 1 else position[:, :, -1:]
+        # Eq. sine positions (DETR): sin and cos of 2 pi (y / h) / 10000^(2i / (D/2))
         angle = (position / (last + 1e-6) * 2 * math.pi)[..., None] / frequency  # (B, h, w, D/2)
         pairs = torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1)
         encoded.append(pairs.flatten(3))  # (B, h, w, D/2), sin and cos interleaved
@@ -1214,7 +1219,8 @@ class DETRAttention(nn.Module):
         q, k, v = (
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected
         )  # (B, N, T, H), (B, N, S, H), (B, N, S, H)
-        out = F.scaled_dot_product_attention(q, k, v, mask)  # softmax(q k^T / sqrt(H)) v
+        # Eq. attention (DETR): softmax(q k^T / sqrt(H)) v
+        out = F.scaled_dot_product_attention(q, k, v, mask)  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -1380,6 +1386,7 @@ class SigLIPAttention(nn.Module):
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected
         )  # (B, N, I, H)
+        # Eq. attention (SigLIP): softmax(q k^T / sqrt(H)) v
         out = F.scaled_dot_product_attention(q, k, v)  # (B, N, I, H)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, I, D)
 
@@ -1423,6 +1430,7 @@ class SigLIP(nn.Module):
                 f"{pixels.shape[-1]} x {pixels.shape[-2]}: resize them (data.siglip_pixels)."
             )
         x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
+        # Eq. positions (SigLIP): a learned vector for each patch
         x = x + self.embeddings.position_embedding.weight
         for layer in self.encoder.layers:
             x = layer(x)
@@ -1491,6 +1499,7 @@ class GemmaNorm(nn.Module):
     def forward(self, x):  # (B, T, D)
         if torch.is_grad_enabled():
             return Normed.apply(x, self.weight, self.eps)
+        # Eq. RMSNorm (Gemma): (1 + w) x / sqrt(mean(x^2) + eps)
         y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
 
@@ -1520,6 +1529,7 @@ class Normed(torch.autograd.Function):
 
 def rotary_angles(positions, width, theta, dtype):
     """cos and sin (B, 1, T, H) of positions (B, T): angles in fp32, H/2 of them, twice in a row."""
+    # Eq. angles (RoPE): position * theta^(-2i / H)
     powers = torch.arange(0, width, 2, device=positions.device).float() / width  # (H/2,)
     angle = positions[:, None, :, None].float() * theta**-powers  # (B, 1, T, H/2)
     angle = torch.cat((angle, angle), -1)  # (B, 1, T, H)
@@ -1529,12 +1539,14 @@ def rotary_angles(positions, width, theta, dtype):
 def rotate(x, cos, sin):
     """RoPE (arXiv 2104.09864), halves and not pairs: x (..., T, H) turned by its position."""
     first, second = x.chunk(2, -1)  # (..., T, H/2)
+    # Eq. rotation (RoPE): (a, b) -> (a cos - b sin, b cos + a sin)
     return x * cos + torch.cat((-second, first), -1) * sin  # (..., T, H)
 
 
 def soft_cap(x, cap):
     """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap.
     Attention has its own version of this line."""
+    # Eq. soft-cap (Gemma 2)
     return torch.tanh(x / cap) * cap if cap else x
 
 
@@ -1596,6 +1608,7 @@ class GemmaAttention(nn.Module):
         if torch.is_grad_enabled() and q.requires_grad:
             out = CappedAttention.apply(q, k, v, bias, cap).unflatten(2, (-1, T)).flatten(1, 2)
             return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        # Eq. GQA (Gemma 2): softmax(cap tanh(q k^T s / cap) + bias) v
         scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T))  # (B, K, G, T, S)
         if cap:  # cap * tanh(scores / cap): the division was done on q, which is smaller
             scores = torch.add(bias[:, :, None], scores.tanh(), alpha=cap)
@@ -1654,7 +1667,8 @@ class GemmaMLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, F)
         if torch.is_grad_enabled():
             return self.down_proj(GatedGELU.apply(gate, up))  # (B, T, D)
-        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+        # Eq. GEGLU (Gemma): GELU(x W_gate) * (x W_up)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)  # (B, T, D)
 
 
 class GatedGELU(torch.autograd.Function):

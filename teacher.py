@@ -578,6 +578,7 @@ def agreement(pairs):
     ones, others = (Counter(pair[i] for pair in pairs) for i in (1, 2))
     chance = sum(ones[word] * others[word] for word in ones) / n**2
     share = 1 - len(apart) / n
+    # Eq. kappa (Cohen 1960)
     kappa = (share - chance) / (1 - chance) if chance < 1 else None
     return {"n": n, "agreement": share, "kappa": kappa, "disagreements": apart}
 
