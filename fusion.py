@@ -205,7 +205,7 @@ class MultimodalT5(nn.Module):
         """Decoder states (B, U, D) before the vocabulary layer; a loss may need only some."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
         mask_bias = self.t5.mask_bias(attention_mask)  # (B, 1, 1, T)
-        return self.t5.decode_states(decoder_input_ids, memory, mask_bias)
+        return self.t5.decode_states(decoder_input_ids, memory, mask_bias)  # (B, U, D)
 
     def forward(self, input_ids, attention_mask, image_features, decoder_input_ids):
         """Teacher-forced logits (B, U, V): the factors of Eq. 1."""
@@ -219,7 +219,7 @@ class MultimodalT5(nn.Module):
 
         `how` is as in `model.decode`."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
-        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **how)
+        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **how)  # (B, U)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class LoRALinear(nn.Linear):
         drops = self.training and self.dropout
         if torch.is_grad_enabled() and not drops and self.lora_magnitude_vector is None:
             A, B = self.lora_A.weight, self.lora_B.weight
-            return Adapted.apply(x, self.weight, self.bias, A, B, self.scaling)
+            return Adapted.apply(x, self.weight, self.bias, A, B, self.scaling)  # (..., O)
         out = super().forward(x)  # (..., O)
         dropped = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout, self.training)
         low = self.lora_B(self.lora_A(dropped) * self.scaling)  # (..., r) -> (..., O)

@@ -495,7 +495,7 @@ ONEDNN = 2**18  # weights of a layer from which on it is worth its 12 us a call
 def pick(logits, temperature=0.0, generator=None):
     """The next ids (B,) from logits (B, V): arg-max, or a sample at `temperature`."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1)  # (B,)
     probabilities = torch.softmax(logits.float() / temperature, -1)  # (B, V)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
 
@@ -710,7 +710,7 @@ class T5Attention(nn.Module):
 
     def keys_values(self, x):
         """x (B, S, D) -> k, v, each (B, N, S, H)."""
-        return self.split(self.k_proj(x)), self.split(self.v_proj(x))
+        return self.split(self.k_proj(x)), self.split(self.v_proj(x))  # (B, N, S, H)
 
     def forward(self, x, k, v, bias):
         """x (B, T, D), k and v (B, N, S, H), additive bias (B or 1, N or 1, T, S) -> (B, T, D)."""
@@ -981,14 +981,14 @@ class T5(nn.Module):
     def decode_states(self, decoder_input_ids, memory, memory_bias):
         """(B, U) ids -> (B, U, D), ready for the vocabulary layer."""
         states = self.decoder(self.shared(decoder_input_ids), None, memory, memory_bias)
-        return self.rescaled(states)
+        return self.rescaled(states)  # (B, U, D)
 
     def rescaled(self, states):
         return states * self.config.d_model**-0.5 if self.config.scaled else states
 
     def head(self, states):
         """(..., D) -> logits (..., V)."""
-        return F.linear(states, (self.lm_head or self.shared).weight)
+        return F.linear(states, (self.lm_head or self.shared).weight)  # (..., V)
 
     def forward(self, input_ids, attention_mask, decoder_input_ids):
         """Teacher-forced logits (B, U, V) for (B, T) source ids and (B, U) shifted target ids."""
@@ -1002,7 +1002,7 @@ class T5(nn.Module):
 
         `how`: temperature, generator, stop_loops, on_token, as in `decode`."""
         memory = self.encode(input_ids, attention_mask)  # (B, T, D)
-        return self.generate_from(memory, attention_mask, max_new_tokens, **how)
+        return self.generate_from(memory, attention_mask, max_new_tokens, **how)  # (B, U)
 
     @torch.inference_mode()
     def generate_from(self, memory, attention_mask, max_new_tokens, **how):
@@ -1019,7 +1019,7 @@ class T5(nn.Module):
         ends = (c.eos_token_id, c.pad_token_id)
         with onednn([*self.decoder.modules(), head], len(memory)):
             first = step(start, cache)  # (B, V)
-            return decode(first, step, cache, max_new_tokens, *ends, **how)[0]
+            return decode(first, step, cache, max_new_tokens, *ends, **how)[0]  # (B, U)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1330,17 +1330,17 @@ class DETR(nn.Module):
         return self.decoder.layernorm(objects)  # (B, Q, D)
 
     def detect(self, objects):
-        """Features (B, Q, D) -> class logits (B, Q, L + 1), the last one "no object", and boxes
-        (B, Q, 4) as centre x, centre y, width, height, each in 0..1 of the picture."""
+        """Features (..., D) -> class logits (..., L + 1), the last one "no object", and boxes
+        (..., 4) as centre x, centre y, width, height, each in 0..1 of the picture."""
         boxes = objects
         for layer in self.bbox_predictor.layers[:-1]:
             boxes = F.relu(layer(boxes))  # (..., D)
         boxes = self.bbox_predictor.layers[-1](boxes).sigmoid()  # (..., 4)
-        return self.class_labels_classifier(objects), boxes
+        return self.class_labels_classifier(objects), boxes  # (..., L + 1), (..., 4)
 
     def forward(self, pixel_values, pixel_mask=None):
         """(B, 3, Y, X) -> class logits (B, Q, L + 1) and boxes (B, Q, 4)."""
-        return self.detect(self.features(pixel_values, pixel_mask))
+        return self.detect(self.features(pixel_values, pixel_mask))  # (B, Q, L + 1), (B, Q, 4)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1728,8 +1728,8 @@ class GemmaCache:
 
     def extend(self, valid, suffix):
         """Flags (B, T) of the new tokens -> flags (B, S) of all."""
-        self.valid = torch.cat((self.valid, valid), 1)
-        self.suffix = torch.cat((self.suffix, suffix), 1)
+        self.valid = torch.cat((self.valid, valid), 1)  # (B, S)
+        self.suffix = torch.cat((self.suffix, suffix), 1)  # (B, S)
         return self.valid, self.suffix
 
     def keep(self, alive):
@@ -1966,7 +1966,7 @@ class PaliGemma(nn.Module):
     def head(self, states):
         """(..., D) -> soft-capped logits (..., V)."""
         logits = F.linear(states, self.language_model.embed_tokens.weight)  # (..., V)
-        return soft_cap(logits, self.config.text.final_logit_softcapping)
+        return soft_cap(logits, self.config.text.final_logit_softcapping)  # (..., V)
 
     def forward(
         self,
@@ -1988,7 +1988,7 @@ class PaliGemma(nn.Module):
         `how` is as in `write`."""
         if pixel_values is not None:
             how["image_features"] = self.image_features(pixel_values)  # (n, I, D)
-        return self.write(input_ids, max_new_tokens, **how)[0]
+        return self.write(input_ids, max_new_tokens, **how)[0]  # (B, U)
 
     @torch.inference_mode()
     def write(
