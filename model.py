@@ -2132,7 +2132,10 @@ def main(architectures):
         lines, unfit = keys(model, skip, folder) if args.keys else (summary(model), 0)
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
-    print("\n".join(lines))
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(unfit > 0)
 
 
