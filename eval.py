@@ -484,6 +484,7 @@ def bleu(candidate, reference, n):
         if not hits and order == 1:
             return 0.0
         logs.append(math.log(hits / ours.total() if hits else sys.float_info.min))
+    # Eq. BLEU (Papineni et al. 2002): BP exp(sum of log p_n / N)
     brevity = 1.0 if len(said) > len(gold) else math.exp(1 - len(gold) / len(said))
     return brevity * math.exp(math.fsum(x / n for x in logs))
 
@@ -530,6 +531,7 @@ def rouge_l(candidate, reference):
         for ours, distinct in zip(said, words, strict=True):
             if not common >= places.keys() & distinct:  # else it cannot add a word
                 common |= lcs_words(ours, places)
+    # Eq. ROUGE-L (Lin 2004): 2 P R / (P + R)
     precision, recall = (len(common) / len(set().union(*x)) for x in (said, gold))
     return 2.0 * precision * recall / (precision + recall + 1e-8)
 
@@ -778,6 +780,7 @@ def percent(share):
 def wilson(hits, n, z=1.959963984540054):
     """95 % Wilson score interval of hits / n, in percent: it stays inside 0..100, and does not
     shrink to nothing when all answers, or none, are right."""
+    # Eq. interval (Wilson 1927)
     centre = (hits + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
     return [percent(max(0.0, centre - half)), percent(min(1.0, centre + half))]
@@ -929,6 +932,7 @@ def compare(graded_a, graded_b, resamples=10_000, seed=0):
     better = sum(b and not a for _, a, _, b in common)
     worse = sum(a and not b for _, a, _, b in common)
     shares = [better / n, worse / n, (n - better - worse) / n]
+    # Eq. bootstrap (Efron 1979): percentiles of the difference over resampled problems
     drawn = np.random.default_rng(seed).multinomial(n, shares, resamples)  # (resamples, 3)
     ends = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5]).tolist()
     said = {"difference": percent((better - worse) / n), "ci95": [percent(x) for x in ends]}
@@ -937,6 +941,7 @@ def compare(graded_a, graded_b, resamples=10_000, seed=0):
 
 def mcnemar(better, worse):
     """Two-sided: how often a fair coin thrown so many times is at least as lopsided."""
+    # Eq. exact test (McNemar 1947): 2 sum of C(n, k) / 2^n, k up to min(better, worse)
     throws, ways, total = better + worse, 1, 0
     for k in range(min(better, worse) + 1):  # ways: throws over k. Integers: exact, no overflow
         total += ways

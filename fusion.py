@@ -34,8 +34,10 @@ from model import (
     T5Config,
     described,
     from_config,
+    has_weights,
     head_is_tied,
     load_weights,
+    main,
     of_all_ranks,
     read_config,
     resolve,
@@ -92,9 +94,10 @@ class SingleHeadAttention(nn.Module):
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         Q = F.linear(language, wq, bq)  # (B, T, D)
         K, V = F.linear(vision, wk, bk), F.linear(vision, wv, bv)  # (B, P, D)
+        # Eq. 4 (Multimodal-CoT)
         scores = Q @ K.transpose(1, 2) / math.sqrt(Q.shape[-1])  # (B, T, P)
         attention = scores.float().softmax(-1).to(V.dtype)  # (B, T, P)
-        return self.out_proj(attention @ V), attention  # (B, T, D), (B, T, P), Eq. 4
+        return self.out_proj(attention @ V), attention  # (B, T, D), (B, T, P)
 
 
 class GatedFusion(nn.Module):
@@ -121,12 +124,15 @@ class GatedFusion(nn.Module):
     def explain(self, H_language, image_features):
         """As forward, with the gate (B, T, D) and the attention over the picture (B, T, P)."""
         image_features = image_features.to(H_language.dtype)
-        H_vision = self.image_dense(image_features)  # (B, P, D), Eq. 3
-        H_attn, attention = self.mha_layer(H_language, H_vision)  # (B, T, D), (B, T, P), Eq. 4
-        gate = self.gate_dense(torch.cat((H_language, H_attn), -1)).sigmoid()  # (B, T, D), Eq. 5
+        # Eq. 3 (Multimodal-CoT)
+        H_vision = self.image_dense(image_features)  # (B, P, D)
+        H_attn, attention = self.mha_layer(H_language, H_vision)  # (B, T, D), (B, T, P)
+        # Eq. 5 (Multimodal-CoT)
+        gate = self.gate_dense(torch.cat((H_language, H_attn), -1)).sigmoid()  # (B, T, D)
         if self.no_image == "mask":
             gate = gate * image_features.any(2).any(1)[:, None, None]  # (B, T, D)
-        H_fuse = (1 - gate) * H_language + gate * H_attn  # (B, T, D), Eq. 6
+        # Eq. 6 (Multimodal-CoT)
+        H_fuse = (1 - gate) * H_language + gate * H_attn  # (B, T, D)
         return H_fuse, gate, attention
 
 
@@ -151,19 +157,28 @@ class MultimodalT5(nn.Module):
         for a fresh fusion build `MultimodalT5(T5.from_pretrained(x), GatedFusion(...))`.
         """
         folder = resolve(where)
+        model, skip = cls.unloaded(folder)
+        return load_weights(model, folder, MULTIMODAL_KEYS, dtype, skip).eval()
+
+    @classmethod
+    def unloaded(cls, folder):
+        """As `model.T5.unloaded`; the fusion is there if the weights have one, in their width."""
         config = read_config(folder, "t5")
-        names = {
-            MULTIMODAL_KEYS.to_ours(n): shape for n, (_, shape) in stored_tensors(folder).items()
-        }
+        stored = stored_tensors(folder) if has_weights(folder) else {}
+        names = {MULTIMODAL_KEYS.to_ours(name): shape for name, (_, shape) in stored.items()}
         width = names.get("fusion.image_dense.weight")
-        tied = head_is_tied(folder)
+        tied = head_is_tied(folder) if stored else None
         with described(folder):
             t5 = T5(from_config(T5Config, config), tied=tied)
             no_image = config.get("no_image", "zero")
             fusion = GatedFusion(t5.config.d_model, width[1], no_image) if width else None
             model = cls(t5, fusion)
-        skip = ("t5.lm_head.weight",) if tied else ()
-        return load_weights(model, folder, MULTIMODAL_KEYS, dtype, skip).eval()
+        return model, ("t5.lm_head.weight",) if t5.lm_head is None else ()
+
+    def walk(self, of):
+        """A forward pass for `model.summary`."""
+        features = self.fusion and of("B", "P", self.fusion.image_dense.in_features)
+        self(of("B", "T"), of("B", "T"), features, of("B", "U"))
 
     def save_pretrained(self, folder):
         """Write a folder that loads here and, by its key names, in the released mm-cot code."""
@@ -175,7 +190,8 @@ class MultimodalT5(nn.Module):
 
     def encode(self, input_ids, attention_mask, image_features=None):
         """(B, T) ids and mask, (B, P, F) features -> what the decoder reads (B, T, D)."""
-        H_language = self.t5.encode(input_ids, attention_mask)  # (B, T, D), Eq. 2
+        # Eq. 2 (Multimodal-CoT)
+        H_language = self.t5.encode(input_ids, attention_mask)  # (B, T, D)
         if self.fusion is None:
             return H_language
         if image_features is None:
@@ -189,11 +205,12 @@ class MultimodalT5(nn.Module):
         """Decoder states (B, U, D) before the vocabulary layer; a loss may need only some."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
         mask_bias = self.t5.mask_bias(attention_mask)  # (B, 1, 1, T)
-        return self.t5.decode_states(decoder_input_ids, memory, mask_bias)
+        return self.t5.decode_states(decoder_input_ids, memory, mask_bias)  # (B, U, D)
 
     def forward(self, input_ids, attention_mask, image_features, decoder_input_ids):
         """Teacher-forced logits (B, U, V): the factors of Eq. 1."""
         states = self.states(input_ids, attention_mask, image_features, decoder_input_ids)
+        # Eq. 1 (Multimodal-CoT): a softmax away from p(Y_i | X_language, X_vision, Y_<i)
         return self.t5.head(states)  # (B, U, V)
 
     @torch.inference_mode()
@@ -202,7 +219,7 @@ class MultimodalT5(nn.Module):
 
         `how` is as in `model.decode`."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
-        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **how)
+        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **how)  # (B, U)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -286,3 +303,7 @@ def two_stage(rationale_model, answer_model, make_batches, tokenizer, lengths, *
         }
         for problem_id, answer in answers.items()
     }
+
+
+if __name__ == "__main__":  # --keys and --summary, of a T5 with a fusion
+    main({"t5": MultimodalT5})

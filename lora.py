@@ -52,6 +52,7 @@ class LoRALinear(nn.Linear):
             raise ValueError(f"The rank r is {r!r}; it must be a whole number of at least 1.")
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
+        # Eq. scaling (rsLoRA)
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r  # s
         self.original = None  # while merged: the base's own weight
         kind = dict(bias=False, device=base.weight.device, dtype=torch.float32)
@@ -83,14 +84,16 @@ class LoRALinear(nn.Linear):
         drops = self.training and self.dropout
         if torch.is_grad_enabled() and not drops and self.lora_magnitude_vector is None:
             A, B = self.lora_A.weight, self.lora_B.weight
-            return Adapted.apply(x, self.weight, self.bias, A, B, self.scaling)
+            return Adapted.apply(x, self.weight, self.bias, A, B, self.scaling)  # (..., O)
         out = super().forward(x)  # (..., O)
         dropped = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout, self.training)
         low = self.lora_B(self.lora_A(dropped) * self.scaling)  # (..., r) -> (..., O)
         if self.lora_magnitude_vector is None:
-            return (out + low).to(out.dtype)  # LoRA Eq. 3
+            # Eq. 3 (LoRA)
+            return (out + low).to(out.dtype)  # (..., O)
         bias = 0 if self.bias is None else self.bias
-        return (self.gain() * (out - bias + low) + bias).to(out.dtype)  # DoRA Eq. 5
+        # Eq. 5 (DoRA)
+        return (self.gain() * (out - bias + low) + bias).to(out.dtype)  # (..., O)
 
     @torch.no_grad()
     def merge(self):
@@ -105,7 +108,7 @@ class LoRALinear(nn.Linear):
 
 
 class Adapted(torch.autograd.Function):
-    """LoRA Eq. 3 for training: W0 x + b + s B A x.
+    """Eq. 3 of LoRA for training: W0 x + b + s B A x.
 
     Keeps x once, in its own dtype, and s A x, which is small. PEFT keeps an fp32 copy of x for each
     layer: a fifth of a step's memory. Sums are made in place where the dtypes agree.

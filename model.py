@@ -15,6 +15,9 @@ What is worth knowing before reading:
     causal. Picture features are not scaled, word embeddings are (by the root of D).
   * Weight names are data: one table per architecture, file name <-> our name, for both ways.
 
+`python model.py --keys DIR_OR_HUB_ID` prints the weight table that loading goes by; `--summary`
+the architecture, with shapes and parameter counts (fusion.py does both for a T5 with a fusion).
+
 Left out on purpose: DETR's training half (matching, losses, dropout: here it is a frozen feature
 extractor), SigLIP's text half and pooling head, PaliGemma 1 (refused by name), fp16 (it overflows;
 refused with a sentence), beam search.
@@ -27,15 +30,19 @@ Axes:
   `new` tokens of this call; `live` rows still written; `...` any axes
 """
 
+import argparse
 import contextlib
 import itertools
 import json
 import math
 import os
 import re
+import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -88,18 +95,19 @@ def resolve(where):
         ) from e
 
 
-def read_config(folder, model_type):
-    """config.json of `folder` as a dict; ValueError unless its model_type is `model_type`."""
+def read_config(folder, *model_types):
+    """config.json of `folder` as a dict; ValueError unless its model_type is one of these."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: a checkpoint folder needs its config.json."
         )
     config = json_object(path)
-    if config.get("model_type") != model_type:
+    if config.get("model_type") not in model_types:
         raise ValueError(
-            f"{path} says model_type {config.get('model_type')!r:.60}, but {model_type!r} is "
-            "needed here: these weights belong to another architecture."
+            f"{path} says model_type {config.get('model_type')!r:.60}, but "
+            f"{' or '.join(map(repr, model_types))} is needed here: these weights belong to "
+            "another architecture."
         )
     return config
 
@@ -209,6 +217,11 @@ def write_safetensors(tensors, path):
 
 def stored_tensors(folder):
     """{name in the file: (path, shape)} over every weight file of a checkpoint folder."""
+    return {name: (path, shape) for name, (path, shape, _) in headers(folder).items()}
+
+
+def headers(folder):
+    """As `stored_tensors`, with each tensor's dtype as safetensors calls it ("F32", "BF16")."""
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
@@ -232,7 +245,8 @@ def stored_tensors(folder):
     for path in sorted(paths):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                found[name] = (path, tuple(file.get_slice(name).get_shape()))
+                header = file.get_slice(name)
+                found[name] = (path, tuple(header.get_shape()), header.get_dtype())
     return found
 
 
@@ -307,6 +321,50 @@ class KeyTable:
         return self.translate(name, self.found_inverse)
 
 
+class Weight(NamedTuple):
+    """A tensor of the files, or one of ours that they lack, and what becomes of it."""
+
+    fate: str  # "matched", "skipped" or one of UNFIT
+    theirs: str  # its name in the file, or the one it should have there
+    ours: str = None
+    shape: tuple = None  # in the file
+    dtype: str = None
+    path: Path = None
+    wanted: tuple = None  # the shape of ours
+
+    def __str__(self):
+        if self.fate != "of another shape":
+            return self.theirs
+        return f"{self.theirs}: file {list(self.shape)}, model {list(self.wanted)}"
+
+
+UNFIT = ("missing", "unexpected", "of another shape")
+
+
+def weight_rows(module, folder, table, skip=()):
+    """A `Weight` for each tensor in `folder` and for each of the module that is not there."""
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    rows = []
+    for theirs, (path, shape, dtype) in headers(folder).items():
+        ours = table.to_ours(theirs)
+        if ours is None or ours in skip:
+            fate, ours, expected = "skipped", None, None
+        elif ours not in wanted:  # or known by another spelling already
+            fate, ours, expected = "unexpected", None, None
+        else:
+            expected = wanted.pop(ours)
+            fate = "matched" if expected == shape else "of another shape"
+        rows.append(Weight(fate, theirs, ours, shape, dtype, path, expected))
+    lacking = ((table.to_file(ours), ours, shape) for ours, shape in wanted.items())
+    return rows + [Weight("missing", theirs, ours, wanted=shape) for theirs, ours, shape in lacking]
+
+
+def unfit(rows):
+    """What the rows say does not fit, listed by fate; empty if all is well."""
+    found = {fate: sorted(str(row) for row in rows if row.fate == fate) for fate in UNFIT}
+    return "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in found.items() if v)
+
+
 def load_weights(module, folder, table, dtype=torch.float32, skip=()):
     """Fill `module`, built on the meta device, from the checkpoint in `folder`; strict.
 
@@ -316,32 +374,15 @@ def load_weights(module, folder, table, dtype=torch.float32, skip=()):
     and each that is not of finite floating-point numbers.
     """
     check_dtype(dtype)
-    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    unexpected, misshaped, by_file = [], [], {}
-    for theirs, (path, shape) in stored_tensors(folder).items():
-        ours = table.to_ours(theirs)
-        if ours is None or ours in skip:
-            continue
-        if ours not in wanted:
-            unexpected.append(theirs)
-        elif wanted.pop(ours) != shape:
-            expected = list(module.state_dict()[ours].shape)
-            misshaped.append(f"{theirs}: file {list(shape)}, model {expected}")
-        else:
-            by_file.setdefault(path, []).append((theirs, ours))
-    problems = {
-        "missing": [table.to_file(name) for name in wanted],
-        "unexpected": unexpected,
-        "of another shape": misshaped,
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(v)} {k}: {', '.join(sorted(v))}" for k, v in problems.items() if v
-        )
+    rows, by_file = weight_rows(module, folder, table, skip), {}
+    if listed := unfit(rows):
         raise ValueError(
             f"The weights in {folder} do not fit {type(module).__name__} as its config.json "
             f"describes it. Tensors {listed}."
         )
+    for row in rows:
+        if row.fate == "matched":
+            by_file.setdefault(row.path, []).append((row.theirs, row.ours))
     tensors, bad = {}, []
     for path, names in by_file.items():
         with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -384,6 +425,11 @@ def save_weights(module, folder, table, config):
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def has_weights(folder):
+    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+    return any((Path(folder) / name).exists() for name in names)
 
 
 def head_is_tied(folder):
@@ -449,7 +495,7 @@ ONEDNN = 2**18  # weights of a layer from which on it is worth its 12 us a call
 def pick(logits, temperature=0.0, generator=None):
     """The next ids (B,) from logits (B, V): arg-max, or a sample at `temperature`."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1)  # (B,)
     probabilities = torch.softmax(logits.float() / temperature, -1)  # (B, V)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
 
@@ -628,6 +674,7 @@ class T5Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):  # (..., D)
+        # Eq. RMSNorm (T5): w x / sqrt(mean(x^2) + eps)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # (..., D)
 
 
@@ -663,12 +710,13 @@ class T5Attention(nn.Module):
 
     def keys_values(self, x):
         """x (B, S, D) -> k, v, each (B, N, S, H)."""
-        return self.split(self.k_proj(x)), self.split(self.v_proj(x))
+        return self.split(self.k_proj(x)), self.split(self.v_proj(x))  # (B, N, S, H)
 
     def forward(self, x, k, v, bias):
         """x (B, T, D), k and v (B, N, S, H), additive bias (B or 1, N or 1, T, S) -> (B, T, D)."""
         q = self.split(self.q_proj(x))  # (B, N, T, H)
         p = self.dropout.p if self.training else 0.0
+        # Eq. attention (T5): softmax(q k^T + bias) v
         if p and x.device.type == "cpu":  # what SDPA does there as well, with a slower dropout
             weights = (q @ k.transpose(2, 3)).add_(bias).softmax(-1)  # (B, N, T, S)
             out = self.dropout(weights) @ v  # (B, N, T, H)
@@ -702,6 +750,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x):  # (..., D)
         if self.gated:
+            # Eq. GEGLU (T5): GELU(x W_0) * (x W_1)
             h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (..., F)
         else:
             h = F.relu(self.wi(x))  # (..., F)
@@ -751,6 +800,7 @@ def relative_bucket(distance, bidirectional, buckets=32, max_distance=128):
         distance = distance.abs()
     else:
         distance = (-distance).clamp(min=0)
+    # Eq. relative buckets (T5): n below e = buckets / 2, then e + e log(n / e) / log(max / e)
     exact = buckets // 2
     log = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (log * (buckets - exact)).long()).clamp(max=buckets - 1)
@@ -871,11 +921,21 @@ class T5(nn.Module):
     def from_pretrained(cls, where, dtype=torch.float32):
         """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
         folder = resolve(where)
-        config, tied = read_config(folder, "t5"), head_is_tied(folder)
+        model, skip = cls.unloaded(folder)
+        return load_weights(model, folder, T5_KEYS, dtype, skip).eval()
+
+    @classmethod
+    def unloaded(cls, folder):
+        """The model without its numbers, on the meta device, and what `load_weights` skips."""
+        config = read_config(folder, "t5")
+        tied = head_is_tied(folder) if has_weights(folder) else None
         with described(folder):
             model = cls(from_config(T5Config, config), tied)
-        skip = ("lm_head.weight",) if model.lm_head is None else ()
-        return load_weights(model, folder, T5_KEYS, dtype, skip).eval()
+        return model, ("lm_head.weight",) if model.lm_head is None else ()
+
+    def walk(self, of):
+        """A forward pass for `summary`."""
+        self(of("B", "T"), of("B", "T"), of("B", "U"))
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors as the Hub has them."""
@@ -921,14 +981,14 @@ class T5(nn.Module):
     def decode_states(self, decoder_input_ids, memory, memory_bias):
         """(B, U) ids -> (B, U, D), ready for the vocabulary layer."""
         states = self.decoder(self.shared(decoder_input_ids), None, memory, memory_bias)
-        return self.rescaled(states)
+        return self.rescaled(states)  # (B, U, D)
 
     def rescaled(self, states):
         return states * self.config.d_model**-0.5 if self.config.scaled else states
 
     def head(self, states):
         """(..., D) -> logits (..., V)."""
-        return F.linear(states, (self.lm_head or self.shared).weight)
+        return F.linear(states, (self.lm_head or self.shared).weight)  # (..., V)
 
     def forward(self, input_ids, attention_mask, decoder_input_ids):
         """Teacher-forced logits (B, U, V) for (B, T) source ids and (B, U) shifted target ids."""
@@ -942,7 +1002,7 @@ class T5(nn.Module):
 
         `how`: temperature, generator, stop_loops, on_token, as in `decode`."""
         memory = self.encode(input_ids, attention_mask)  # (B, T, D)
-        return self.generate_from(memory, attention_mask, max_new_tokens, **how)
+        return self.generate_from(memory, attention_mask, max_new_tokens, **how)  # (B, U)
 
     @torch.inference_mode()
     def generate_from(self, memory, attention_mask, max_new_tokens, **how):
@@ -959,7 +1019,7 @@ class T5(nn.Module):
         ends = (c.eos_token_id, c.pad_token_id)
         with onednn([*self.decoder.modules(), head], len(memory)):
             first = step(start, cache)  # (B, V)
-            return decode(first, step, cache, max_new_tokens, *ends, **how)[0]
+            return decode(first, step, cache, max_new_tokens, *ends, **how)[0]  # (B, U)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1137,6 +1197,7 @@ def sine_positions(mask, width):
     for axis in (1, 2):
         position = mask.float().cumsum(axis)  # (B, h, w), 1-based
         last = position[:, -1:, :] if axis == 1 else position[:, :, -1:]
+        # Eq. sine positions (DETR): sin and cos of 2 pi (y / h) / 10000^(2i / (D/2))
         angle = (position / (last + 1e-6) * 2 * math.pi)[..., None] / frequency  # (B, h, w, D/2)
         pairs = torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1)
         encoded.append(pairs.flatten(3))  # (B, h, w, D/2), sin and cos interleaved
@@ -1158,7 +1219,8 @@ class DETRAttention(nn.Module):
         q, k, v = (
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected
         )  # (B, N, T, H), (B, N, S, H), (B, N, S, H)
-        out = F.scaled_dot_product_attention(q, k, v, mask)  # softmax(q k^T / sqrt(H)) v
+        # Eq. attention (DETR): softmax(q k^T / sqrt(H)) v
+        out = F.scaled_dot_product_attention(q, k, v, mask)  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -1195,6 +1257,8 @@ class DETRDecoderLayer(nn.Module):
 class DETR(nn.Module):
     """DetrForObjectDetection: ResNet, transformer encoder, Q object queries, two small heads."""
 
+    KEYS = DETR_KEYS
+
     def __init__(self, config):
         super().__init__()
         self.config, D = config, config.d_model
@@ -1217,10 +1281,19 @@ class DETR(nn.Module):
     def from_pretrained(cls, where, dtype=torch.float32):
         """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
         folder = resolve(where)
+        model, skip = cls.unloaded(folder)
+        return load_weights(model, folder, DETR_KEYS, dtype, skip).eval()
+
+    @classmethod
+    def unloaded(cls, folder):
+        """As T5's."""
         config = read_config(folder, "detr")
         with described(folder):
-            model = cls(DETRConfig.from_hub(config))
-        return load_weights(model, folder, DETR_KEYS, dtype).eval()
+            return cls(DETRConfig.from_hub(config)), ()
+
+    def walk(self, of):
+        """A forward pass for `summary`."""
+        self(of("B", 3, "Y", "X").float())
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors as the Hub has them."""
@@ -1257,17 +1330,17 @@ class DETR(nn.Module):
         return self.decoder.layernorm(objects)  # (B, Q, D)
 
     def detect(self, objects):
-        """Features (B, Q, D) -> class logits (B, Q, L + 1), the last one "no object", and boxes
-        (B, Q, 4) as centre x, centre y, width, height, each in 0..1 of the picture."""
+        """Features (..., D) -> class logits (..., L + 1), the last one "no object", and boxes
+        (..., 4) as centre x, centre y, width, height, each in 0..1 of the picture."""
         boxes = objects
         for layer in self.bbox_predictor.layers[:-1]:
             boxes = F.relu(layer(boxes))  # (..., D)
         boxes = self.bbox_predictor.layers[-1](boxes).sigmoid()  # (..., 4)
-        return self.class_labels_classifier(objects), boxes
+        return self.class_labels_classifier(objects), boxes  # (..., L + 1), (..., 4)
 
     def forward(self, pixel_values, pixel_mask=None):
         """(B, 3, Y, X) -> class logits (B, Q, L + 1) and boxes (B, Q, 4)."""
-        return self.detect(self.features(pixel_values, pixel_mask))
+        return self.detect(self.features(pixel_values, pixel_mask))  # (B, Q, L + 1), (B, Q, 4)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1313,6 +1386,7 @@ class SigLIPAttention(nn.Module):
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected
         )  # (B, N, I, H)
+        # Eq. attention (SigLIP): softmax(q k^T / sqrt(H)) v
         out = F.scaled_dot_product_attention(q, k, v)  # (B, N, I, H)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, I, D)
 
@@ -1356,6 +1430,7 @@ class SigLIP(nn.Module):
                 f"{pixels.shape[-1]} x {pixels.shape[-2]}: resize them (data.siglip_pixels)."
             )
         x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
+        # Eq. positions (SigLIP): a learned vector for each patch
         x = x + self.embeddings.position_embedding.weight
         for layer in self.encoder.layers:
             x = layer(x)
@@ -1424,6 +1499,7 @@ class GemmaNorm(nn.Module):
     def forward(self, x):  # (B, T, D)
         if torch.is_grad_enabled():
             return Normed.apply(x, self.weight, self.eps)
+        # Eq. RMSNorm (Gemma): (1 + w) x / sqrt(mean(x^2) + eps)
         y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
 
@@ -1453,6 +1529,7 @@ class Normed(torch.autograd.Function):
 
 def rotary_angles(positions, width, theta, dtype):
     """cos and sin (B, 1, T, H) of positions (B, T): angles in fp32, H/2 of them, twice in a row."""
+    # Eq. angles (RoPE): position * theta^(-2i / H)
     powers = torch.arange(0, width, 2, device=positions.device).float() / width  # (H/2,)
     angle = positions[:, None, :, None].float() * theta**-powers  # (B, 1, T, H/2)
     angle = torch.cat((angle, angle), -1)  # (B, 1, T, H)
@@ -1462,12 +1539,14 @@ def rotary_angles(positions, width, theta, dtype):
 def rotate(x, cos, sin):
     """RoPE (arXiv 2104.09864), halves and not pairs: x (..., T, H) turned by its position."""
     first, second = x.chunk(2, -1)  # (..., T, H/2)
+    # Eq. rotation (RoPE): (a, b) -> (a cos - b sin, b cos + a sin)
     return x * cos + torch.cat((-second, first), -1) * sin  # (..., T, H)
 
 
 def soft_cap(x, cap):
     """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap.
     Attention has its own version of this line."""
+    # Eq. soft-cap (Gemma 2)
     return torch.tanh(x / cap) * cap if cap else x
 
 
@@ -1529,6 +1608,7 @@ class GemmaAttention(nn.Module):
         if torch.is_grad_enabled() and q.requires_grad:
             out = CappedAttention.apply(q, k, v, bias, cap).unflatten(2, (-1, T)).flatten(1, 2)
             return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        # Eq. GQA (Gemma 2): softmax(cap tanh(q k^T s / cap) + bias) v
         scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T))  # (B, K, G, T, S)
         if cap:  # cap * tanh(scores / cap): the division was done on q, which is smaller
             scores = torch.add(bias[:, :, None], scores.tanh(), alpha=cap)
@@ -1587,7 +1667,8 @@ class GemmaMLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, F)
         if torch.is_grad_enabled():
             return self.down_proj(GatedGELU.apply(gate, up))  # (B, T, D)
-        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+        # Eq. GEGLU (Gemma): GELU(x W_gate) * (x W_up)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)  # (B, T, D)
 
 
 class GatedGELU(torch.autograd.Function):
@@ -1647,8 +1728,8 @@ class GemmaCache:
 
     def extend(self, valid, suffix):
         """Flags (B, T) of the new tokens -> flags (B, S) of all."""
-        self.valid = torch.cat((self.valid, valid), 1)
-        self.suffix = torch.cat((self.suffix, suffix), 1)
+        self.valid = torch.cat((self.valid, valid), 1)  # (B, S)
+        self.suffix = torch.cat((self.suffix, suffix), 1)  # (B, S)
         return self.valid, self.suffix
 
     def keep(self, alive):
@@ -1794,15 +1875,28 @@ class PaliGemma(nn.Module):
     def from_pretrained(cls, where, dtype=torch.float32):
         """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
         folder = resolve(where)
-        config = read_config(folder, "paligemma")
-        with described(folder):
-            model = cls(PaliGemmaConfig.from_hub(config, folder))
+        model, skip = cls.unloaded(folder)
         if not head_is_tied(folder):
             raise ValueError(
                 f"{folder} has an lm_head of its own that differs from its embedding; PaliGemma 2 "
                 "has one matrix for both. These weights were trained by other code."
             )
-        return load_weights(model, folder, PALIGEMMA_KEYS, dtype).eval()
+        return load_weights(model, folder, PALIGEMMA_KEYS, dtype, skip).eval()
+
+    @classmethod
+    def unloaded(cls, folder):
+        """As T5's."""
+        config = read_config(folder, "paligemma")
+        with described(folder):
+            return cls(PaliGemmaConfig.from_hub(config, folder)), ()
+
+    def walk(self, of):
+        """A forward pass for `summary`: picture and text each, as on the meta device nobody can
+        count the <image> tokens."""
+        side = self.config.vision.image_size
+        self.image_features(of("B", 3, side, side))
+        valid = of("B", "T").bool()
+        self.head(self.language_model(self.language_model.embed(of("B", "T")), valid, valid))
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors as the Hub has them (transformers reads both)."""
@@ -1872,7 +1966,7 @@ class PaliGemma(nn.Module):
     def head(self, states):
         """(..., D) -> soft-capped logits (..., V)."""
         logits = F.linear(states, self.language_model.embed_tokens.weight)  # (..., V)
-        return soft_cap(logits, self.config.text.final_logit_softcapping)
+        return soft_cap(logits, self.config.text.final_logit_softcapping)  # (..., V)
 
     def forward(
         self,
@@ -1894,7 +1988,7 @@ class PaliGemma(nn.Module):
         `how` is as in `write`."""
         if pixel_values is not None:
             how["image_features"] = self.image_features(pixel_values)  # (n, I, D)
-        return self.write(input_ids, max_new_tokens, **how)[0]
+        return self.write(input_ids, max_new_tokens, **how)[0]  # (B, U)
 
     @torch.inference_mode()
     def write(
@@ -1927,3 +2021,123 @@ class PaliGemma(nn.Module):
 
         ends = (self.config.eos_token_id, self.config.pad_token_id)
         return decode(first, step, cache, max_new_tokens, *ends, **how)
+
+
+# ----------------------------------------------------------------------------------------------
+# Command line: what a checkpoint holds, without loading it
+# ----------------------------------------------------------------------------------------------
+
+# What stands for a shape's letters in `summary`: large primes, which no config has.
+SIZES = {"B": 1009, "T": 1013, "U": 1019, "P": 1021, "Y": 32 * 1031, "X": 32 * 1033}
+LETTERS = {size: letter for letter, size in SIZES.items()}
+LETTERS |= {SIZES[axis] // n: f"{axis}/{n}" for axis in "YX" for n in (2, 4, 8, 16, 32)}
+LETTERS |= {SIZES["Y"] * SIZES["X"] // n**2: "P" for n in (16, 32)}
+
+
+def keys(model, skip, folder):
+    """The weight table of a folder as lines, in the model's order, and how many tensors are unfit.
+
+    A shape is the file's; the model's is behind it where that is another."""
+    order = {name: i for i, name in enumerate(model.state_dict())}
+    rows = weight_rows(model, folder, model.KEYS, skip)
+    rows.sort(key=lambda row: (order.get(row.ours, len(order)), row.theirs))
+    table = [("ours", "in the file", "shape", "dtype", "")]
+    for row in rows:
+        shapes = dict.fromkeys(x for x in (row.shape, row.wanted) if x is not None)
+        shape = ", not ".join(str(list(x)) for x in shapes)
+        table.append((row.ours or "-", row.theirs, shape, row.dtype or "-", row.fate))
+    fates = Counter(row.fate for row in rows)
+    told, listed = ", ".join(f"{n} {fate}" for fate, n in fates.items()), unfit(rows)
+    lines = [*aligned(table), f"{type(model).__name__}: {len(rows)} tensors, {told}"]
+    lines += [f"Tensors {listed}."] if listed else []
+    if re.search("image_dense|mha_layer|gate_dense", listed) and isinstance(model, T5):
+        lines.append("Multimodal-CoT's fusion has its table in fusion.py: python fusion.py --keys.")
+    return lines, sum(fates[fate] for fate in UNFIT)
+
+
+def aligned(table, right=()):
+    """Rows of texts as lines; the columns of these numbers are flush right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        texts = enumerate(zip(row, widths, strict=True))
+        yield "  ".join(x.rjust(n) if i in right else x.ljust(n) for i, (x, n) in texts).rstrip()
+
+
+def summary(model):
+    """The architecture as lines: module, shape of what it gives, parameters. Sizes that the config
+    fixes are numbers, the others this file's letters; equal neighbours are one line."""
+    shapes = {}
+
+    def note(module, given, made):
+        made = made[0] if isinstance(made, tuple) else made
+        shapes.setdefault(module, [str(LETTERS.get(n, n)) for n in made.shape])
+
+    def of(*axes):
+        return torch.ones([SIZES.get(a, a) for a in axes], dtype=torch.long, device="meta")
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    with torch.no_grad():
+        model.eval().walk(of)
+    for hook in hooks:
+        hook.remove()
+    total, constants = (sum(t.numel() for t in x()) for x in (model.parameters, model.buffers))
+    more = f", {constants:,} constants" if constants else ""
+    tree = drawn("", [branch(model, shapes)], "")
+    return [*aligned(tuple(tree), right=(2,)), f"{total:,} parameters{more}"]
+
+
+def branch(module, shapes):
+    """(class, shape, parameters, children) of a module; a child is (name, its branch). Containers
+    that compute nothing give their children their name; what has no weights is left out."""
+    children = []
+    for name, child in module.named_children():
+        made = branch(child, shapes)
+        if type(child) in (nn.Module, nn.ModuleList):
+            children += [(f"{name}.{inner}", x) for inner, x in made[3]]
+        elif child.state_dict():
+            children.append((name, made))
+    shape = f"({', '.join(shapes[module])})" if module in shapes else ""
+    return type(module).__name__, shape, sum(p.numel() for p in module.parameters()), children
+
+
+def drawn(name, equal, indent):
+    """Rows (module, shape, parameters) of neighbours whose branches are all equal."""
+    kind, shape, size, children = equal[0]
+    times = f"{len(equal)} x " if len(equal) > 1 else ""
+    yield f"{indent}{name}{times}{kind}", shape, f"{times}{size:,}"
+    for _, group in itertools.groupby(children, key=lambda child: child[1]):
+        names, parts = zip(*group, strict=True)
+        joined, last = ", ".join(names), names[-1].rpartition(".")[2]
+        if len(names) > 1 and last.isdecimal():
+            joined = f"{names[0]}-{last}"  # layers.0-11
+        if len(joined) <= 40:
+            yield from drawn(f"{joined}  ", parts, indent + "  ")
+        else:
+            for inner, part in zip(names, parts, strict=True):
+                yield from drawn(f"{inner}  ", [part], indent + "  ")
+
+
+def main(architectures):
+    """`--keys`: the weight table, status 1 if a tensor is unfit; `--summary`: the modules, for
+    which config.json is enough. `architectures` are the classes by model_type."""
+    parser = argparse.ArgumentParser(description="What a checkpoint holds, without loading it.")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--keys", metavar="DIR_OR_HUB_ID", help="the weight table")
+    asked.add_argument("--summary", metavar="DIR_OR_HUB_ID", help="the architecture as text")
+    args = parser.parse_args()
+    try:
+        folder = resolve(args.keys or args.summary)
+        kind = read_config(folder, *architectures)["model_type"]
+        model, skip = architectures[kind].unloaded(folder)
+        lines, unfit = keys(model, skip, folder) if args.keys else (summary(model), 0)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(unfit > 0)
+
+
+if __name__ == "__main__":
+    main({"t5": T5, "detr": DETR, "paligemma": PaliGemma})

@@ -155,6 +155,7 @@ def cross_entropy(head, weight, states, labels, args):
 
     def chunk_loss(states, labels, rows):
         logits = head(states).float()  # (tokens, V)
+        # Eq. cross-entropy (training): -log p(Y_i | X, Y_<i), summed
         if not by_row:
             return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)

@@ -3,16 +3,18 @@
 A comment that begins with a shape, `x = f(y)  # (B, T, D)`, is a claim about what the line made.
 `instrumented` rewrites a file's syntax tree so that each such line is followed by a check of the
 real tensor, and `Frame` holds the letters of one call: a letter means one size in one call, and
-the sizes that a configuration fixes (widths, heads, vocabulary) are pairwise distinct primes, so
-that a wrong letter cannot be right by chance. `python tests/shapes.py` prints what was checked.
+the sizes that a configuration fixes (widths, heads, vocabulary) are pairwise distinct, primes
+where no product is asked for, so that a wrong letter cannot be right by chance. A line counts only
+if once at least all of its letters had sizes of their own. `python tests/shapes.py` prints what was
+checked.
 
 Where a comment belongs: to the statement that ends on its line; on a `def` line to the arguments,
 on a `for` line to the loop's variables; inside a longer statement to the largest expression that
 ends on that line. `(B, 1) -> (B, V)` means first argument and result. A single shape goes for all
 tensors of a tuple. None, and whatever has no shape, is passed over and does not count.
 
-It also looks the other way: a line without a comment whose tensor has a shape that none of the
-names on its right side has is listed as "not said".
+It also looks the other way: an assignment or return without a comment whose tensor has a shape that
+none of the names on its right side has is listed as "not said".
 """
 
 import ast
@@ -20,11 +22,13 @@ import io
 import re
 import sys
 import tokenize
+from collections import Counter
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("model", "fusion", "lora", "data", "eval", "train")
+PATHS = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("support/[!_]*.py"))
+FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in PATHS}  # by module's name
 SHAPES = re.compile(r"#\s*(\([^()]*\)(?:\s*(?:,|->)\s*\([^()]*\))*)")
 CHANGING = ("live", "length")  # sizes that may be other ones later in the same call
 DIMENSION = re.compile(r"(?:\d+|[A-Za-z]+)(?:\s*[*/+-]\s*(?:\d+|[A-Za-z]+))*")
@@ -61,6 +65,7 @@ class Record:
 
     def __init__(self):
         self.checked, self.lies, self.silent, self.sizes = {}, {}, {}, {}
+        self.apart = set()  # (file, line) whose letters had sizes of their own
 
 
 RECORD = Record()
@@ -78,6 +83,7 @@ class Frame:
         wanted = shapes * len(tensors) if len(shapes) == 1 else shapes
         if len(shapes) > 1 and len(tensors) < len(shapes):
             self.lie(line, f"{len(shapes)} shapes for {len(tensors)} tensors")
+        alone = bool(tensors)
         for tensor, shape in zip(tensors, wanted, strict=False):
             real = tuple(tensor.shape)
             RECORD.checked.setdefault(self.file, {}).setdefault(line, 0)
@@ -91,6 +97,10 @@ class Frame:
                 f"{d} is {n}" for d, n in zip(said, real, strict=True) if not self.fits(d, n)
             ]:
                 self.lie(line, f"said {shape}, is {real}: {', '.join(wrong)}, {self.letters}")
+            meant = {x for x in zip(said, real, strict=False) if not x[0].isdecimal()}
+            alone &= len({n for _, n in meant}) == len(meant)
+        if alone:
+            RECORD.apart.add((self.file, line))
         return value
 
     def fits(self, dimension, size):
@@ -99,7 +109,7 @@ class Frame:
             return True
         if dimension in names:
             self.letters[dimension] = size
-            fixed = RECORD.sizes.get(self.file, {}).get(dimension)
+            fixed = self.fixed(dimension)
             return fixed is None or size in fixed
         if len(set(names)) > 1:  # cannot be told
             return True
@@ -109,10 +119,14 @@ class Frame:
             ]
             if found:
                 self.letters[names[0]] = found[0]
-                fixed = RECORD.sizes.get(self.file, {}).get(names[0])
+                fixed = self.fixed(names[0])
                 return fixed is None or found[0] in fixed
             return False
         return self.value(dimension, {}) == size
+
+    def fixed(self, letter):
+        """The sizes that a letter may have in this file; None: any."""
+        return RECORD.sizes.get(self.file, RECORD.sizes.get("...", {})).get(letter)
 
     def value(self, dimension, more):
         return eval(dimension, {}, self.letters | more)  # names and arithmetic only: DIMENSION
@@ -129,6 +143,7 @@ class Frame:
             if self.held and tensor.dim() and tuple(tensor.shape) not in self.held:
                 what = f"{self.function}: {self.held} -> {tuple(tensor.shape)}"
                 RECORD.silent.setdefault((self.file, line), what)
+        return value
 
 
 def leaves(value):
@@ -290,13 +305,21 @@ class Instrument(ast.NodeTransformer):
 
     def silent(self, node):
         """A line without a comment: note a shape that nothing on its right side has."""
-        if not isinstance(node, ast.Assign) or len(node.targets) != 1:
+        if isinstance(node, ast.Return) and self.depth[-1].lineno in self.told:
+            return [node]  # the line of its `def` says it
+        if isinstance(node, ast.Return) and node.value is not None:
+            value, made = None, node.value
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1:
+            value = loaded(node.targets[0])
+        else:
             return [node]
-        value = loaded(node.targets[0])
         names = sorted({n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)})
+        before = call("before", constant(names), ast.parse("locals()", mode="eval").body)
+        if isinstance(node, ast.Return) and names:
+            node.value = call("after", made, ast.Constant(node.end_lineno))
+            return [ast.copy_location(ast.Expr(before), node), node]
         if value is None or not names:
             return [node]
-        before = call("before", constant(names), ast.parse("locals()", mode="eval").body)
         after = call("after", value, ast.Constant(node.end_lineno))
         made = [ast.Expr(before), node, ast.Expr(after)]
         return [ast.copy_location(m, node) for m in made]
@@ -310,7 +333,7 @@ class Instrument(ast.NodeTransformer):
 
 def instrumented(name):
     """(code, {line of every shape comment}, {those that no check could be made of})."""
-    path = ROOT / f"{name}.py"
+    path = FILES[name]
     source = path.read_text(encoding="utf-8")
     tree, told = ast.parse(source), comments(source)
     instrument = Instrument(name, told)
@@ -326,7 +349,7 @@ class Finder:
         self.told, self.unplaced = {}, {}
 
     def find_spec(self, name, path=None, target=None):
-        return ModuleSpec(name, self, origin=str(ROOT / f"{name}.py")) if name in FILES else None
+        return ModuleSpec(name, self, origin=str(FILES[name])) if name in FILES else None
 
     def create_module(self, spec):
         return None
@@ -334,7 +357,7 @@ class Finder:
     def exec_module(self, module):
         code, told, unplaced = instrumented(module.__name__)
         self.told[module.__name__], self.unplaced[module.__name__] = told, unplaced
-        module.__file__ = str(ROOT / f"{module.__name__}.py")
+        module.__file__ = str(FILES[module.__name__])
         module.__dict__["__Frame__"] = Frame
         exec(code, module.__dict__)
 
@@ -395,9 +418,17 @@ FIXED = {  # letter: the sizes it may have in a file; no two letters of a file s
     },
     "fusion": {"V": {V}, "D": {37}, "P": {23}, "F": {44}},
     "lora": {"r": {9}},
-    "data": {"P": {23, 49}, "F": {44, 41}, "I": {49}, "D": {41}, "S": {70}},
-    "eval": {"P": {23, 49}, "F": {44, 41}, "I": {49, 0}, "S": {70}, "K": {3}, "G": {2}, "L": {29}},
-    "train": {"V": {V}, "D": {37, 41}},
+    "...": {  # all others, which see several models
+        "V": {V},
+        "D": {37, 41},
+        "P": {23, 49},
+        "F": {44, 41},
+        "I": {49, 0},
+        "S": {70},
+        "K": {3},
+        "G": {2},
+        "L": {29},
+    },
 }
 
 
@@ -480,7 +511,7 @@ def files(folder):
     import data
 
     Image.fromarray(np.arange(35 * 41, dtype=np.uint16).reshape(35, 41)).save(folder / "deep.png")
-    data.open_image(folder / "deep.png")
+    data.detr_pixels(data.open_image(folder / "deep.png"))
 
 
 def runs(folder):
@@ -505,46 +536,56 @@ def runs(folder):
     both = [str(folder / name) for name in ("mmcot", "mmcot-reason")]
     evaluation.main([*both, "--no-report"])
     asked = ["--image", folder / "deep.png", "--question", "Which?", "--choices", "a", "b"]
-    evaluation.main([*map(str, [folder / "pali", *asked])])
+    for name in ("pali", "mmcot"):
+        evaluation.main([*map(str, [folder / name, *asked])])
 
 
 def legend(name):
     """The letters and words that a file's opening explains behind "Axes:"."""
-    told = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")))
+    told = ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8")))
     return set(re.findall(r"[A-Za-z]+", told.partition("Axes:")[2]))
 
 
 def used(name):
     """{letter or word of a shape comment: its first line}."""
     found = {}
-    for line, sides in comments((ROOT / f"{name}.py").read_text(encoding="utf-8")).items():
+    for line, sides in comments(FILES[name].read_text(encoding="utf-8")).items():
         for dimension in (d for side in sides for shape in side for d in shape):
             for letter in re.findall(r"[A-Za-z]+", dimension):
                 found.setdefault(letter, line)
     return found
 
 
+def summed(name, told, checked, times):
+    return f"{name}: {told} lines say a shape, {checked} of them were checked, {times:,} times"
+
+
 def main():
     import tempfile
 
-    finder = install()
+    install()
     with tempfile.TemporaryDirectory() as folder:
         RECORD.sizes = FIXED
         folder = Path(folder)
         forward_passes(checkpoints(folder))
         files(folder)
         runs(folder)
-    lines = {name: (finder.told.get(name, set()), RECORD.checked.get(name, {})) for name in FILES}
-    for name, (told, checked) in lines.items():
-        print(f"{name}.py: {len(told)} lines say a shape, {len(checked)} of them were checked, "
-              f"{sum(checked.values()):,} times")  # fmt: skip
-    wrong = [f"{f}.py:{n}: {what}" for (f, n), what in sorted(RECORD.lies.items())]
-    for name, (told, checked) in lines.items():
-        wrong += [f"{name}.py:{n}: was not reached" for n in sorted(told - set(checked))]
+    wrong = [f"{f}:{n}: {what}" for (f, n), what in sorted(RECORD.lies.items())]
+    total = Counter()
+    for name, path in FILES.items():
+        told = set(comments(path.read_text(encoding="utf-8")))
+        checked = RECORD.checked.get(name, {})
+        apart = {n for n in told if (name, n) in RECORD.apart}
+        if told:
+            print(summed(name, len(told), len(apart & set(checked)), sum(checked.values())))
+        total.update(lines=len(told), checked=len(checked), times=sum(checked.values()))
+        wrong += [f"{name}:{n}: was not reached" for n in sorted(told - set(checked))]
+        wrong += [f"{name}:{n}: has letters of one size" for n in sorted(set(checked) - apart)]
         unknown = {n: at for n, at in used(name).items() if n not in legend(name)}
-        wrong += [f"{name}.py:{at}: {n} is not in the legend" for n, at in unknown.items()]
+        wrong += [f"{name}:{at}: {n} is not in the legend" for n, at in unknown.items()]
     for (file, line), what in sorted(RECORD.silent.items()):
-        print(f"not said: {file}.py:{line}: {what}")
+        print(f"not said: {file}:{line}: {what}")
+    print(summed("all", total["lines"], total["checked"], total["times"]))
     print("\n".join(wrong))
     sys.exit(len(wrong) > 0)
 

@@ -14,9 +14,10 @@ def test_no_comment_lies():
     command = [sys.executable, str(ROOT / "tests/shapes.py")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    for name in shapes.FILES:
-        told = len(shapes.comments((ROOT / f"{name}.py").read_text(encoding="utf-8")))
-        assert f"{name}.py: {told} lines say a shape, {told} of them were checked" in run.stdout
+    for name, path in shapes.FILES.items():
+        told = len(shapes.comments(path.read_text(encoding="utf-8")))
+        said = f"\n{name}: {told} lines say a shape, {told} of them were checked"
+        assert said in f"\n{run.stdout}" or not told
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_what_a_comment_says(comment, shapes_):
 
 
 def lies(tmp_path, monkeypatch, source, call):
-    monkeypatch.setattr(shapes, "ROOT", tmp_path)
+    monkeypatch.setattr(shapes, "FILES", {"toy": tmp_path / "toy.py"})
     monkeypatch.setattr(shapes, "RECORD", shapes.Record())
     (tmp_path / "toy.py").write_text(source)
     code, told, unplaced = shapes.instrumented("toy")
@@ -78,3 +79,24 @@ def test_a_letter_has_the_sizes_that_the_configuration_gives(tmp_path, monkeypat
     frame = shapes.Frame("toy", "f")
     frame.check(__import__("torch").ones(3), [("D",)], 1)
     assert record.lies
+
+
+def test_a_line_whose_letters_share_a_size_does_not_count(tmp_path, monkeypatch):
+    """(B, T) of a square tells nothing of the order: the second call does."""
+    source = "def f(x):  # (B, T)\n    return x.T  # (T, B)\n"
+    assert lies(tmp_path, monkeypatch, source, "import torch; f(torch.ones(3, 3))") == []
+    assert not shapes.RECORD.apart
+    assert lies(tmp_path, monkeypatch, source, "import torch; f(torch.ones(3, 5))") == []
+    assert shapes.RECORD.apart == {("toy", 1), ("toy", 2)}
+
+
+# Sizes that no model could have otherwise: heads times their width, an even head for RoPE, G * K
+# query heads, a width of DETR that four divides, and the patches of a square.
+PRODUCTS = {11 * 4, 2 * 2, 17 * 5, 2 * 5, 2 * 3, 7 * 7}
+
+
+def test_sizes_are_distinct_and_primes_where_no_product_is_asked_for():
+    sizes = [n for letter in shapes.FIXED["model"].values() for n in letter]
+    assert len(sizes) == len(set(sizes)) and set(sizes) > PRODUCTS
+    for n in set(sizes) - PRODUCTS:
+        assert n > 1 and all(n % k for k in range(2, n)), n
