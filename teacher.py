@@ -41,6 +41,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
+from support import grading, metrics, tables
 
 HERE = Path(__file__).parent
 VERSION = 1  # of the prompts: another one asks everything anew
@@ -403,7 +404,7 @@ def without_talk(thought, facts):
             line = line[label.end() :]
             if "=" not in line and len(line.split()) <= 5:
                 continue
-        lines.append(line.replace(evaluation.CUE, evaluation.CUE.lower()))
+        lines.append(line.replace(grading.CUE, grading.CUE.lower()))
     return "\n".join(filter(None, lines))
 
 
@@ -477,15 +478,15 @@ WORD = re.compile(r"-?\d(?:[\d.,/]*\d)?|\b[A-J]\b|[^\W\d_]{2,}")
 
 
 def graded(problem, answer):
-    """eval.py's Grade. Where it reads one form only (ScienceQA), a teacher may use any other."""
-    grade, said = evaluation.grade(problem, answer), evaluation.committed(problem, answer)
+    """Its `Grade`. Where that reads one form only (ScienceQA), a teacher may use any other."""
+    grade, said = evaluation.grade(problem, answer), grading.committed(problem, answer)
     if grade.parsed is None and said:
         return replace(evaluation.grade(problem, said[0]), how=said[1])
     return grade
 
 
 def rule_verdict(problem, thought, answer):
-    """The verdict of eval.py's grader on a teacher's own words: free, and always the same.
+    """The verdict of support/grading.py on a teacher's own words: free, and always the same.
 
     consistent: the last answer that the thought commits to is the answer; None if it commits to
     none, as a thought may when it ends in the observation that settles the question, or if it
@@ -493,9 +494,9 @@ def rule_verdict(problem, thought, answer):
     hides its last words, the shaped thought is read.
     """
     grade = graded(problem, answer)
-    consistent = evaluation.agrees(problem, thought, answer)
+    consistent = grading.agrees(problem, thought, answer)
     if consistent is None:
-        consistent = evaluation.agrees(problem, shape(problem, thought, answer)[0], answer)
+        consistent = grading.agrees(problem, shape(problem, thought, answer)[0], answer)
     if consistent is False and ends_with(problem, thought, grade.parsed):
         consistent = None
     read = f"read {grade.parsed}" if grade.parsed is not None else "nothing read"
@@ -511,7 +512,7 @@ def ends_with(problem, thought, parsed):
 
     def named(text):
         text = text if problem.choices else NONE.sub("0", text)
-        said = (evaluation.committed(problem, f"Answer: {word}") for word in WORD.findall(text))
+        said = (grading.committed(problem, f"Answer: {word}") for word in WORD.findall(text))
         return {word for word, _ in filter(None, said)}
 
     asked = named(" ".join(re.findall(r"\d\S*", problem.question))) - {parsed}
@@ -1390,12 +1391,12 @@ def summary(records, problems, tokenizer=None, failed=0):
     "unclear" where nobody could say whether it leads to the answer; the rule often cannot."""
     by_id, groups = {problem.id: problem for problem in problems}, {"": {"all": records}}
     for record in records:
-        for axis, names in evaluation.axes(by_id[record["id"]]).items():
-            for name in names if axis not in evaluation.DETAILS else ():
+        for axis, names in metrics.axes(by_id[record["id"]]).items():
+            for name in names if axis not in metrics.DETAILS else ():
                 groups.setdefault(axis, {}).setdefault(name, []).append(record)
     heads = ",questions,asked,answered,thought,correct,consistent,unclear,kept,USD".split(",")
     rows = [tally(name, some) for group in groups.values() for name, some in sorted(group.items())]
-    lines = [evaluation.align([heads, *rows], False)]
+    lines = [tables.align([heads, *rows], False)]
     stops = Counter(record["stop"] for record in records)
     lines += [f"ended by {listed(stops)}; {failed} calls failed for good (asked again next time)"]
     dropped = Counter(record["dropped"] for record in records if record.get("dropped"))
@@ -1446,7 +1447,7 @@ def agreements(records):
         found = agreement([(id, one, verdict["correct"]) for id, one, verdict in both])
         if found["n"]:
             kappa = "undefined" if found["kappa"] is None else f"{found['kappa']:.3f}"
-            share = f"{evaluation.percent(found['agreement'])} % of {found['n']}"
+            share = f"{metrics.percent(found['agreement'])} % of {found['n']}"
             where = ", ".join(found["disagreements"]) or "none"
             lines += [f"{names} agree on {share}, kappa {kappa}; they differ at: {where}"]
     return lines

@@ -24,7 +24,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("model", "fusion", "lora", "data", "eval", "train")
+FILES = ("model", "fusion", "lora", "data", "train")
+FILES += tuple(f"support/{name}" for name in ("decoding", "looking", "metrics", "runs"))
 SHAPES = re.compile(r"#\s*(\([^()]*\)(?:\s*(?:,|->)\s*\([^()]*\))*)")
 CHANGING = ("live", "length")  # sizes that may be other ones later in the same call
 DIMENSION = re.compile(r"(?:\d+|[A-Za-z]+)(?:\s*[*/+-]\s*(?:\d+|[A-Za-z]+))*")
@@ -326,15 +327,16 @@ class Finder:
         self.told, self.unplaced = {}, {}
 
     def find_spec(self, name, path=None, target=None):
-        return ModuleSpec(name, self, origin=str(ROOT / f"{name}.py")) if name in FILES else None
+        file = name.replace(".", "/")
+        return ModuleSpec(name, self, origin=str(ROOT / f"{file}.py")) if file in FILES else None
 
     def create_module(self, spec):
         return None
 
     def exec_module(self, module):
-        code, told, unplaced = instrumented(module.__name__)
-        self.told[module.__name__], self.unplaced[module.__name__] = told, unplaced
-        module.__file__ = str(ROOT / f"{module.__name__}.py")
+        name = module.__name__.replace(".", "/")
+        code, self.told[name], self.unplaced[name] = instrumented(name)
+        module.__file__ = str(ROOT / f"{name}.py")
         module.__dict__["__Frame__"] = Frame
         exec(code, module.__dict__)
 
@@ -396,8 +398,10 @@ FIXED = {  # letter: the sizes it may have in a file; no two letters of a file s
     "fusion": {"V": {V}, "D": {37}, "P": {23}, "F": {44}},
     "lora": {"r": {9}},
     "data": {"P": {23, 49}, "F": {44, 41}, "I": {49}, "D": {41}, "S": {70}},
-    "eval": {"P": {23, 49}, "F": {44, 41}, "I": {49, 0}, "S": {70}, "K": {3}, "G": {2}, "L": {29}},
     "train": {"V": {V}, "D": {37, 41}},
+    "support/decoding": {"I": {49}, "D": {41}},
+    "support/looking": {"P": {23}, "I": {49, 0}, "D": {41}, "K": {3}, "G": {2}, "L": {29}},
+    "support/runs": {"P": {23, 49}, "F": {44, 41}, "S": {70}},
 }
 
 
