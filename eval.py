@@ -22,6 +22,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,14 +57,14 @@ from support.tables import (
 
 
 # --- decoding a run
-def predict(models, problems, config, tokenizer, features, on_token=None):
+def predict(models, problems, config, tokenizer, features, on_token=None, part=None):
     """Decode problems with a run's models: one, or rationale and answer. Predictions in order; of
-    PaliGemma with their "ids". `on_token` is as in `model.decode`, and hears no votes. With a
-    `Part` as config["part"], batches that it has are not decoded again."""
+    PaliGemma with their "ids". `on_token` is as in `model.decode`, and hears no votes. Batches that
+    a `Part` has are not decoded again."""
+    how = {"on_token": on_token, "part": part}
     if config["model"] == "paligemma":
-        return paligemma_predict(models[0], problems, config, tokenizer, features, on_token)
-    formats = fusion.RECIPES[config["recipe"]]
-    lengths, how = config["max_output"], {"on_token": on_token, "part": config.get("part")}
+        return paligemma_predict(models[0], problems, config, tokenizer, features, **how)
+    formats, lengths = fusion.RECIPES[config["recipe"]], config["max_output"]
 
     def make_batches(generated=None):
         fmt = formats[0] if generated is None else formats[-1]
@@ -80,19 +81,17 @@ def predict(models, problems, config, tokenizer, features, on_token=None):
 
 
 # --- decoding PaliGemma: rationale and answer in one text
-def paligemma_predict(model, problems, config, tokenizer, features, on_token=None):
+def paligemma_predict(model, problems, config, tokenizer, features, **how):
     """Predictions in order. With config["samples"] > 1 each is the first of several sampled texts
     that gives the answer most of them give (self-consistency, arXiv 2203.11171); "votes" has all.
-    A text without a readable answer has no vote."""
+    A text without a readable answer has no vote. `how` as in `continued`."""
     if config["samples"] == 1:
-        how = (config["temperature"], config["seed"], on_token)
-        told = paligemma_write(model, problems, config, tokenizer, features, *how)
+        told = paligemma_write(model, problems, config, tokenizer, features, **how)
         return [{"id": p.id} | told[p.id] for p in problems]
-    runs = []
+    runs, how = [], how | {"on_token": None}  # nobody hears the votes
     for sample in range(config["samples"]):
-        seed = config["seed"] + sample
-        heat = config["temperature"]
-        runs.append(paligemma_write(model, problems, config, tokenizer, features, heat, seed))
+        drawn = config | {"seed": config["seed"] + sample}
+        runs.append(paligemma_write(model, problems, drawn, tokenizer, features, **how))
     predictions = []
     for p in problems:
         parsed = [grade(p, run[p.id]["response"]).parsed for run in runs]
@@ -104,10 +103,8 @@ def paligemma_predict(model, problems, config, tokenizer, features, on_token=Non
     return predictions
 
 
-def paligemma_write(
-    model, problems, config, tokenizer, features, temperature=0.0, seed=0, on_token=None
-):
-    """{id: {"response", "ids", "rationale"?, "stop", "tokens"}}.
+def paligemma_write(model, problems, config, tokenizer, features, **how):
+    """{id: {"response", "ids", "rationale"?, "stop", "tokens"}}; `how` as in `continued`.
 
     A reasoning run has a budget for the rationale, and a detector for one that repeats itself. A
     text that does not get to its "Answer:" by itself is given that word and goes on from there, at
@@ -115,20 +112,19 @@ def paligemma_write(
     are those the answer was written behind, and the answer's: of a loop, one round.
     """
     task, budgets = config["recipe"], config["max_output"]
-    how = (temperature, seed, on_token)
     rows = [(p, task, None, False) for p in problems]
     examples = {e["id"]: e for e in data.pali_examples(rows, tokenizer, features, config)}
     reasons = task == "reason"
     loops = reasons and config["loop_stop"]
     first = budgets[0] if reasons else budgets[-1]
-    told = continued(model, examples.values(), tokenizer, config, first, loops, how)
+    told = continued(model, examples.values(), tokenizer, config, first, loops, **how)
     if reasons and config["force_answer"]:
         cue = data.plain_ids(tokenizer, f"\n{CUE}")
         image = model.config.image_token_index  # has it said one, no picture belongs to it
         cut = {i: before_loop(t["ids"]) for i, t in told.items() if CUE not in t["response"]}
         cut = {i: [x for x in ids if x != image] for i, ids in cut.items()}
         more = [prolonged(examples[i], ids + cue) for i, ids in cut.items()]
-        forced = continued(model, more, tokenizer, config, budgets[-1], False, how)
+        forced = continued(model, more, tokenizer, config, budgets[-1], False, **how)
         for i, answer in forced.items():
             before = told[i]
             response = f"{before['response'].rstrip()}\n{CUE}{answer['response']}"
@@ -143,13 +139,13 @@ def paligemma_write(
     return told
 
 
-def continued(model, examples, tokenizer, config, budget, loops, how):
-    """{id: {"response", "ids", "stop", "tokens"}}: what the model writes behind each example."""
+def continued(model, examples, tokenizer, config, budget, loops, on_token=None, part=None):
+    """{id: {"response", "ids", "stop", "tokens"}}: what the model writes behind each example;
+    `on_token` and `part` as in `predict`."""
     device, told = model.language_model.embed_tokens.weight.device, []
-    examples, part = list(examples), config.get("part")
+    heat, examples = config["temperature"], list(examples)
     for batch in in_batches(examples, config["eval_batch_size"], "decoded", data.pali_collate):
-        heat, seed, on_token = how
-        what = [budget, loops, heat, seed, batch["ids"], batch["input_ids"].tolist()]
+        what = [budget, loops, heat, config["seed"], batch["ids"], batch["input_ids"].tolist()]
         # Seeded by what the batch is: a sample is the same whatever was decoded before it.
         seed = int.from_bytes(hashlib.sha256(json.dumps(what).encode()).digest()[:6], "big")
         draw = {"temperature": heat, "generator": torch.Generator(device).manual_seed(seed)}
@@ -172,22 +168,33 @@ def continue_batch(model, batch, tokenizer, budget, loops, how):
     return told
 
 
-# --- scoring: the one way, whether it was decoded just now, before, or elsewhere
+# --- scoring
 def about(where, split, rationale_format, faithful=False):
     """What metrics are of: they say so in metrics.json and at the head of the table."""
     of = {"data": str(where), "split": split, "rationale_format": rationale_format}
     return of | ({"faithful_parse": True} if faithful else {})
 
 
-def assess(graded, of, config=None, judge=None, cache=None):
+def assess(graded, of, config=None, judge=None):
     """(metrics, graded with kinds) of what `grade_all` gives: the one way, whether it was decoded
-    just now, before, or elsewhere. `of`: see `about`; `config`: of the run, if it is one's."""
+    just now, before, or elsewhere. `of`: see `about`; `config`: of the run, if it is one's;
+    `judge`: see `kinds.refine`."""
     facts = kinds.scene_facts(of["data"])
     graded = kinds.explained(graded, facts, kinds.known_types(config) if config else None)
     if judge:
-        graded = kinds.refine(graded, judge, cache)
+        graded = kinds.refine(graded, judge)
     scores = metrics_of(graded, "faithful_parse" in of, of["rationale_format"], facts)
     return scores | of, graded
+
+
+def judge_of(spec, folder):
+    """What asks the --judge SPEC about (problem, thought, answer) items; None without one. Its
+    verdicts are kept in the folder's judge.jsonl."""
+    if not spec:
+        return None
+    import teacher  # imports this file
+
+    return partial(teacher.judge_many, spec=spec, cache=Path(folder) / "judge.jsonl")
 
 
 def target_format(config):
@@ -202,7 +209,7 @@ def evaluate(folder, models, problems, config, tokenizer, features, how):
     {split: count} or None. Interrupted decoding is gone on with (see `Part`). Under torchrun all
     processes decode, and the first one writes."""
     part = Part(folder, models)
-    written = predict(models, problems, config | {"part": part}, tokenizer, features)
+    written = predict(models, problems, config, tokenizer, features, part=part)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
     graded = grade_all(problems, predictions, how.faithful_parse)
     fmt = target_format(config)
@@ -264,20 +271,14 @@ def decode_run(folder, out, split, args):
     features = image_features(config, problems, model, bad)
     lost = bad and {id for id, _ in bad}
     problems = [p for p in problems if not bad or p.id not in lost]
-    how = argparse.Namespace(**vars(args) | {"report": False})  # `main` writes it, of all columns
-    how.skipped = None if bad is None else {split: len(bad)}
+    skipped = None if bad is None else {split: len(bad)}
+    how = argparse.Namespace(**vars(args) | {"report": False, "skipped": skipped})  # see `main`
     evaluate(out, models, problems, config | {"test_split": split}, tokenizer, features, how)
 
 
 def score_run(folder, args):
     """The `Column` of a run folder on --split (by default the run's own). Another split gets a
-    folder in the run's.
-
-    The run's models decode if they have not, or with --decode. What was decoded before is graded
-    anew, so that all columns are read by the same rules; with --limit the first N problems are, and
-    nothing is written. Where the problems, or the predictions, are not at hand the metrics are
-    those of then.
-    """
+    folder in the run's. The run's models decode if they have not, or with --decode."""
     folder = Path(folder)
     config = run_config(folder)
     own = config.get("test_split") or metrics_then(folder, False).get("split", "test")
@@ -286,7 +287,15 @@ def score_run(folder, args):
     there = (out / "predictions.jsonl").is_file() or metrics_then(out)
     if decodes := args.decode or args.teacher_forced or not there:
         decode_run(folder, out, split, args)
-    then, shown_only = metrics_then(out, False), not decodes and (args.limit or args.faithful_parse)
+    shown_only = not decodes and (args.limit or args.faithful_parse)
+    return graded_anew(out, split, config, args, shown_only)
+
+
+def graded_anew(out, split, config, args, shown_only):
+    """The `Column` of the predictions in a folder, graded again, so that all columns are read by
+    the same rules; if `shown_only`, nothing is written. Where the problems, or the predictions, are
+    not at hand the metrics are those of then."""
+    then, whole = metrics_then(out, False), metrics_then(out)
     faithful = args.faithful_parse or not config and then.get("faithful_parse", False)
     where = config.get("data") or then.get("data", "(no data named)")
     fmt = target_format(config) if config else then.get("rationale_format")
@@ -294,7 +303,7 @@ def score_run(folder, args):
         problems = data.load(where, split, bad_records(config))
         graded = graded_folder(out, problems[: args.limit], faithful, args.limit)
     except FileNotFoundError as error:
-        if shown_only or not metrics_then(out):
+        if shown_only or not whole:
             raise
         print(f"{out}: shown as graded then, as now {error}", file=sys.stderr)
         return Column(then)
@@ -302,10 +311,10 @@ def score_run(folder, args):
         some = f"{len(graded)} of the {len(problems)} problems of {split}"
         print(f"{out} has predictions of {some}.", file=sys.stderr)
     of = about(where, split, fmt, faithful)
-    scores, graded = assess(graded, of, config, args.judge, out / "judge.jsonl")
-    if (before := metrics_then(out)).get("n") == scores["n"]:  # what predictions do not say
+    scores, graded = assess(graded, of, config, judge_of(args.judge, out))
+    if whole.get("n") == scores["n"]:  # what predictions do not say
         kept = ("rougeL_teacher_forced", "skipped")
-        scores |= {key: before[key] for key in kept if key in before}
+        scores |= {key: whole[key] for key in kept if key in whole}
     if not shown_only and scores != then:
         write_graded(out, graded, scores)
     return Column(scores, graded, None if shown_only else out)
@@ -366,9 +375,9 @@ def score_file(args):
         ids = {p.id for p in problems}
         predictions = [x for x in predictions if x["id"] in ids]
     graded = grade_all(problems, predictions, args.faithful_parse, args.partial)
-    cache = Path(args.out or Path(args.predictions).parent) / "judge.jsonl"
     of = about(args.data, split, args.rationale_format, args.faithful_parse)
-    scores, graded = assess(graded, of, None, args.judge, cache)
+    judge = judge_of(args.judge, args.out or Path(args.predictions).parent)
+    scores, graded = assess(graded, of, judge=judge)
     if args.out:
         write_graded(args.out, graded, scores)
     return Column(scores, graded, args.out and Path(args.out))

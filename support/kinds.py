@@ -27,7 +27,8 @@ COMMON = frozenset(  # words that do not tell what a text is about
 
 
 def kind(problem, prediction, grade, facts=None, known=None):
-    """Why an answer is right or wrong: (one of KINDS, the evidence in words).
+    """Why an answer is right or wrong: (one of KINDS, the evidence in words, the answer that the
+    thought comes to, in its normal form, or None).
 
     facts  what the demo's picture shows (see `scene_facts`), else None
     known  the `problem_type`s of the training data; None: nobody knows, and nothing is novel
@@ -55,8 +56,7 @@ def kind(problem, prediction, grade, facts=None, known=None):
     circles = circles or ("it was cut for a loop" if "loop" in ends else None)
     leaves = leaves_question(problem, thought, facts)
     false = next((f"not so: {said}" for said, holds in stated(thought, facts) if not holds), None)
-    kept = "concludes" in prediction  # by `explained`
-    end = prediction["concludes"] if kept else concluded(problem, thought, facts)
+    end = concluded(problem, thought, facts)
     comes = f"the thought comes to {end}" if end else "the thought names no answer"
     new = known is not None and problem_type(problem) not in {*known, None}
     if grade.correct:
@@ -75,7 +75,7 @@ def kind(problem, prediction, grade, facts=None, known=None):
             "right thought, wrong answer": end and not false and right(problem, end) and comes,
             "wrong": false or (comes if thought else "the answer is another"),
         }
-    return next((name, why) for name, why in rules.items() if why)
+    return next((name, why, end) for name, why in rules.items() if why)
 
 
 def thought_of(prediction):
@@ -181,26 +181,23 @@ def explained(graded, facts=None, known=None):
     prediction."""
     told = []
     for p, x, g in graded:
-        scene, thought = (facts or {}).get(p.id), thought_of(x)
-        x = x | ({"concludes": concluded(p, thought, scene)} if thought else {})
-        name, why = kind(p, x, g, scene, known)
-        told.append((p, x | {"kind": name, "because": why}, g))
+        name, why, end = kind(p, x, g, (facts or {}).get(p.id), known)
+        comes = {"concludes": end} if thought_of(x) else {}
+        told.append((p, x | comes | {"kind": name, "because": why}, g))
     return told
 
 
-def refine(graded, spec, cache):
-    """`explained` answers, their kinds corrected by a judge who is shown the picture, a
-    `teacher.py --judge` SPEC; its verdicts are kept in the JSONL file `cache`. The judge is asked
-    about thoughts, and believed where it finds right what the rule finds right."""
-    import teacher  # imports eval
-
+def refine(graded, judge):
+    """`explained` answers, their kinds corrected by a judge who is shown the picture: a function of
+    (problem, thought, answer) items that gives a verdict of each, as `teacher.judge_many` does. It
+    is asked about thoughts, and believed where it finds right what the rule finds right."""
     rows = [i for i, (_, x, _) in enumerate(graded) if thought_of(x) and x["kind"] not in
             ("loop", "cut off", "no parse")]  # fmt: skip
     graded, items = list(graded), []
     for p, x, g in (graded[i] for i in rows):
         letter = data.LETTERS.find(g.parsed) if p.choices and g.parsed else -1
         items.append((p, thought_of(x), x["response"] if letter < 0 else p.choices[letter]))
-    for i, verdict in zip(rows, teacher.judge_many(items, spec, cache), strict=True):
+    for i, verdict in zip(rows, judge(items), strict=True):
         p, x, g = graded[i]
         leads, seen, name = verdict["consistent"], verdict.get("picture"), None
         if verdict["correct"] is g.correct and g.correct:

@@ -33,7 +33,6 @@ import hashlib
 import json
 import os
 import sys
-import types
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -106,7 +105,7 @@ def judged():
     for row, problem, x, facts in rows():
         grade = scoring.grade(problem, x["response"])
         known = set(row["known"]) if "known" in row else None
-        found.append((row, *kinds.kind(problem, x, grade, facts, known)))
+        found.append((row, *kinds.kind(problem, x, grade, facts, known)[:2]))
     return found
 
 
@@ -194,7 +193,7 @@ THOUGHT = f"{MAGNETS.solution} So the answer is {MAGNETS.answer}."
 def test_the_first_rule_that_holds_names_the_kind(thought, letter, ends, facts, expected):
     x = {"rationale": thought, "response": f"The answer is ({letter})."} | ends
     grade = scoring.grade(MAGNETS, x["response"])
-    name, why = kinds.kind(MAGNETS, x, grade, facts)
+    name, why, _ = kinds.kind(MAGNETS, x, grade, facts)
     assert name == expected and why
 
 
@@ -255,7 +254,7 @@ def test_training_data_say_what_is_novel(tmp_path):
     assert kinds.scene_facts(tmp_path) == {}
 
 
-def test_a_judge_refines_kinds_but_not_grades(monkeypatch):
+def test_a_judge_refines_kinds_but_not_grades():
     verdicts = [  # correct, leads to the answer, agrees with the picture; kind by rule, then
         (RIGHT, THOUGHT, True, False, True, "sound", "lucky"),
         (RIGHT, THOUGHT, True, True, False, "sound", "lucky"),
@@ -273,14 +272,13 @@ def test_a_judge_refines_kinds_but_not_grades(monkeypatch):
         verdict = {"correct": correct, "consistent": leads, "picture": seen}
         replies += [verdict | {"by": "judge", "why": "so"}] if thought else []
 
-    def judge_many(items, spec, cache):
-        assert [answer for *_, answer in items[:1]] == [MAGNETS.answer] and spec == "x:y"
+    def judge(items):
+        assert [answer for *_, answer in items[:1]] == [MAGNETS.answer]
         assert len(items) == len(replies)
         return replies
 
-    monkeypatch.setitem(sys.modules, "teacher", types.SimpleNamespace(judge_many=judge_many))
     rule = kinds.explained(graded)
-    after = kinds.refine(rule, "x:y", "cache.jsonl")
+    after = kinds.refine(rule, judge)
     assert [x["kind"] for _, x, _ in rule] == [v[5] for v in verdicts]
     assert [x["kind"] for _, x, _ in after] == [v[6] for v in verdicts]
     assert [g for *_, g in after] == [g for *_, g in graded]

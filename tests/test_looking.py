@@ -140,7 +140,7 @@ def test_ids_are_those_the_answer_was_written_behind(monkeypatch):
     loop = [100, 101] + [110, 111, 112] * 9
     texts = iter([("loop", loop), ("eos", [120])])
 
-    def continued(model, examples, tokenizer, *rest):
+    def continued(model, examples, tokenizer, *rest, **how):
         stop, ids = next(texts)
         said = {"response": tokenizer.decode(ids), "ids": ids, "stop": stop, "tokens": len(ids)}
         return {e["id"]: dict(said) for e in examples}

@@ -304,8 +304,7 @@ def talker():
     def told(folder=None, **changed):
         config = vars(args) | changed
         part = folder and decoding.Part(folder, [model])
-        config |= {"part": part} if part else {}
-        return evaluation.predict([model.eval()], problems, config, tokenizer, features)
+        return evaluation.predict([model.eval()], problems, config, tokenizer, features, part=part)
 
     return told
 

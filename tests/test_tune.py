@@ -613,11 +613,11 @@ def spied(monkeypatch):
             given.update(model=model, examples=examples)
             return fit(model, examples, *rest)
 
-        def watched_write(model, prompts, *rest):
+        def watched_write(model, prompts, *rest, **how):
             prompts = list(prompts)
             if not any(sum(x["token_type_ids"]) for x in prompts):  # else: a forced answer
                 given["prompts"] = prompts
-            return write(model, prompts, *rest)
+            return write(model, prompts, *rest, **how)
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "fit", watched_fit)
@@ -1214,8 +1214,8 @@ def voted(texts, monkeypatch, **changed):
     """The prediction from five texts, and with which temperature and seed each was asked for."""
     asked = []
 
-    def write(model, problems, config, tokenizer, features, temperature=0.0, seed=0):
-        asked.append((temperature, seed))
+    def write(model, problems, config, tokenizer, features, **how):
+        asked.append((config["temperature"], config["seed"]))
         text = texts[len(asked) - 1]
         told = {"response": text, "rationale": text, "stop": "eos", "tokens": len(asked)}
         return {"1": told}
