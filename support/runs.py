@@ -82,6 +82,7 @@ def load_paligemma(config, folder=None):
     return model.to(config["device"]).eval()
 
 
+# --- what its models see
 def image_features(config, problems, model=None, skipped=None):
     """The run's `data.Features` for these problems, or None if it looks at no pictures.
 
@@ -90,15 +91,16 @@ def image_features(config, problems, model=None, skipped=None):
     makes its own, projected; they are not kept where its image tower is trained or adapted. With a
     list `skipped`, problems whose picture cannot be used go there, as (id, reason).
     """
-    inside = [p.startswith("language_model.") for p in lora.adapters(model)] if model else []
-    if model is not None and (config["full"] or not all(inside)):
-        side, tokens = model.config.vision.image_size, model.config.image_tokens
-        if skipped is not None:
-            skipped += data.unusable(problems, data.open_image)
-        return data.Pictures(problems, side, tokens)
-    if model is None and config["vision"] != "detr":
+    if model is not None:
+        inside = [path.startswith("language_model.") for path in lora.adapters(model)]
+        if config["full"] or not all(inside):
+            if skipped is not None:
+                skipped += data.unusable(problems, data.open_image)
+            side, tokens = model.config.vision.image_size, model.config.image_tokens
+            return data.Pictures(problems, side, tokens)
+    elif config["vision"] != "detr":
         return None
-    if model is None and config["features"]:
+    elif config["features"]:
         return data.published_features(config["features"], config["name_map"])
     folder = resolve(config["weights"][0] if model else config["vision_weights"])
     fingerprint = checkpoint_hash(folder) + (f"-{dtype_name(model)}" if model else "")

@@ -24,6 +24,7 @@ OTHER_ROWS = {  # key of the metrics, or the way to it: what its row is called
 }  # fmt: skip
 
 
+# --- files
 def read_predictions(path, problems=()):
     """Predictions of a JSONL file, of MathVista's {pid: {"response"}} or of the released code's
     predictions_ans_*.json. Raises ValueError naming the line, the problem or the position."""
@@ -111,6 +112,7 @@ def metrics_then(folder, whole=True):
         return {}
 
 
+# --- tables
 def heading(m):
     """Data set and split in words, "" where they are not known."""
     guessed = ", guessing where no answer was found" if m.get("faithful_parse") else ""

@@ -1,4 +1,4 @@
-"""eval.py: reading answers, the text scores against the packages the authors used, the table."""
+"""Reading answers, the text scores against the packages that the authors used, the table."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""eval.py, "one answer": what is read out of a reply, and how that compares with others' verdicts.
+"""support/grading.py: what is read out of a reply, and how that compares with others' verdicts.
 
 `python tests/test_grading.py` prints the agreement with MathVista's published verdicts on Bard's
 replies and with Claude's on the Gemini answers of pali_reason, and every disagreement.

@@ -1,4 +1,4 @@
-"""eval.py: why answers fail and succeed, against outputs labelled by hand; rationale quality.
+"""Why answers fail and succeed, against outputs labelled by hand; rationale quality.
 
     python tests/test_kinds.py        precision and recall per kind, and where rule and label differ
 

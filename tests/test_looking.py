@@ -1,4 +1,4 @@
-"""eval.py's looks and its streamed answers: what is shown is what the models used and wrote.
+"""Looks, and answers as they are written: what is shown is what the models used and wrote.
 
 Weights are random and large, so that a wrong layer, row, head or scale shows; the reference is
 transformers' eager attention, and torch's own MultiheadAttention for the fusion.

@@ -1,4 +1,4 @@
-"""eval.py's report: what is written, and what a real browser makes of it."""
+"""The report: what is written, and what a real browser makes of it."""
 
 import base64
 import json
