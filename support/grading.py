@@ -102,6 +102,7 @@ WORDS = {w: float(i) for i, w in enumerate(
     "sixteen seventeen eighteen nineteen twenty".split())}  # fmt: skip
 
 
+# --- a text in plain letters and numbers
 def plain(text):
     """Without LaTeX and Markdown, with ASCII digits; what stood in a \\boxed{} is in ⟦⟧."""
     text = "\n".join(x for x in text.splitlines() if " | " not in x)  # no tables
@@ -140,6 +141,7 @@ def amounts(text):
     return found
 
 
+# --- one form for all spellings of an answer
 def asks_for(problem):
     """choice | integer | float | list | number | text: what the answer is to be; where the record
     has no answer_type, the gold answer tells."""
@@ -177,6 +179,7 @@ def right(problem, parsed):
     return parsed == data.LETTERS[index]
 
 
+# --- what a short text names
 def pick(problem, said, trust=2):
     """(letter or None, how): the choice that a short plain text names. With a trust below 2 it was
     not said as the answer: then a list of letters is none, nor is what a "not" may be about."""
@@ -291,6 +294,7 @@ def last_of(problem, said, trust):
     return found[-1:]
 
 
+# --- what a long text comes to
 def commits(text, sentences=("",)):
     """[(firm, trust, said)]: what a plain text says as its answer, the last first. Trust 2: behind
     words for it, or in a box; 1: a conclusion, or an equation if those are the last numbers.
@@ -379,6 +383,7 @@ def agrees(problem, rationale, response):
     return ours == theirs or (None if how.endswith("in prose") else False)
 
 
+# --- the grade
 def published(problem, response):
     """(letter or None, how) by ScienceQA's rule: exactly one "The answer is (X)", X among the
     choices. Ours: without one, or with an "Answer:" behind it, what follows the last "Answer:", or

@@ -78,6 +78,7 @@ def kind(problem, prediction, grade, facts=None, known=None):
     return next((name, why, end) for name, why in rules.items() if why)
 
 
+# --- the rules
 def thought_of(prediction):
     """The rationale, or what a response says beside its answer; "" if that is three words."""
     told, response = prediction.get("rationale"), prediction.get("response", "")
@@ -148,6 +149,7 @@ def unsupported(problem, thought, end, grade, facts):
     return None if named and facts is None else "the thought comes to no answer"
 
 
+# --- what is known about the problems, and many answers
 def problem_type(problem):
     """What "novel" is about: the demo's family, ScienceQA's skill, MathVista's source, or None."""
     names = (problem.meta.get(key) for key in ("family", "skill", "source"))

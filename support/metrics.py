@@ -40,6 +40,7 @@ PLAIN = ("task", "context", "skills")  # in MathVista's layout their rows have n
 DETAILS = ("question type", "source", "category", "language", "grade")  # only with --all-rows
 
 
+# --- grades, rates and rows
 def percent(share):
     return round(100.0 * share, 2)
 
@@ -115,6 +116,7 @@ def tally(graded):
     return dict(zip(("n", "accuracy", "ci95", "chance"), (n, *rates), strict=True))
 
 
+# --- rationales
 def rationale_scores(graded, rationale_format, faithful=False):
     """Mean ROUGE-L and BLEU in percent of the rationales against the gold target of their stage; {}
     without rationales. Empty targets do not count. An empty rationale scores 0, but the original
@@ -169,6 +171,7 @@ def hallucination(told, facts):
     return rates([row for _, row in rows]) | {name: rates(rows) for name, rows in by.items()}
 
 
+# --- metrics.json
 def metrics_of(graded, faithful=False, rationale_format="QCM-LE", facts=None):
     """The table's numbers of `explained` grades; rates are percentages with two decimals.
 
@@ -202,6 +205,7 @@ def metrics_of(graded, faithful=False, rationale_format="QCM-LE", facts=None):
     }
 
 
+# --- two runs
 def compare(graded_a, graded_b, resamples=10_000, seed=0):
     """Is b better than a, on the problems that both answered? Lists as of `grade_all`.
 
