@@ -232,10 +232,9 @@ def write(model, batches, tokenizer, max_new_tokens, part=None, **how):
     """Decode every batch; {id: {"text", "stop": "eos" or "length", "tokens"}}.
 
     `batches` yields `data.collate` dicts, labels not needed, under torchrun those dealt to this
-    process; `how` is as in `model.decode`; `part` is an `eval.Part`, which has the batches that are
-    decoded already. The model never sees gold
-    text here; the first published commands scored the arg-max of teacher-forced logits instead (see
-    `teacher_forced`).
+    process; `how` is as in `model.decode`; `part` is a `Part` of support/decoding.py, which has the
+    batches that are decoded already. The model never sees gold text here; the first published
+    commands scored the arg-max of teacher-forced logits instead (see `teacher_forced`).
     """
     model.eval()
     outputs = []

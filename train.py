@@ -54,6 +54,10 @@ import eval as evaluation
 import fusion
 import lora
 from model import of_all_ranks, rank, resolve, stored_tensors, world, write_safetensors
+from support import decoding, grading, looking, metrics
+from support.report import write_report
+from support.runs import bad_records, check_device, image_features, load_paligemma
+from support.tables import Column, differences, graded_folder, metrics_then, summary, table
 
 try:
     import fcntl
@@ -212,7 +216,7 @@ def paligemma_loss(model, batch, args):
     """The states before the first token that is learned are not computed in the top layer."""
     labels = batch["labels"][:, 1:]  # (B, T-1)
     U = labels.shape[1] - int((labels != -100).any(0).int().argmax())
-    inputs = evaluation.paligemma_inputs(model, batch)
+    inputs = decoding.paligemma_inputs(model, batch)
     states = model.states(**inputs, last=U + 1)[:, :-1]  # (B, U, D)
     weight = model.language_model.embed_tokens.weight
     return cross_entropy(model.head, weight, states, labels[:, -U:], args)
@@ -1064,7 +1068,7 @@ def check_resume(runs):
 def is_complete(args):
     """Whether --resume finds nothing to do in a run's folder."""
     out = Path(args.out)
-    whole = bool(evaluation.metrics_then(out))
+    whole = bool(metrics_then(out))
     if args.model == "mmcot" and args.stage == "rationale" != fusion.stage_names(args.recipe)[-1]:
         whole = (out / "rationale/model.safetensors").is_file()  # it has nothing to score
     return bool(args.resume and whole and not (out / "last").exists() and other_flags(args) == [])
@@ -1074,7 +1078,7 @@ def run_one(args):
     """The metrics of a run, which is trained and decoded unless it is complete."""
     if is_complete(args):
         print(f"{args.out}: complete already", flush=True)
-        return evaluation.metrics_then(Path(args.out))
+        return metrics_then(Path(args.out))
     return {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model](args)
 
 
@@ -1082,7 +1086,7 @@ def load_splits(args):
     """{split: problems}, and with --on-error skip {split: [(id, reason)]} of its bad records (else
     None: the first is the error). Three different ones: none is cut off another."""
     names, splits = ("train", "val", args.test_split), {}
-    skipped = {name: evaluation.bad_records(vars(args)) for name in names}
+    skipped = {name: bad_records(vars(args)) for name in names}
     try:
         for name in names:
             splits[name] = data.load(args.data, name, skipped[name])[: args.limit]
@@ -1113,7 +1117,7 @@ def with_pictures(args, splits, skipped, model=None):
     which are added to `skipped`. Pictures that are in the feature cache are not decoded again."""
     problems = [p for ps in splits.values() for p in ps]
     bad = None if skipped is None else []
-    features = evaluation.image_features(vars(args), problems, model, bad)
+    features = image_features(vars(args), problems, model, bad)
     if not bad:
         return features, splits
     reasons = dict(bad)
@@ -1188,7 +1192,7 @@ def run_mmcot(args):
     how = argparse.Namespace(
         faithful_parse=False,
         teacher_forced=args.teacher_forced,
-        looks=evaluation.LOOKS,
+        looks=looking.LOOKS,
         report=True,
         skipped=skipped,
     )
@@ -1229,8 +1233,8 @@ def own_rationales(args, problems, val, tokenizer, features, log, folds=2):
         splits = {"train": seen, "val": val}
         model = run_stage(args, 0, splits, tokenizer, features, log)
         examples = data.examples(unseen, "QCM-LE", tokenizer, features, None, vars(args))
-        batches = evaluation.in_batches(examples, args.eval_batch_size, "own rationales")
-        part = log and evaluation.Part(args.out, [model])
+        batches = decoding.in_batches(examples, args.eval_batch_size, "own rationales")
+        part = log and decoding.Part(args.out, [model])
         texts = fusion.write(model, batches, tokenizer, args.max_output[0], part)
         generated |= {problem_id: told["text"] for problem_id, told in texts.items()}
     return generated
@@ -1271,7 +1275,7 @@ def run_paligemma(args):
     print(f"{out}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
     splits, skipped = load_splits(args)
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
-    model = evaluation.load_paligemma(config)
+    model = load_paligemma(config)
     args.vocabulary = model.config.text.vocab_size
     if args.epochs[0]:
         free(args, model)
@@ -1296,7 +1300,7 @@ def run_paligemma(args):
     how = argparse.Namespace(
         faithful_parse=False,
         teacher_forced=False,
-        looks=evaluation.LOOKS,
+        looks=looking.LOOKS,
         report=True,
         skipped=skipped,
     )
@@ -1362,8 +1366,8 @@ def holds(trace, problem, key):
     traces that were judged correct end in another: the thought then argues for that."""
     verdict = trace["verdict"][key]
     if verdict is None:
-        said, _ = evaluation.commitment(problem, trace["answer"], prose=True)
-        return evaluation.right(problem, said)
+        said, _ = grading.commitment(problem, trace["answer"], prose=True)
+        return grading.right(problem, said)
     return verdict
 
 
@@ -1413,7 +1417,7 @@ def tune(args, model, rows, val, tokenizer, features, log):
 
     def validate(model):
         predictions = evaluation.predict([model.eval()], val, config, tokenizer, features)
-        right = sum(g.correct for *_, g in evaluation.grade_all(val, predictions))
+        right = sum(g.correct for *_, g in metrics.grade_all(val, predictions))
         accuracy = {"val_accuracy": round(100 * right / len(val), 2)} if val else {}
         return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
 
@@ -1449,7 +1453,7 @@ def dry_run(args):
 def dry_paligemma(args, splits, tokenizer):
     if not args.epochs[0]:
         return print("  nothing is trained: it only decodes")
-    model = evaluation.load_paligemma(vars(args))
+    model = load_paligemma(vars(args))
     args.vocabulary = model.config.text.vocab_size
     free(args, model)
     rows = training_rows(args, splits["train"])
@@ -1462,10 +1466,10 @@ def blank_features(args, problems, model=None):
     if model is not None:
         inside = all(name.startswith("language_model.") for name in lora.adapters(model))
         if args.full or not inside:
-            return evaluation.image_features(vars(args), problems, model)  # pixels, read when used
+            return image_features(vars(args), problems, model)  # pixels, read when used
         shape = model.config.image_tokens, model.config.text.hidden_size
     elif args.vision != "detr" or args.features:
-        return evaluation.image_features(vars(args), problems)
+        return image_features(vars(args), problems)
     else:
         folder = resolve(args.vision_weights)
         count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())
@@ -1686,7 +1690,7 @@ def run_many(lines):
     rows = {}
     for name, args in lines.items():
         rows[name] = run_one(args)
-        print(evaluation.summary(rows), flush=True)
+        print(summary(rows), flush=True)
     return rows
 
 
@@ -1699,17 +1703,17 @@ def show_many(args, runs, rows):
     """The summary of such a table, and each line's paired difference to the run itself."""
     if rank():
         return
-    print(f"\n{evaluation.summary(rows)}")
-    bad, columns = evaluation.bad_records(vars(args)), {}
+    print(f"\n{summary(rows)}")
+    bad, columns = bad_records(vars(args)), {}
     problems = data.load(args.data, args.test_split, bad)[: args.limit]
     for name in sorted(runs, key=lambda name: bool(runs[name])):  # the run itself first
         folder = line_folder(args, name, runs[name])
         if (folder / "predictions.jsonl").is_file():
-            graded = evaluation.graded_folder(folder, problems)
-            columns[name] = evaluation.Column(rows[name], graded, folder)
+            graded = graded_folder(folder, problems)
+            columns[name] = Column(rows[name], graded, folder)
     if len(columns) > 1:
-        print(f"\n{evaluation.differences(columns)[1]}")
-        evaluation.write_report(args.out, columns)
+        print(f"\n{differences(columns)[1]}")
+        write_report(args.out, columns)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -1892,7 +1896,7 @@ def add_decoding(parser):
 
 def main(argv=None):
     args = parse_args(argv)
-    evaluation.check_device(args.device)
+    check_device(args.device)
     torch.set_num_threads(args.threads)
     start = time.monotonic()
     distilled = args.model == "paligemma" and args.recipe == "reason" and args.epochs[0]
@@ -1912,10 +1916,10 @@ def main(argv=None):
         if runs:
             rows = run_many(lines)
             if not args.ablation:
-                print(f"\n{evaluation.table(rows)}")
+                print(f"\n{table(rows)}")
             show_many(args, runs, rows)
         elif scores := run_one(args):
-            print(f"\n{evaluation.table({args.out: scores})}")
+            print(f"\n{table({args.out: scores})}")
         print(f"\n{args.out}: done in {time.monotonic() - start:.0f} s")
 
 

@@ -27,12 +27,20 @@ def gemma():
     return data.load_tokenizer(Path(os.environ["NANOCOT_DATA"]) / "tokenizers/paligemma")
 
 
+def scored(problems, predictions, faithful=False, rationale_format="QCM-LE", partial=False):
+    """The metrics of predictions about these problems, as eval.py makes them."""
+    from support import kinds, metrics
+
+    graded = kinds.explained(metrics.grade_all(problems, predictions, faithful, partial))
+    return metrics.metrics_of(graded, faithful, rationale_format)
+
+
 @pytest.fixture(scope="module")
 def read_once():
     """Most runs look at a few of the demo's 8,600 problems: these, their traces and their facts
     are read once for all tests of a module. Files that a test writes are read each time."""
     import data
-    import eval as evaluation
+    from support import kinds
 
     def once(read):
         kept = functools.cache(read)
@@ -45,7 +53,7 @@ def read_once():
         return reading
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((data, "load"), (data, "load_traces"), (evaluation, "scene_facts")):
+        for module, name in ((data, "load"), (data, "load_traces"), (kinds, "scene_facts")):
             patch.setattr(module, name, once(getattr(module, name)))
         yield
 

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import scored
 from test_eval import SCIENCEQA, problem, says
 
 import data
 import eval as scoring
 import train
+from support import metrics, tables
 
 MATHVISTA = SCIENCEQA.parent / "mathvista"
 needs_mathvista = pytest.mark.skipif(
@@ -39,7 +41,7 @@ def pair(both, better, worse, neither):
 
 # --- compare
 def test_the_counts_by_hand():
-    got = scoring.compare(*pair(100, 41, 24, 235))
+    got = metrics.compare(*pair(100, 41, 24, 235))
     assert {k: got[k] for k in ("n", "difference", "better", "worse")} == {
         "n": 400, "difference": 4.25, "better": 41, "worse": 24,
     }  # fmt: skip
@@ -57,23 +59,23 @@ def test_the_interval_is_that_of_resampled_problems(counts):
     rows = rng.integers(0, n, (20_000, n))
     means = (rights[1] - rights[0])[rows].mean(1)
     expected = 100 * np.percentile(means, [2.5, 97.5])
-    assert np.abs(np.array(scoring.compare(a, b)["ci95"]) - expected).max() <= 100 / n + 0.1
+    assert np.abs(np.array(metrics.compare(a, b)["ci95"]) - expected).max() <= 100 / n + 0.1
 
 
 def test_runs_that_agree_everywhere():
-    assert scoring.compare(*pair(3, 0, 0, 4)) == {
+    assert metrics.compare(*pair(3, 0, 0, 4)) == {
         "n": 7, "difference": 0.0, "ci95": [0.0, 0.0], "better": 0, "worse": 0, "p": 1.0,
     }  # fmt: skip
 
 
 def test_the_same_seed_gives_the_same_digits_and_order_does_not_matter():
     a, b = pair(40, 13, 7, 20)
-    got = scoring.compare(a, b)
-    assert scoring.compare(a[::-1], b[3:] + b[:3]) == got == scoring.compare(a, b)
-    back = scoring.compare(b, a)
+    got = metrics.compare(a, b)
+    assert metrics.compare(a[::-1], b[3:] + b[:3]) == got == metrics.compare(a, b)
+    back = metrics.compare(b, a)
     assert (back["difference"], back["better"], back["worse"]) == (-got["difference"], 7, 13)
     assert back["p"] == got["p"]
-    others = {tuple(scoring.compare(a, b, 200, seed)["ci95"]) for seed in range(5)}
+    others = {tuple(metrics.compare(a, b, 200, seed)["ci95"]) for seed in range(5)}
     assert len(others) > 1  # it is really drawn
 
 
@@ -81,7 +83,7 @@ def test_the_same_seed_gives_the_same_digits_and_order_does_not_matter():
     "better, worse, p", [(0, 0, 1), (1, 0, 1), (5, 0, 2 / 32), (10, 2, 0.03857421875), (4, 4, 1)]
 )
 def test_mcnemar_of_known_cases(better, worse, p):
-    assert scoring.mcnemar(better, worse) == scoring.mcnemar(worse, better) == p
+    assert metrics.mcnemar(better, worse) == metrics.mcnemar(worse, better) == p
 
 
 def test_mcnemar_equals_the_sum_of_binomial_tails():
@@ -90,26 +92,26 @@ def test_mcnemar_equals_the_sum_of_binomial_tails():
         for worse in range(throws + 1):
             off = [abs(2 * k - throws) for k in range(throws + 1)]
             far = sum(w for w, x in zip(ways, off, strict=True) if x >= off[worse])
-            assert scoring.mcnemar(throws - worse, worse) == float(Fraction(far, 2**throws))
+            assert metrics.mcnemar(throws - worse, worse) == float(Fraction(far, 2**throws))
 
 
 def test_mcnemar_of_thousands_neither_overflows_nor_takes_long():
     start = time.process_time()
     z = 200 / math.sqrt(10_000)
     normal = math.erfc((z - 1 / math.sqrt(10_000)) / math.sqrt(2))  # continuity-corrected
-    assert scoring.mcnemar(5_100, 4_900) == pytest.approx(normal, rel=1e-3)
-    assert scoring.mcnemar(10_000, 0) == 0.0 and scoring.mcnemar(8_000, 8_000) == 1.0
+    assert metrics.mcnemar(5_100, 4_900) == pytest.approx(normal, rel=1e-3)
+    assert metrics.mcnemar(10_000, 0) == 0.0 and metrics.mcnemar(8_000, 8_000) == 1.0
     assert time.process_time() - start < 2
 
 
 def test_other_problems():
     a, b = pair(10, 3, 2, 5)
-    assert scoring.compare(a, b[5:])["n"] == 15
+    assert metrics.compare(a, b[5:])["n"] == 15
     moved = [(problem(f"x{p.id}"), x, g) for p, x, g in b]
     with pytest.raises(ValueError, match="no problem in common"):
-        scoring.compare(a, moved)
+        metrics.compare(a, moved)
     with pytest.raises(ValueError, match=r"20 problems of the same id are different ones \(0, 1, "):
-        scoring.compare(a, graded([1] * 20, index=1))
+        metrics.compare(a, graded([1] * 20, index=1))
 
 
 # --- folders on the command line
@@ -257,7 +259,7 @@ def test_the_lines_of_an_ablation_are_compared_with_the_run_itself(two, capsys):
     )
     runs = {"base": {"recipe": "answer"}, "not made": {"lr": 1.0}, "itself": {}}
     graded_run(Path(two.b), "base", "ABABABAB", source="../own.jsonl")
-    rows = {name: scoring.metrics_then(Path(two.b)) for name in runs}
+    rows = {name: tables.metrics_then(Path(two.b)) for name in runs}
     capsys.readouterr()
     train.show_many(args, runs, rows)
     told = capsys.readouterr().out
@@ -269,10 +271,10 @@ def test_the_lines_of_an_ablation_are_compared_with_the_run_itself(two, capsys):
 # --- rows
 def test_how_answers_end_stands_below():
     graded_ = graded([1, 1, 0, 0])
-    first = scoring.metrics_of(graded_) | {"failure_modes": {"wrong": 1, "sound": 2, "loop": 1}}
+    first = metrics.metrics_of(graded_) | {"failure_modes": {"wrong": 1, "sound": 2, "loop": 1}}
     said = {"n": 4, "false_rationales": 50.0, "false_facts": 12.5}
     second = first | {"failure_modes": {"sound": 4}, "consistency": 75.0, "hallucination": said}
-    lines = scoring.table({"a": first, "b": second, "c": scoring.metrics_of(graded_)}).splitlines()
+    lines = tables.table({"a": first, "b": second, "c": metrics.metrics_of(graded_)}).splitlines()
     told = [re.split("  +", line.strip()) for line in lines[-7:]]
     assert told == [
         ["rationale agrees %", "-", "75.00", "-"],
@@ -285,12 +287,16 @@ def test_how_answers_end_stands_below():
     ]
 
 
+def categories(problem):
+    return [name for names in metrics.axes(problem).values() for name in names]
+
+
 def test_rows_of_your_own_data_have_their_axis_in_the_name():
     meta = {"task": "text", "context": "text", "skill": "unused", "language": "en", "source": 3}
     own = problem(hint="h", meta=meta | {"skills": "text", "grade": "grade3", "family": "avg"})
     names = ["G1-6", "TXT", "avg", "task: text", "context: text", "skill: text", "language: en"]
-    assert [x for x in scoring.categories(own) if x != "grade: grade3"] == names
-    got = scoring.metrics_of([(own, {}, scoring.Grade(True, "A", ""))])
+    assert [x for x in categories(own) if x != "grade: grade3"] == names
+    got = metrics.metrics_of([(own, {}, scoring.Grade(True, "A", ""))])
     assert got["axes"]["task"] == ["task: text"] and got["accuracy"]["task: text"] == 100.0
     assert got["accuracy"]["TXT"] == 100.0 and got["accuracy"]["NAT"] is None
 
@@ -298,7 +304,7 @@ def test_rows_of_your_own_data_have_their_axis_in_the_name():
 def test_scienceqas_own_fields_make_no_rows():
     meta = {"subject": "natural science", "task": "closed choice", "grade": "grade7",
             "category": "Physics", "skill": "Identify magnets"}  # fmt: skip
-    assert scoring.categories(problem(hint="", meta=meta)) == ["NAT", "G7-12", "NO"]
+    assert categories(problem(hint="", meta=meta)) == ["NAT", "G7-12", "NO"]
 
 
 @pytest.mark.slow
@@ -308,9 +314,9 @@ def test_mathvistas_rows_are_those_of_its_official_scores():
     and grade; those are counted in the annotation itself.)"""
     problems = data.load(MATHVISTA, "testmini")
     by_id = {p.id: p for p in problems}
-    bard = scoring.read_predictions(MATHVISTA / "results/bard/output_bard.json")
+    bard = tables.read_predictions(MATHVISTA / "results/bard/output_bard.json")
     assert len(bard) == 1000 and bard[0].keys() == {"id", "response"}
-    got = scoring.metrics(problems, bard)
+    got = scored(problems, bard)
     official = json.loads((MATHVISTA / "results/bard/scores_bard.json").read_text())
     records = json.loads((MATHVISTA / "annot_testmini.json").read_text()).values()
     skills = Counter(skill for x in records for skill in x["metadata"]["skills"])
@@ -324,9 +330,9 @@ def test_mathvistas_rows_are_those_of_its_official_scores():
     assert len(got["axes"]) == 9 and "NAT" not in got["accuracy"] and "TXT" not in got["n_by"]
     assert len(got["n_by"]) == 1 + sum(map(len, got["axes"].values()))  # no name twice
     assert got["axes"]["task"][0] == "figure question answering"
-    assert all(got["n_by"][x] for x in scoring.categories(by_id["1"]))
-    table = scoring.table({"bard": got})
+    assert all(got["n_by"][x] for x in categories(by_id["1"]))
+    table = tables.table({"bard": got})
     assert len(table.splitlines()) < 60 and "GeoQA+" not in table
     assert "(--all-rows: 42 more, by question type, source, " in table
-    assert "\nby source\n" in scoring.table({"bard": got}, all_rows=True)
+    assert "\nby source\n" in tables.table({"bard": got}, all_rows=True)
     assert max(map(len, table.splitlines())) < 80

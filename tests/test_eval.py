@@ -1,4 +1,4 @@
-"""eval.py: reading answers, the text scores against the packages the authors used, the table."""
+"""Reading answers, the text scores against the packages that the authors used, the table."""
 
 import gzip
 import json
@@ -13,12 +13,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+from conftest import scored
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
+from support import grading, metrics, tables  # noqa: E402
+from support.rouge import bleu, rouge_l  # noqa: E402
 
 SCIENCEQA = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data")) / "scienceqa"
 needs_data = pytest.mark.skipif(
@@ -105,10 +108,10 @@ def test_faithful_parse_draws_as_the_released_code_does():
         else:
             index = random.choice(range(5))
         expected.append(index == p.meta["answer_index"])
-    graded = scoring.grade_all(problems, predictions, faithful=True)
+    graded = metrics.grade_all(problems, predictions, faithful=True)
     assert [g.correct for *_, g in graded] == expected
     assert any(g.correct and g.parsed is None for *_, g in graded)
-    honest = scoring.grade_all(problems, predictions)
+    honest = metrics.grade_all(problems, predictions)
     assert not any(g.correct for *_, g in honest if g.parsed is None)
     assert sum(g.correct for *_, g in honest) < sum(expected)
 
@@ -132,10 +135,10 @@ def bleu_of_the_package(candidate, reference, n):
 
 def assert_equal_to_the_packages(candidate, reference):
     expected = rouge_of_the_package(candidate, reference)
-    assert abs(scoring.rouge_l(candidate, reference) - expected) < 1e-9, (candidate, reference)
+    assert abs(rouge_l(candidate, reference) - expected) < 1e-9, (candidate, reference)
     for n in (1, 2, 4):
         expected = bleu_of_the_package(candidate, reference, n)
-        assert math.isclose(scoring.bleu(candidate, reference, n), expected, rel_tol=1e-9)
+        assert math.isclose(bleu(candidate, reference, n), expected, rel_tol=1e-9)
 
 
 def perturbed(text, rng):
@@ -180,9 +183,9 @@ def test_odd_texts_get_a_score_and_the_package_one(candidate):
     for reference in ODD:
         assert_equal_to_the_packages(candidate, reference)
         if not candidate.strip(". ") or not reference.strip(". "):
-            assert scoring.bleu(candidate, reference, 4) == 0.0
+            assert bleu(candidate, reference, 4) == 0.0
     if not candidate.strip("."):
-        assert scoring.rouge_l(candidate, "a b. c") == 0.0 == scoring.rouge_l("a b", candidate)
+        assert rouge_l(candidate, "a b. c") == 0.0 == rouge_l("a b", candidate)
 
 
 # --- metrics
@@ -207,7 +210,7 @@ def small_set():
 
 
 def test_metrics_by_hand():
-    got = scoring.metrics(*small_set())
+    got = scored(*small_set())
     assert got["n"] == 8 and got["accuracy"]["avg"] == 62.5
     assert got["chance"] == 31.25  # (2 / 2 + 6 / 4) / 8
     assert got["parse_failures"] == 12.5
@@ -235,7 +238,7 @@ def test_families_stops_and_free_form_chance():
     stops = ["eos", "length", "eos", None]
     predictions = [{"id": str(i), "response": r, "stop": s}
                    for i, (r, s) in enumerate(zip(replies, stops, strict=True))]  # fmt: skip
-    got = scoring.metrics(problems, predictions)
+    got = scored(problems, predictions)
     assert got["families"] == {"cup": 50.0, "dots": 100.0}
     assert got["stop"] == {"eos": 2, "length": 1}
     assert got["chance"] == 25.0  # three thirds and a zero, of four
@@ -260,7 +263,7 @@ def test_categories_equal_a_count_on_the_raw_file():
         "G7-12": lambda r: r["grade"] in [f"grade{g}" for g in range(7, 13)],
         "avg": lambda r: True,
     }
-    got = scoring.metrics(problems, predictions)["accuracy"]
+    got = scored(problems, predictions)["accuracy"]
     for name, counts in tests.items():
         hits = [pick == raw[i]["answer"] for i, pick in picks.items() if counts(raw[i])]
         assert f"{got[name]:.2f}" == f"{100 * sum(hits) / len(hits):.2f}", name
@@ -277,13 +280,13 @@ def published_problems(labels):
     pictured = json.loads((SCIENCEQA / "captions.json").read_text())["captions"]
     problems, fields = [], dict.fromkeys(("subject", "grade", "hint"), True)
     for pid, label in zip(pids["test"], labels, strict=True):
-        record, gold = records.get(pid, {}), "ABCDE".index(scoring.ANSWER.search(label)[1])
+        record, gold = records.get(pid, {}), "ABCDE".index(grading.ANSWER.search(label)[1])
         fields = {k: known and record.get(k) is not None for k, known in fields.items()}
         meta = {k: record.get(k) for k in fields} | {"has_image": pid in pictured}
         choices = tuple(record.get("choices") or "vwxyz")
         problems.append(problem(pid, choices, gold, hint=record.get("hint") or "", meta=meta))
     needs = ["subject"] * 3 + ["hint", None, "hint"] + ["grade"] * 2
-    known = {c: fields.get(x, True) for c, x in zip(scoring.CATEGORIES, needs, strict=True)}
+    known = {c: fields.get(x, True) for c, x in zip(metrics.CATEGORIES, needs, strict=True)}
     return known | {"avg": True}, problems
 
 
@@ -294,15 +297,15 @@ def published_problems(labels):
 )
 def test_published_predictions_keep_their_scores_to_two_decimals(tmp_path):
     names = "natural social language has_text has_image no_context grade_1_6 grade_7_12".split()
-    names = dict(zip(scoring.CATEGORIES, names, strict=True)) | {"avg": "average"}
+    names = dict(zip(metrics.CATEGORIES, names, strict=True)) | {"avg": "average"}
     files = sorted(Path(os.environ["NANOCOT_PUBLISHED"]).rglob("*.json"))
     files = [file for file in files if "answer" in json.loads(file.read_text()).get("scores", {})]
     assert files
     for file in files:
         told = json.loads(file.read_text())
         known, problems = published_problems(told["labels"])
-        graded = scoring.grade_all(problems, scoring.read_predictions(file, problems), True)
-        got = scoring.metrics_of(graded, True)["accuracy"]
+        graded = metrics.grade_all(problems, tables.read_predictions(file, problems), True)
+        got = metrics.metrics_of(graded, True)["accuracy"]
         for category in [name for name, complete in known.items() if complete]:
             official = told["scores"]["answer"][f"acc_{names[category]}"]
             assert f"{got[category]:.2f}" == official, (file, category)
@@ -314,11 +317,11 @@ def test_published_predictions_keep_their_scores_to_two_decimals(tmp_path):
 
 def test_wilson_against_published_values():
     """Newcombe (1998), Statistics in Medicine 17, Table I, method 3: four (hits, n)."""
-    assert scoring.wilson(81, 263) == [25.53, 36.62]
-    assert scoring.wilson(15, 148) == [6.24, 16.05]
-    assert scoring.wilson(0, 20) == [0.0, 16.11]
-    assert scoring.wilson(1, 29) == [0.61, 17.18]
-    assert scoring.wilson(20, 20) == [83.89, 100.0]
+    assert metrics.wilson(81, 263) == [25.53, 36.62]
+    assert metrics.wilson(15, 148) == [6.24, 16.05]
+    assert metrics.wilson(0, 20) == [0.0, 16.11]
+    assert metrics.wilson(1, 29) == [0.61, 17.18]
+    assert metrics.wilson(20, 20) == [83.89, 100.0]
 
 
 def test_rationales_are_scored_against_the_target_of_their_stage():
@@ -326,23 +329,23 @@ def test_rationales_are_scored_against_the_target_of_their_stage():
     gold = data.prompt(problems[0], "QCM-LE")[1]
     predictions = [{"id": "0", "response": "", "rationale": gold},
                    {"id": "1", "response": "", "rationale": ""}]  # fmt: skip
-    got = scoring.metrics(problems, predictions)
+    got = scored(problems, predictions)
     assert (got["rougeL"], got["bleu1"], got["bleu4"], got["n_rationales"]) == (50, 50, 50, 2)
-    faithful = scoring.metrics(problems, predictions, faithful=True)
+    faithful = scored(problems, predictions, faithful=True)
     assert (faithful["rougeL"], faithful["bleu1"]) == (100, 50)  # their ROUGE-L skips empty ones
-    short = scoring.metrics(problems, predictions, rationale_format="QCM-E")
+    short = scored(problems, predictions, rationale_format="QCM-E")
     assert 0 < short["rougeL"] < 50
     nothing_to_compare = [problem("0"), problem("1")]
-    assert "rougeL" not in scoring.metrics(nothing_to_compare, predictions)
+    assert "rougeL" not in scored(nothing_to_compare, predictions)
 
 
 def test_empty_targets_do_not_count(monkeypatch):
     problems = [problem(str(i), solution=s) for i, s in enumerate(("", "a b c d"))]
     predictions = [{"id": p.id, "response": "", "rationale": "a b c d"} for p in problems]
     monkeypatch.setattr(data, "prompt", lambda p, fmt: ("", p.solution))
-    got = scoring.metrics(problems, predictions)
+    got = scored(problems, predictions)
     assert (got["n_rationales"], got["rougeL"], got["bleu4"]) == (1, 100, 100)
-    assert "rougeL" not in scoring.metrics(problems[:1], predictions[:1])
+    assert "rougeL" not in scored(problems[:1], predictions[:1])
 
 
 @pytest.mark.parametrize(
@@ -358,12 +361,12 @@ def test_predictions_must_be_of_these_problems(ids, message):
     problems = [problem("p0"), problem("p1")]
     predictions = [{"id": i, "response": says("A")} for i in ids]
     with pytest.raises(ValueError, match=message):
-        scoring.metrics(problems, predictions)
+        scored(problems, predictions)
     if ids == ["p0"]:
-        assert scoring.metrics(problems, predictions, partial=True)["n"] == 1
+        assert scored(problems, predictions, partial=True)["n"] == 1
     else:
         with pytest.raises(ValueError, match=message):
-            scoring.metrics(problems, predictions, partial=True)
+            scored(problems, predictions, partial=True)
 
 
 # --- files
@@ -382,7 +385,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     file = tmp_path / "p.jsonl"
     file.write_text('{"id": "1", "response": "x"}\n\n' + line + "\n")
     with pytest.raises(ValueError, match=message) as error:
-        scoring.read_predictions(file)
+        tables.read_predictions(file)
     assert str(file) in str(error.value)
 
 
@@ -390,27 +393,27 @@ def test_a_file_of_one_line_and_a_line_separator_inside_a_text(tmp_path):
     file = tmp_path / "p.jsonl"
     x = {"id": "1", "response": "one\u2028two", "rationale": None}
     file.write_text(json.dumps(x, ensure_ascii=False), encoding="utf-8")
-    assert scoring.read_predictions(file) == [x]
+    assert tables.read_predictions(file) == [x]
 
 
 def test_ids_as_numbers_and_a_file_from_windows(tmp_path):
     file = tmp_path / "p.jsonl"
     lines = [{"id": 1, "response": "x"}, {"id": "02", "response": "y"}]
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, lines)).encode())
-    assert [x["id"] for x in scoring.read_predictions(file)] == ["1", "02"]
+    assert [x["id"] for x in tables.read_predictions(file)] == ["1", "02"]
     file.write_bytes("{}".encode("utf-16"))
     with pytest.raises(ValueError, match="line 1 is not complete JSON .it is no text in UTF-8"):
-        scoring.read_predictions(file)
+        tables.read_predictions(file)
 
 
 def test_mathvistas_official_file(tmp_path):
     """{pid: the whole record with "response"}: what the model said is taken, and nothing else."""
     file, record = tmp_path / "output_m.json", {"question": "?", "answer": "3", "extraction": "3"}
     file.write_text(json.dumps({"7": record | {"response": "It is 3."}}))
-    assert scoring.read_predictions(file) == [{"id": "7", "response": "It is 3."}]
+    assert tables.read_predictions(file) == [{"id": "7", "response": "It is 3."}]
     file.write_text(json.dumps({"7": record | {"response": "x"}, "8": record}))
     with pytest.raises(ValueError, match='output_m.json, problem 8: "response" must be a string'):
-        scoring.read_predictions(file)
+        tables.read_predictions(file)
 
 
 def test_the_released_codes_own_file(tmp_path):
@@ -421,21 +424,21 @@ def test_the_released_codes_own_file(tmp_path):
         file.write_text(json.dumps({"num_fail": 0, "scores": {}, "preds": preds, "labels": labels}))
 
     write([says("B"), says("A")], [says("B"), says("C")])
-    got = scoring.read_predictions(file, problems)
+    got = tables.read_predictions(file, problems)
     assert got == [{"id": "7", "response": says("B")}, {"id": "9", "response": says("A")}]
-    assert scoring.metrics(problems, got)["accuracy"]["avg"] == 50.0
+    assert scored(problems, got)["accuracy"]["avg"] == 50.0
     with pytest.raises(ValueError, match="2 predictions without ids, for 1 problems"):
-        scoring.read_predictions(file, problems[:1])
+        tables.read_predictions(file, problems[:1])
     with pytest.raises(ValueError, match="label of problem 9.*another split, or in another order"):
-        scoring.read_predictions(file, problems[::-1])
+        tables.read_predictions(file, problems[::-1])
     write(["Solution: a", "Solution: b"], ["Solution: a", "Solution: c"])  # of the first stage
-    assert [x["response"] for x in scoring.read_predictions(file, problems)][1] == "Solution: b"
+    assert [x["response"] for x in tables.read_predictions(file, problems)][1] == "Solution: b"
 
 
 # --- tables and command line
 def test_table_has_chance_beside_accuracy_and_fits():
-    m = scoring.metrics(*small_set())
-    lines = scoring.table({"runs/a": m, "runs/" + "long-" * 9 + "b": m, "c": m}).split("\n")
+    m = scored(*small_set())
+    lines = tables.table({"runs/a": m, "runs/" + "long-" * 9 + "b": m, "c": m}).split("\n")
     assert max(map(len, lines)) <= 100
     assert lines[0].split()[2:] == ["n", "chance", "runs/a", "..g-long-long-long-b", "c"]
     avg = next(line for line in lines if line.startswith("avg"))
@@ -447,10 +450,10 @@ def test_table_has_chance_beside_accuracy_and_fits():
 
 def test_table_in_markdown_and_over_different_problems():
     problems, predictions = small_set()
-    all_of_them = scoring.metrics(problems, predictions)
-    some = scoring.metrics(problems, predictions[:4], partial=True)
+    all_of_them = scored(problems, predictions)
+    some = scored(problems, predictions[:4], partial=True)
     with_rationales = all_of_them | {"rougeL": 90.123, "bleu1": 80.0, "bleu4": 7.0}
-    text = scoring.table({"a": all_of_them, "b": some, "c": with_rationales}, markdown=True)
+    text = tables.table({"a": all_of_them, "b": some, "c": with_rationales}, markdown=True)
     first, second = text.split("\n\n")
     assert "|  a |" not in second and re.search(r"\| avg +\| 4 \|", second)
     assert re.search(r"\| ROUGE-L +\| +\| +\| +- \| +90\.12 \|", first)
@@ -508,10 +511,10 @@ def test_speed():
     problems = [problem(str(i), solution=texts[i % 1000]) for i in range(10_000)]
     predictions = [{"id": p.id, "response": says("A")} for p in problems]
     start = time.process_time()
-    scoring.metrics(problems, predictions)
+    scored(problems, predictions)
     assert time.process_time() - start < 10
     start = time.process_time()
     for x in predictions[:1000]:
         x["rationale"] = perturbed(texts[int(x["id"])], rng)
-    assert scoring.metrics(problems, predictions)["n_rationales"] == 1000
+    assert scored(problems, predictions)["n_rationales"] == 1000
     assert time.process_time() - start < 10

@@ -63,6 +63,7 @@ from model import (  # noqa: E402
     T5Config,
 )
 from support.ledger import Ledger  # noqa: E402
+from support import metrics, report, tables  # noqa: E402
 
 SAID = (  # the kinds of error that may leave a reader; a subclass (JSONDecodeError) may not
     ValueError,
@@ -345,10 +346,10 @@ def run_folder(folder):
     train.write_config(config | {"versions": train.VERSIONS}, folder / "run")
     problems = data.load(folder / "own.jsonl", "test")
     told = [{"id": p.id, "response": "The answer is (B).", "stop": "eos"} for p in problems]
-    graded = evaluation.grade_all(problems, told)
+    graded = metrics.grade_all(problems, told)
     of = evaluation.about(config["data"], "test", "QCM-LE")
     scores, graded = evaluation.assess(graded, of, config)
-    evaluation.write_graded(folder / "run", graded, scores | {"skipped": {"train": 0, "test": 1}})
+    tables.write_graded(folder / "run", graded, scores | {"skipped": {"train": 0, "test": 1}})
     steps = [{"stage": "answer", "step": i, "loss": 0.5, "val_loss": 1.0} for i in (1, 2)]
     lines(folder / "run/log.jsonl", steps)
     write_json(folder / "run/looks.json", {})
@@ -484,7 +485,7 @@ def read_addresses(folder):
 
 
 def read_predictions(folder):
-    told = evaluation.read_predictions(folder / "predictions.jsonl")
+    told = tables.read_predictions(folder / "predictions.jsonl")
     meta = {"answer_index": 1}
     problem = data.Problem("1", "q", ("rope", "belt"), "belt", "", None, "", "", meta)
     for prediction in told[:3]:
@@ -503,9 +504,9 @@ def read_run(folder):
     args = evaluation.parse_args([str(run), "--device", "cpu"])
     with contextlib.redirect_stderr(io.StringIO()):
         column = evaluation.score_run(run, args)
-        evaluation.table({"run": column.scores}, all_rows=True)
-        evaluation.summary({"run": column.scores})
-        evaluation.write_report(folder, {"run": column})
+        tables.table({"run": column.scores}, all_rows=True)
+        tables.summary({"run": column.scores})
+        report.write_report(folder, {"run": column})
         flags = ["--model", "mmcot", "--resume", "--out", str(run)]
         train.is_complete(train.parse_args(flags))
 

@@ -1,4 +1,4 @@
-"""eval.py, "one answer": what is read out of a reply, and how that compares with others' verdicts.
+"""support/grading.py: what is read out of a reply, and how that compares with others' verdicts.
 
 `python tests/test_grading.py` prints the agreement with MathVista's published verdicts on Bard's
 replies and with Claude's on the Gemini answers of pali_reason, and every disagreement.
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
+from support import grading  # noqa: E402
 
 REAL = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data"))
 BARD = REAL / "mathvista/results/bard/output_bard.json"
@@ -197,7 +198,7 @@ def test_prose_counts_only_where_the_record_asks_for_mathvistas_rules():
         strict = choose("red", "blue", index=1, official=False)
         assert scoring.grade(strict, said).parsed is None
         assert scoring.grade(choose("red", "blue", index=1), said).correct
-        assert scoring.right(strict, scoring.commitment(strict, said, prose=True)[0])
+        assert grading.right(strict, grading.commitment(strict, said, prose=True)[0])
 
 
 def test_the_official_guess_is_the_nearest_choice_and_draws_nothing():
@@ -211,22 +212,22 @@ def test_the_official_guess_is_the_nearest_choice_and_draws_nothing():
 
 
 def test_normal_committed_and_agrees():
-    assert scoring.normal(ANGLES, "145 degrees") == scoring.normal(ANGLES, "(C)") == "C"
-    assert scoring.normal(free("float", precision=1), "1.24") == "1.2"
-    assert scoring.normal(free("text"), " North  Pole. ") == "north pole"
-    assert scoring.committed(PETS, "A dog barks. So the answer is cat.") == ("B", "choice text")
-    assert scoring.committed(PETS, "There is a cat beside the tree.") is None
-    assert scoring.committed(PETS, "So, the dog is not it.") is None
-    assert scoring.agrees(PETS, "I look at it. So the answer is cat.", "(B)") is True
-    assert scoring.agrees(PETS, "I look at it. So the answer is cat.", "Answer: bird") is False
-    assert scoring.agrees(PETS, "I look at it.", "(B)") is None
-    assert scoring.agrees(PETS, "So the answer is cat.", "") is None
+    assert grading.normal(ANGLES, "145 degrees") == grading.normal(ANGLES, "(C)") == "C"
+    assert grading.normal(free("float", precision=1), "1.24") == "1.2"
+    assert grading.normal(free("text"), " North  Pole. ") == "north pole"
+    assert grading.committed(PETS, "A dog barks. So the answer is cat.") == ("B", "choice text")
+    assert grading.committed(PETS, "There is a cat beside the tree.") is None
+    assert grading.committed(PETS, "So, the dog is not it.") is None
+    assert grading.agrees(PETS, "I look at it. So the answer is cat.", "(B)") is True
+    assert grading.agrees(PETS, "I look at it. So the answer is cat.", "Answer: bird") is False
+    assert grading.agrees(PETS, "I look at it.", "(B)") is None
+    assert grading.agrees(PETS, "So the answer is cat.", "") is None
     # what is only mentioned at the end confirms, but does not contradict
-    assert scoring.agrees(PETS, "The animal is a cat.", "(B)") is True
-    assert scoring.agrees(PETS, "The animal is a cat.", "(C)") is None
+    assert grading.agrees(PETS, "The animal is a cat.", "(B)") is True
+    assert grading.agrees(PETS, "The animal is a cat.", "(C)") is None
     count = free("integer")
-    assert scoring.agrees(count, "10 - 4 = 6\nMinus one more: 6 - 1 = 5", "5") is True
-    assert scoring.agrees(count, "10 - 4 = 6\nMinus one more: 6 - 1 = 5", "6") is False
+    assert grading.agrees(count, "10 - 4 = 6\nMinus one more: 6 - 1 = 5", "5") is True
+    assert grading.agrees(count, "10 - 4 = 6\nMinus one more: 6 - 1 = 5", "6") is False
 
 
 def test_unjudged_traces_are_graded_as_prose():
@@ -240,7 +241,7 @@ def test_unjudged_traces_are_graded_as_prose():
 
 
 READINGS = {"letter", "choice text", "nearest choice", "number", "list", "text"}
-FAILURES = {"no answer found", "several answers", *scoring.FINAL}
+FAILURES = {"no answer found", "several answers", *grading.FINAL}
 PIECES = st.sampled_from([*"ABz(){}[]$\\.,:=√/%-0123456789\n °۵Ⅷ²½", r"\boxed{", r"\frac{1}{",
     "Answer:", "The answer is", "so", "e9", "10^", "⟦", "答案", " or ", "no "])  # fmt: skip
 
@@ -255,10 +256,10 @@ def test_no_text_raises_and_every_how_is_of_the_vocabulary(text, dice):
             how = re.sub("; guessed [A-E]$| in prose$", "", got.how)
             assert how in (FAILURES if got.parsed is None else READINGS)
             assert got.parsed is not None or not got.correct or "guessed" in got.how
-        read = scoring.committed(problem, text)
+        read = grading.committed(problem, text)
         if read and problem.choices:
             assert read[0] in data.LETTERS[: len(problem.choices)]
-        assert scoring.agrees(problem, text, text) in (True, None)
+        assert grading.agrees(problem, text, text) in (True, None)
 
 
 # --- against the published verdicts -------------------------------------------------------------
@@ -318,7 +319,7 @@ def test_claudes_verdicts_on_gemini():
 @needs_gemini
 def test_the_thoughts_of_kept_traces_agree_with_their_answers():
     kept = [(p, x) for p, x, _, verdict in gemini() if verdict]
-    said = [scoring.agrees(p, x["thoughts"], x["generated_answers"]) for p, x in kept]
+    said = [grading.agrees(p, x["thoughts"], x["generated_answers"]) for p, x in kept]
     assert said.count(True) > 170 and said.count(False) <= 5
 
 

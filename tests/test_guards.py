@@ -23,6 +23,7 @@ import lora
 import model as backbones
 import train
 from model import T5, T5Config
+from support import decoding, runs
 
 TINY = T5Config(
     vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, dropout_rate=0.1
@@ -67,7 +68,7 @@ def pali():
     ]
 
     def made():
-        model = evaluation.load_paligemma(vars(args))
+        model = runs.load_paligemma(vars(args))
         args.vocabulary = model.config.text.vocab_size
         with contextlib.redirect_stdout(io.StringIO()):
             train.free(args, model)
@@ -183,7 +184,7 @@ def _(patch):
 @leak("paligemma: labels not shifted")
 def _(patch):
     def loss(model, batch, args):
-        states = model.states(**evaluation.paligemma_inputs(model, batch))
+        states = model.states(**decoding.paligemma_inputs(model, batch))
         weight = model.language_model.embed_tokens.weight
         return train.cross_entropy(model.head, weight, states, batch["labels"], args)
 
@@ -498,7 +499,7 @@ def test_an_adapter_that_matches_nothing(pali, tmp_path):
     def loaded(**changed):
         train.write_json(config | changed, tmp_path / "adapter_config.json")
         args = settings("paligemma", "--adapter", str(tmp_path))
-        return evaluation.load_paligemma(vars(args))
+        return runs.load_paligemma(vars(args))
 
     assert lora.adapters(loaded())
     for key in ("rank_pattern", "alpha_pattern"):
@@ -511,4 +512,4 @@ def test_an_adapter_that_matches_nothing(pali, tmp_path):
     with pytest.raises(ValueError, match="nowhere.*matches none"):
         loaded(target_modules=["nowhere"])
     with pytest.raises(ValueError, match="No Linear layer.*nowhere"):
-        lora.inject(evaluation.load_paligemma(vars(settings("paligemma"))), targets=["nowhere"])
+        lora.inject(runs.load_paligemma(vars(settings("paligemma"))), targets=["nowhere"])

@@ -1,4 +1,4 @@
-"""eval.py: why answers fail and succeed, against outputs labelled by hand; rationale quality.
+"""Why answers fail and succeed, against outputs labelled by hand; rationale quality.
 
     python tests/test_kinds.py        precision and recall per kind, and where rule and label differ
 
@@ -46,6 +46,8 @@ import data  # noqa: E402
 import eval as scoring  # noqa: E402
 from demo import scenes  # noqa: E402
 from support import judging  # noqa: E402
+from support import kinds, metrics  # noqa: E402
+from support.tables import align  # noqa: E402
 
 REAL = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data"))
 needs_data = pytest.mark.skipif(
@@ -104,7 +106,7 @@ def judged():
     for row, problem, x, facts in rows():
         grade = scoring.grade(problem, x["response"])
         known = set(row["known"]) if "known" in row else None
-        found.append((row, *scoring.kind(problem, x, grade, facts, known)))
+        found.append((row, *kinds.kind(problem, x, grade, facts, known)[:2]))
     return found
 
 
@@ -112,7 +114,7 @@ def tables(found):
     """{kind: (n, precision, recall)} and the share of outputs where rule and label agree."""
     pairs = Counter((row["label"], name) for row, name, _ in found)
     by = {}
-    for kind in scoring.KINDS:
+    for kind in kinds.KINDS:
         labelled, named = (sum(n for pair, n in pairs.items() if pair[i] == kind) for i in (0, 1))
         hits = pairs[kind, kind]
         by[kind] = labelled, hits / named if named else None, hits / labelled if labelled else None
@@ -141,10 +143,10 @@ def test_rules_agree_with_the_labels_of_real_thoughts():
 @needs_data
 def test_whole_thoughts_neither_loop_nor_leave_the_question():
     told = list(gemini().values())
-    assert not any(scoring.in_circles(x["rationale"]) for _, x in told)
-    assert not any(scoring.leaves_question(p, x["rationale"], None) for p, x in told)
+    assert not any(kinds.in_circles(x["rationale"]) for _, x in told)
+    assert not any(kinds.leaves_question(p, x["rationale"], None) for p, x in told)
     others = [x["rationale"] for _, x in told[7:] + told[:7]]
-    left = [scoring.leaves_question(p, x, None) for (p, _), x in zip(told, others, strict=True)]
+    left = [kinds.leaves_question(p, x, None) for (p, _), x in zip(told, others, strict=True)]
     assert sum(map(bool, left)) > 0.6 * len(left)
 
 
@@ -156,10 +158,10 @@ def test_no_statement_of_a_gold_solution_is_false(family):
         solution = f"{problem.lecture} {problem.solution}"
         x = {"response": f"The answer is ({'ABCD'[problem.meta['answer_index']]})."}
         x["rationale"] = data.prompt(problem, "QCM-LE")[1]
-        said = scoring.stated(x["rationale"], facts)
+        said = kinds.stated(x["rationale"], facts)
         assert said and all(holds for _, holds in said), solution
         grade = scoring.grade(problem, x["response"])
-        assert scoring.kind(problem, x, grade, facts)[0] == "sound", solution
+        assert kinds.kind(problem, x, grade, facts)[0] == "sound", solution
 
 
 # --- single rules
@@ -192,7 +194,7 @@ THOUGHT = f"{MAGNETS.solution} So the answer is {MAGNETS.answer}."
 def test_the_first_rule_that_holds_names_the_kind(thought, letter, ends, facts, expected):
     x = {"rationale": thought, "response": f"The answer is ({letter})."} | ends
     grade = scoring.grade(MAGNETS, x["response"])
-    name, why = scoring.kind(MAGNETS, x, grade, facts)
+    name, why, _ = kinds.kind(MAGNETS, x, grade, facts)
     assert name == expected and why
 
 
@@ -200,13 +202,13 @@ def test_novel_needs_a_sound_thought_and_a_type_without_training():
     x = {"rationale": THOUGHT, "response": f"The answer is ({RIGHT})."}
     grade = scoring.grade(MAGNETS, x["response"])
     for known, expected in (({"cup"}, "novel"), ({"magnets"}, "sound"), (None, "sound")):
-        assert scoring.kind(MAGNETS, x, grade, POLES, known)[0] == expected
+        assert kinds.kind(MAGNETS, x, grade, POLES, known)[0] == expected
     lucky = x | {"rationale": THOUGHT.replace("south", "north")}
-    assert scoring.kind(MAGNETS, lucky, grade, POLES, {"cup"})[0] == "lucky"
+    assert kinds.kind(MAGNETS, lucky, grade, POLES, {"cup"})[0] == "lucky"
 
 
 def test_the_thought_in_one_text_with_the_answer():
-    of = scoring.thought_of
+    of = kinds.thought_of
     assert of({"response": f"{THOUGHT}\n Answer: A"}) == THOUGHT
     assert of({"response": f"{THOUGHT} The answer is (A)."}).startswith(THOUGHT)
     assert THOUGHT in of({"response": f"The answer is (B). BECAUSE: {THOUGHT}"})
@@ -217,7 +219,7 @@ def test_a_free_form_answer_that_no_thought_names_is_lucky():
     problem = data.Problem("1", "How many rings?", (), "5", "", None, "", "", {})
     for thought, expected in (("I see several rings there.", "lucky"), ("I see 5 rings.", "sound")):
         x = {"rationale": thought, "response": "5"}
-        assert scoring.kind(problem, x, scoring.grade(problem, "5"))[0] == expected
+        assert kinds.kind(problem, x, scoring.grade(problem, "5"))[0] == expected
 
 
 def test_rationale_quality_counts():
@@ -227,33 +229,33 @@ def test_rationale_quality_counts():
         x = {"id": MAGNETS.id, "rationale": thought, "response": f"The answer is ({letter})."}
         graded.append((MAGNETS, x, scoring.grade(MAGNETS, x["response"])))
     facts = {MAGNETS.id: POLES}
-    got = scoring.rationale_quality(scoring.explained(graded, facts), facts)
+    got = metrics.rationale_quality(kinds.explained(graded, facts), facts)
     assert got["failure_modes"] == {"sound": 1, "right": 1, "wrong": 1}
     assert (got["consistency"], got["n_consistency"]) == (50.0, 2)
     assert got["rationale_words"] == {"mean": len(THOUGHT.split()), "median": len(THOUGHT.split())}
     said = got["hallucination"]
     assert (said["n"], said["stated"], said["false_rationales"]) == (2, 6, 50.0)
-    assert said["false_facts"] == scoring.percent(2 / 6)  # both poles; that the same repel is true
+    assert said["false_facts"] == metrics.percent(2 / 6)  # both poles; that the same repel is true
     assert said["right"]["false_rationales"] == 0.0 and said["wrong"]["false_rationales"] == 100.0
     loops = [(MAGNETS, {"response": f"{'It may well be so. ' * 9}\nAnswer: A"}, graded[0][2])]
-    assert scoring.rationale_quality(loops)["loop_share"] > 85  # one round of it is none
+    assert metrics.rationale_quality(loops)["loop_share"] > 85  # one round of it is none
 
 
 def test_training_data_say_what_is_novel(tmp_path):
     scenes.write(tmp_path / "demo", {"train": 3, "val": 1, "test": 1})
     config = {"model": "mmcot", "data": str(tmp_path / "demo"), "epochs": [1.0]}
-    assert scoring.known_types(config) == {"magnets", "count", "compare"}
-    assert scoring.scene_facts(tmp_path / "demo").keys() == {"1", "2", "3", "4", "5"}
+    assert kinds.known_types(config) == {"magnets", "count", "compare"}
+    assert kinds.scene_facts(tmp_path / "demo").keys() == {"1", "2", "3", "4", "5"}
     trace = {"id": "2", "question": "?", "thought": "So.", "answer": "1", "gold": "1"}
     (tmp_path / "traces.jsonl").write_text(json.dumps(trace) + "\n")
     traced = config | {"traces": str(tmp_path / "traces.jsonl")}
-    assert scoring.known_types(traced) == {"count"}
-    assert scoring.known_types(config | {"epochs": [0.0]}) is None
-    assert scoring.known_types(config | {"data": str(tmp_path / "nothing")}) is None
-    assert scoring.scene_facts(tmp_path) == {}
+    assert kinds.known_types(traced) == {"count"}
+    assert kinds.known_types(config | {"epochs": [0.0]}) is None
+    assert kinds.known_types(config | {"data": str(tmp_path / "nothing")}) is None
+    assert kinds.scene_facts(tmp_path) == {}
 
 
-def test_a_judge_refines_kinds_but_not_grades(monkeypatch):
+def test_a_judge_refines_kinds_but_not_grades():
     verdicts = [  # correct, leads to the answer, agrees with the picture; kind by rule, then
         (RIGHT, THOUGHT, True, False, True, "sound", "lucky"),
         (RIGHT, THOUGHT, True, True, False, "sound", "lucky"),
@@ -271,14 +273,13 @@ def test_a_judge_refines_kinds_but_not_grades(monkeypatch):
         verdict = {"correct": correct, "consistent": leads, "picture": seen}
         replies += [verdict | {"by": "judge", "why": "so"}] if thought else []
 
-    def judge_many(items, spec, cache):
-        assert [answer for *_, answer in items[:1]] == [MAGNETS.answer] and spec == "x:y"
+    def judge(items):
+        assert [answer for *_, answer in items[:1]] == [MAGNETS.answer]
         assert len(items) == len(replies)
         return replies
 
-    monkeypatch.setattr(judging, "judge_many", judge_many)
-    rule = scoring.explained(graded)
-    after = scoring.refine(rule, "x:y", "cache.jsonl")
+    rule = kinds.explained(graded)
+    after = kinds.refine(rule, judge)
     assert [x["kind"] for _, x, _ in rule] == [v[5] for v in verdicts]
     assert [x["kind"] for _, x, _ in after] == [v[6] for v in verdicts]
     assert [g for *_, g in after] == [g for *_, g in graded]
@@ -299,7 +300,7 @@ def main():
         lines = [["kind", "n", "precision", "recall"]]
         for kind, (n, *rates) in by.items():
             lines.append([kind, str(n), *("-" if x is None else f"{x:.2f}" for x in rates)])
-        print(scoring.align(lines, False))
+        print(align(lines, False))
     print("\nlabel -> rule, where they differ")
     for row, name, why in found:
         if name != row["label"]:

@@ -1,4 +1,4 @@
-"""eval.py's looks and its streamed answers: what is shown is what the models used and wrote.
+"""Looks, and answers as they are written: what is shown is what the models used and wrote.
 
 Weights are random and large, so that a wrong layer, row, head or scale shows; the reference is
 transformers' eager attention, and torch's own MultiheadAttention for the fusion.
@@ -25,6 +25,8 @@ import eval as scoring
 import train
 from fusion import GatedFusion, MultimodalT5
 from model import DETR, T5, PaliGemma, T5Config, decode
+from support import decoding, looking
+from support.runs import image_features
 
 T5_FOLDER, DETR_FOLDER, PALIGEMMA = (ROOT / "demo" / n for n in ("t5", "detr", "paligemma"))
 REAL = Path(os.environ["NANOCOT_DATA"]) / "tokenizers"
@@ -94,7 +96,7 @@ def test_a_look_is_the_attention_of_the_row_that_predicts_the_token(pair):
     features = pair.pg.image_features(pixels)[0].detach().numpy()
     example = {"id": "1", "input_ids": prompt, "token_type_ids": [0] * len(prompt)}
     example["image_features"] = features
-    look = scoring.paligemma_look(pair.pg, example, ids, Words())
+    look = looking.paligemma_look(pair.pg, example, ids, Words())
     kinds = torch.tensor([[0] * len(prompt) + [1] * len(ids)])
     whole = torch.tensor([prompt + ids])
     given = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "token_type_ids": kinds}
@@ -116,19 +118,19 @@ def test_a_look_is_the_attention_of_the_row_that_predicts_the_token(pair):
     del example["image_features"]
     example["input_ids"] = prompt[4:]
     example["token_type_ids"] = [0] * 5
-    blind = scoring.paligemma_look(pair.pg, example, ids, Words())
+    blind = looking.paligemma_look(pair.pg, example, ids, Words())
     assert blind["maps"] == {} and blind["p"] != look["p"]
 
 
 def test_which_tokens_get_a_map():
     text = "There are 1 2 5 red dots.\n|Answer|:| B"
     tokens = text.replace(" ", "| ").replace("||", "|").split("|")
-    chosen = [tokens[i] for i in scoring.worth_a_map(tokens)]
+    chosen = [tokens[i] for i in looking.worth_a_map(tokens)]
     assert chosen == ["There", " 1", " 2", " 5", " dots.\n", "Answer", " B"]  # "red" is short
-    assert [tokens[i] for i in scoring.worth_a_map(tokens, 2)] == ["Answer", " B"]
-    assert [tokens[i] for i in scoring.worth_a_map(tokens, 4)] == [" 1", " 2", "Answer", " B"]
-    assert scoring.worth_a_map(["B"]) == [0] and scoring.worth_a_map([]) == []
-    assert len(scoring.worth_a_map([f" word{i}" for i in range(50)])) == 24
+    assert [tokens[i] for i in looking.worth_a_map(tokens, 2)] == ["Answer", " B"]
+    assert [tokens[i] for i in looking.worth_a_map(tokens, 4)] == [" 1", " 2", "Answer", " B"]
+    assert looking.worth_a_map(["B"]) == [0] and looking.worth_a_map([]) == []
+    assert len(looking.worth_a_map([f" word{i}" for i in range(50)])) == 24
 
 
 def test_ids_are_those_the_answer_was_written_behind(monkeypatch):
@@ -138,7 +140,7 @@ def test_ids_are_those_the_answer_was_written_behind(monkeypatch):
     loop = [100, 101] + [110, 111, 112] * 9
     texts = iter([("loop", loop), ("eos", [120])])
 
-    def continued(model, examples, tokenizer, *rest):
+    def continued(model, examples, tokenizer, *rest, **how):
         stop, ids = next(texts)
         said = {"response": tokenizer.decode(ids), "ids": ids, "stop": stop, "tokens": len(ids)}
         return {e["id"]: dict(said) for e in examples}
@@ -167,15 +169,15 @@ def test_tokens_join_to_the_text_and_characters_stay_whole(folder):
     tokenizer = gemma() if folder == REAL / "paligemma" else data.load_tokenizer(folder)
     for text in (ODD, "The answer is (B)."):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
-        pieces = scoring.spelled(tokenizer, ids)
+        pieces = decoding.spelled(tokenizer, ids)
         assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids)
         assert "\ufffd" not in "".join(pieces) and sum(map(bool, pieces)) > 4
     if folder == REAL / "paligemma":
         assert "".join(pieces) == text
         whole = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in "\U0001fae8".encode()]
-        assert scoring.spelled(tokenizer, whole) == ["", "", "", "\U0001fae8"]
+        assert decoding.spelled(tokenizer, whole) == ["", "", "", "\U0001fae8"]
         odd = [*whole[:2], tokenizer.token_to_id("▁the"), whole[3]]  # no UTF-8: no error either
-        assert "the" in "".join(scoring.spelled(tokenizer, odd))
+        assert "the" in "".join(decoding.spelled(tokenizer, odd))
 
 
 # ---- the fusion ---------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def fused():
 
 def look_at(fused, **changed):
     given = fused.models, fused.problems, fused.told, fused.tokenizer, fused.features
-    return scoring.looks(fused.config | changed, *given)
+    return looking.looks(fused.config | changed, *given)
 
 
 @torch.no_grad()
@@ -397,7 +399,7 @@ def test_a_decoded_run_keeps_looks_and_the_same_predictions(runs, name, tmp_path
     config, models, tokenizer = scoring.load_run(tmp_path / "run")
     problems = data.load("demo", "test")[:3]
     model = models[0] if name == "pali" else None
-    features = scoring.image_features(config, problems, model)
+    features = image_features(config, problems, model)
     written = {}
     for looks in ("0", "2"):
         how = scoring.parse_args([str(tmp_path / "run"), "--looks", looks])

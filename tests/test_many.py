@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from test_resume import TINY, ended, without_seconds
 
 import data
-import eval as evaluation
 import fusion
 import train
 from model import T5
+from support import decoding, runs
 
 GIVEN = "--device cpu --limit 9 --epochs 2 --eval-batch-size 2 --max-output 6 4 --lr 3e-5".split()
 MMCOT = """--model mmcot --batch-size 5 --stage2-rationales generated --teacher-forced""".split()
@@ -84,7 +84,7 @@ def errors(folder):
 
 
 def as_process(patch, rank, world):
-    for module in (train, evaluation):
+    for module in (train, decoding):
         patch.setattr(module, "rank", lambda: rank)
         patch.setattr(module, "world", lambda: world)
 
@@ -117,13 +117,13 @@ def test_what_processes_decoded_is_found_by_any_number_of_them(tmp_path, monkeyp
     model = torch.nn.Linear(2, 2)
     for rank in (0, 1, 2):
         as_process(monkeypatch, rank, 3)
-        evaluation.Part(tmp_path, [model]).batch([f"q{rank}"], lambda: {"by": rank})  # noqa: B023
+        decoding.Part(tmp_path, [model]).batch([f"q{rank}"], lambda: {"by": rank})  # noqa: B023
     names = [f"predictions.part{n}.jsonl" for n in ("", 1, 2)]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     with open(tmp_path / names[2], "a") as file:
         file.write('["torn')
     as_process(monkeypatch, 0, 1)
-    part = evaluation.Part(tmp_path, [model])
+    part = decoding.Part(tmp_path, [model])
     assert [part.batch([f"q{i}"], dict) for i in (0, 1, 2, 3)] == [{"by": i} for i in range(3)] + [
         {}
     ]
@@ -172,12 +172,12 @@ def t5_and_rows(args):
 
 def paligemma_and_rows(args):
     """Three rows without a picture and four with: some batches have none, one has one."""
-    model = evaluation.load_paligemma(vars(args))
+    model = runs.load_paligemma(vars(args))
     args.vocabulary = model.config.text.vocab_size
     train.free(args, model)
     problems = sorted(data.load("demo", "train")[:40], key=lambda p: p.image is not None)
     problems = problems[:3] + problems[-4:]
-    features = evaluation.image_features(vars(args), problems, model)
+    features = runs.image_features(vars(args), problems, model)
     traces = [{"thought": "x" * 3 * i, "verdict": {"correct": True}} for i in range(7)]
     rows = [(p, "reason", t, True) for p, t in zip(problems, traces, strict=True)]
     tokenizer = data.load_tokenizer(args.weights[0])

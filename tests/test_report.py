@@ -1,4 +1,4 @@
-"""eval.py's report: what is written, and what a real browser makes of it."""
+"""The report: what is written, and what a real browser makes of it."""
 
 import base64
 import json
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
+from support import metrics, report, tables  # noqa: E402
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -72,7 +73,7 @@ def column(folder, problems, letters, **more):
            "rationale": f"I see {p.question[:40]} and count."}
         for p, x in zip(problems, letters, strict=True)
     ]  # fmt: skip
-    graded = scoring.grade_all(problems, told)
+    graded = metrics.grade_all(problems, told)
     scores, graded = scoring.assess(graded, scoring.about(str(folder), "test", None))
     config = {
         "model": "mmcot",
@@ -89,7 +90,7 @@ def column(folder, problems, letters, **more):
     ]
     log[-1] |= {"val_loss": 0.25, "val_accuracy": 60.0}
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    return scoring.Column(scores, graded, folder)
+    return tables.Column(scores, graded, folder)
 
 
 def fusion_look(stage):
@@ -129,10 +130,10 @@ def reports(tmp_path_factory):
     looks = {"plain": [fusion_look("rationale"), fusion_look("answer")], "fa": pali_look()}
     (folder / "first" / "looks.json").write_text(json.dumps(looks))
     shown = {"first": first, "second": second}
-    scoring.write_report(folder / "first", {"runs/first": first})
-    scoring.write_report(folder / "second", {f"runs/{name}": x for name, x in shown.items()})
+    report.write_report(folder / "first", {"runs/first": first})
+    report.write_report(folder / "second", {f"runs/{name}": x for name, x in shown.items()})
     (folder / "bare").mkdir()
-    scoring.write_report(folder / "bare", {"elsewhere": scoring.Column(first.scores)})
+    report.write_report(folder / "bare", {"elsewhere": tables.Column(first.scores)})
     return {name: folder / name / "report.html" for name in ("first", "second", "bare")}
 
 
@@ -147,7 +148,7 @@ def test_texts_cannot_end_their_script_and_are_whole(reports):
 
 def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path):
     p = problem("half", "a \ud83d lone half")
-    scoring.write_report(tmp_path, {"run": column(tmp_path / "run", [p], "A")})
+    report.write_report(tmp_path, {"run": column(tmp_path / "run", [p], "A")})
     assert blocks(tmp_path / "report.html")["payload"]["problems"][0]["question"] == p.question
 
 
@@ -155,7 +156,7 @@ def test_what_a_line_has_besides_cannot_mislead_the_page(tmp_path):
     """Predictions of others may have numbers that JSON has not, and fields the page has, too."""
     strange = {"score": float("nan"), "look": "payload", "gold": "B"}
     shown = {"run": column(tmp_path / "run", [problem("p")], "A", **strange)}
-    scoring.write_report(tmp_path, shown)
+    report.write_report(tmp_path, shown)
     text = (tmp_path / "report.html").read_text()
     block = re.search(r'id="payload">(.*?)</script>', text)[1]
     told = json.loads(block, parse_constant=pytest.fail)["problems"][0]["runs"][0]
@@ -181,7 +182,7 @@ def test_a_run_is_told_by_its_files_and_compared_on_common_problems(reports):
     first, second = payload["runs"]
     assert first["about"].startswith("mmcot · two-stage · first, test · 6 problems · seed 42")
     assert [c["stage"] for c in first["curves"]] == ["rationale", "answer"]
-    assert len(first["curves"][0]["loss"]) <= 1.5 * scoring.CURVE_POINTS
+    assert len(first["curves"][0]["loss"]) <= 1.5 * report.CURVE_POINTS
     assert first["curves"][1]["val_accuracy"] == [[499, 60.0]]
     told = payload["compared"]["runs/second"]
     assert (told["better"], told["worse"]) == (2, 1)
@@ -194,7 +195,7 @@ def test_a_run_is_told_by_its_files_and_compared_on_common_problems(reports):
 def test_the_means_of_a_curve_are_over_its_steps(tmp_path):
     log = [{"stage": s, "step": i, "loss": float(i)} for s in "aab" for i in range(1, 1001)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    stages = scoring.loss_curves(tmp_path / "log.jsonl")
+    stages = report.loss_curves(tmp_path / "log.jsonl")
     assert [s["stage"] for s in stages] == ["a", "a", "b"]  # started again: a curve of its own
     assert stages[0]["loss"][0] == [5, 4.5] and len(stages[0]["loss"]) == 125
 
@@ -204,7 +205,7 @@ def test_the_report_is_the_same_every_time(reports, tmp_path):
     shown = {"run": column(tmp_path / "run", problems, "ABAB--")}
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        scoring.write_report(tmp_path / name, shown)
+        report.write_report(tmp_path / name, shown)
     assert (tmp_path / "a/report.html").read_bytes() == (tmp_path / "b/report.html").read_bytes()
     assert not list(tmp_path.glob("*/*.part"))
 
@@ -502,7 +503,7 @@ def test_as_many_problems_as_scienceqa_tests_on(opened, tmp_path):
     problems = as_many_as_scienceqa_tests_on(tmp_path)
     shown = {"run": column(tmp_path / "run", problems, random.Random(0).choices("AB", k=4241))}
     start = time.monotonic()
-    scoring.write_report(tmp_path, shown)
+    report.write_report(tmp_path, shown)
     written, start = time.monotonic() - start, time.monotonic()
     page = opened(tmp_path / "report.html")
     page.locator(".row").first.wait_for()

@@ -15,13 +15,15 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, scored
 
 import data
 import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
+from support import decoding, kinds
+from support.runs import image_features, load_paligemma
 
 TINY = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
 MMCOT = """--model mmcot --device cpu --limit 12 --epochs 3 --batch-size 6 --max-output 6 4
@@ -289,21 +291,20 @@ def talker():
     """PaliGemma's demo with adapters that make it talk at random."""
     given = ["--max-output", "8", "3", "--samples", "2", "--temperature", "1", "--lora-r", "2"]
     args = train.parse_args([*PALI, *given, "--eval-batch-size", "3"])
-    model = evaluation.load_paligemma(vars(args))
+    model = load_paligemma(vars(args))
     train.free(args, model)
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(0, 0.15, generator=generator)
     problems = data.load("demo", "test")[:7]
-    features = evaluation.image_features(vars(args), problems, model)
+    features = image_features(vars(args), problems, model)
     tokenizer = data.load_tokenizer(args.weights[0])
 
     def told(folder=None, **changed):
         config = vars(args) | changed
-        part = folder and evaluation.Part(folder, [model])
-        config |= {"part": part} if part else {}
-        return evaluation.predict([model.eval()], problems, config, tokenizer, features)
+        part = folder and decoding.Part(folder, [model])
+        return evaluation.predict([model.eval()], problems, config, tokenizer, features, part=part)
 
     return told
 
@@ -336,10 +337,10 @@ def test_decoding_goes_on_where_it_was(samples, heat, most, talker, tmp_path, mo
 
 def test_what_another_model_wrote_is_not_taken(tmp_path):
     model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    evaluation.Part(tmp_path, [model]).batch(["q1"], lambda: {"q1": "mine"})
-    assert evaluation.Part(tmp_path, [model]).batch(["q1"], dict) == {"q1": "mine"}
-    assert evaluation.Part(tmp_path, [other]).batch(["q1"], dict) == {}
-    assert evaluation.Part(tmp_path, [model]).batch(["q2"], dict) == {}
+    decoding.Part(tmp_path, [model]).batch(["q1"], lambda: {"q1": "mine"})
+    assert decoding.Part(tmp_path, [model]).batch(["q1"], dict) == {"q1": "mine"}
+    assert decoding.Part(tmp_path, [other]).batch(["q1"], dict) == {}
+    assert decoding.Part(tmp_path, [model]).batch(["q2"], dict) == {}
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -347,14 +348,14 @@ def test_what_another_model_wrote_is_not_taken(tmp_path):
 def test_weights_are_known_by_every_bit(size, dtype):
     weights = torch.randn(size + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
     mapped = weights[1:]  # as in a file: its bytes begin anywhere
-    told = evaluation.gist(mapped)
-    assert evaluation.gist(mapped.clone()) == told and len(told) < 8 * 8192
+    told = decoding.gist(mapped)
+    assert decoding.gist(mapped.clone()) == told and len(told) < 8 * 8192
     for place in (0, size // 2, size - 1):
         other = mapped.clone()
         other.view(torch.uint8)[place * dtype.itemsize] ^= 1
-        assert evaluation.gist(other) != told
+        assert decoding.gist(other) != told
     if size > 8192:  # in another order
-        assert evaluation.gist(mapped.roll(8192)) != told
+        assert decoding.gist(mapped.roll(8192)) != told
 
 
 # ---- runs --------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def test_without_resume_nothing_saved_is_written_over(tmp_path):
 
 def test_of_many_runs_the_finished_ones_stay_and_a_torn_one_is_made_again(tmp_path, monkeypatch):
     ran, problem = [], data.load("demo", "val")[0]
-    scores = evaluation.metrics([problem], [{"id": problem.id, "response": "Answer: A"}])
+    scores = scored([problem], [{"id": problem.id, "response": "Answer: A"}])
 
     def one(args):
         train.begin(args)
@@ -407,7 +408,7 @@ def test_of_many_runs_the_finished_ones_stay_and_a_torn_one_is_made_again(tmp_pa
 def test_what_an_older_finished_run_left_is_not_taken_for_this_ones(tmp_path, monkeypatch):
     """Killed in the second of four runs over an older table: the last two have other flags."""
     problem = data.load("demo", "val")[0]
-    scores = evaluation.metrics([problem], [{"id": problem.id, "response": "Answer: A"}])
+    scores = scored([problem], [{"id": problem.id, "response": "Answer: A"}])
     ran, older = [], train.parse_args([*PALI, "--out", str(tmp_path), "--lr", "1"])
     for args in train.lines_of(older, train.BASELINES).values():
         train.begin(args)
@@ -477,7 +478,7 @@ def demo(read_once):
     for split in ("train", "val", "test"):
         data.load("demo", split)
     data.load_traces(train.demo_traces())
-    evaluation.scene_facts("demo")
+    kinds.scene_facts("demo")
 
 
 @pytest.mark.slow

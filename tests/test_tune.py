@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, scored
 from safetensors.torch import load_file
 
 import data
@@ -31,6 +31,7 @@ import lora
 import model as backbones
 import train
 from demo import teacher
+from support import decoding, runs
 
 DEMO = str(ROOT / "demo/paligemma")
 CONFIG = data.read_json(f"{DEMO}/config.json")
@@ -60,7 +61,7 @@ def settings(*flags, **changed):
 def adapted(*flags):
     """The demo's model with new adapters, and the settings."""
     args = settings("--lora-r", "4", *flags)
-    model = evaluation.load_paligemma(vars(args))
+    model = runs.load_paligemma(vars(args))
     with contextlib.redirect_stdout(io.StringIO()):
         train.free(args, model)
     return model, args
@@ -89,8 +90,8 @@ def examples(tokenizer):
     args = settings()
     rows = [(by_id[t["id"]], "reason", t, True) for t in traces]
     rows += [(row[0], "answer", None, True) for row in rows[:2]]
-    model = evaluation.load_paligemma(vars(args))
-    features = evaluation.image_features(vars(args), list(by_id.values()), model)
+    model = runs.load_paligemma(vars(args))
+    features = runs.image_features(vars(args), list(by_id.values()), model)
     made = data.pali_examples(rows, tokenizer, features, vars(args))
     assert len(made) == 8 and len({len(e["labels"]) for e in made}) > 4
     assert len({"image_features" in e for e in made}) == 2
@@ -431,10 +432,10 @@ def tuned(monkeypatch, tokenizer):
 
     def look(*flags, n=30):
         args = settings("--limit", str(n), "--lora-r", "2", *flags)
-        model, given = evaluation.load_paligemma(vars(args)), {}
+        model, given = runs.load_paligemma(vars(args)), {}
         problems, val = (data.load("demo", split)[:n] for split in ("train", "val"))
         rows = train.training_rows(args, problems)
-        features = evaluation.image_features(vars(args), problems + val, model)
+        features = runs.image_features(vars(args), problems + val, model)
 
         def fit(model, examples, validate, args, stage, epochs, log):
             given.update(examples=examples, validate=validate, epochs=epochs, stage=stage)
@@ -612,11 +613,11 @@ def spied(monkeypatch):
             given.update(model=model, examples=examples)
             return fit(model, examples, *rest)
 
-        def watched_write(model, prompts, *rest):
+        def watched_write(model, prompts, *rest, **how):
             prompts = list(prompts)
             if not any(sum(x["token_type_ids"]) for x in prompts):  # else: a forced answer
                 given["prompts"] = prompts
-            return write(model, prompts, *rest)
+            return write(model, prompts, *rest, **how)
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "fit", watched_fit)
@@ -687,8 +688,8 @@ def test_the_baselines_stand_beside_it(short):
 def test_the_base_is_the_model_as_it_was(short, tokenizer):
     args = vars(settings("--recipe", "answer", "--max-output", "40", "8"))
     problems = data.load("demo", "test")[:24]
-    model = evaluation.load_paligemma(args)
-    features = evaluation.image_features(args, problems, model)
+    model = runs.load_paligemma(args)
+    features = runs.image_features(args, problems, model)
     told = evaluation.predict([model], problems, args, tokenizer, features)
     kept = lines_of(short.folder / "base/predictions.jsonl")
     assert [x["response"] for x in told] == [x["response"] for x in kept]
@@ -700,7 +701,7 @@ def test_the_base_is_the_model_as_it_was(short, tokenizer):
 )
 def test_only_a_distilled_run_is_compared(flags, compared, monkeypatch, tmp_path):
     """Beside an answer-only run three of the four lines would say the same."""
-    ran, scores = [], evaluation.metrics([own_problem()], [{"id": "1", "response": "A"}])
+    ran, scores = [], scored([own_problem()], [{"id": "1", "response": "A"}])
     monkeypatch.setattr(train, "run_paligemma", lambda args: ran.append(args) or scores)
     run(tmp_path, *flags, base=[x for x in TINY if x != "--alone"])
     assert len(ran) == (4 if compared else 1) and ran[-1].out == str(tmp_path)
@@ -807,9 +808,9 @@ def test_full_training_moves_the_image_tower_and_is_decoded_from_its_folder(tmp_
 
 def test_full_training_sees_pictures_not_a_cache():
     args = settings("--full")
-    model = evaluation.load_paligemma(vars(args))
+    model = runs.load_paligemma(vars(args))
     problem = next(p for p in data.load("demo", "train") if p.image)
-    features = evaluation.image_features(vars(args), [problem], model)
+    features = runs.image_features(vars(args), [problem], model)
     assert isinstance(features, data.Pictures)
 
 
@@ -822,10 +823,10 @@ def test_adapters_on_the_image_tower_see_pictures_too(tmp_path):
     assert all(tensor.any() for tensor in adapter(run_.folder).values())
     config, (model,), _ = evaluation.load_run(run_.folder)
     problems = [p for p in data.load("demo", "test") if p.image][:2]
-    seen = evaluation.image_features(config, problems, model)
+    seen = runs.image_features(config, problems, model)
     assert isinstance(seen, data.Pictures)
-    plain = evaluation.load_paligemma(config)
-    assert isinstance(evaluation.image_features(config, problems, plain), data.Features)
+    plain = runs.load_paligemma(config)
+    assert isinstance(runs.image_features(config, problems, plain), data.Features)
 
 
 # ---- one flag each -----------------------------------------------------------------------------
@@ -863,7 +864,7 @@ def test_the_final_soft_cap_can_be_off(tiny, tmp_path, monkeypatch):
     logits = []
 
     def spied(model, batch, args, loss=train.paligemma_loss):
-        logits.append(model.head(1e4 * model.states(**evaluation.paligemma_inputs(model, batch))))
+        logits.append(model.head(1e4 * model.states(**decoding.paligemma_inputs(model, batch))))
         return loss(model, batch, args)
 
     monkeypatch.setitem(train.LOSS, "paligemma", spied)
@@ -958,7 +959,7 @@ def test_defaults_of_the_demo_and_of_real_data():
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_ablation_changes_one_thing_at_a_time(full, tmp_path, monkeypatch):
-    ran, scores = {}, evaluation.metrics([own_problem()], [{"id": "1", "response": "A"}])
+    ran, scores = {}, scored([own_problem()], [{"id": "1", "response": "A"}])
 
     def ran_one(args):
         ran[Path(args.out).name] = args
@@ -1168,9 +1169,9 @@ def test_what_was_written_before_the_loop(period):
     start, ids = list(range(100, 105)), list(range(100, 105)) + list(range(period)) * 30
     for longer in (0, 1, period + 1, 25):
         looped = ids[: len(start) + max(4 * period, 24) + longer]
-        assert evaluation.before_loop(looped) == start + list(range(period))
+        assert decoding.before_loop(looped) == start + list(range(period))
     almost = ids[: len(start) + max(4 * period, 24) - 1]
-    assert evaluation.before_loop(almost) == almost
+    assert decoding.before_loop(almost) == almost
 
 
 def test_what_is_no_loop_to_the_detector_stays_whole():
@@ -1182,7 +1183,7 @@ def test_what_is_no_loop_to_the_detector_stays_whole():
         )
         rows = torch.randint(0, words, (1, size), generator=generator)
         loops, ids = bool(backbones.looping(rows)), rows[0].tolist()
-        kept = evaluation.before_loop(ids)
+        kept = decoding.before_loop(ids)
         assert ids[: len(kept)] == kept and (len(kept) < size) == loops
         found += loops
     assert 20 < found < 280
@@ -1197,7 +1198,7 @@ def test_batched_equals_single(tokenizer):
         if "lora_B" in name:
             p.data.normal_(0, 0.15, generator=generator)
     problems = data.load("demo", "test")[:10]
-    features = evaluation.image_features(vars(args), problems, model)
+    features = runs.image_features(vars(args), problems, model)
     told = []
     for size in (1, 4, 64):
         config = vars(args) | {"eval_batch_size": size, "max_output": [24, 4]}
@@ -1213,8 +1214,8 @@ def voted(texts, monkeypatch, **changed):
     """The prediction from five texts, and with which temperature and seed each was asked for."""
     asked = []
 
-    def write(model, problems, config, tokenizer, features, temperature=0.0, seed=0):
-        asked.append((temperature, seed))
+    def write(model, problems, config, tokenizer, features, **how):
+        asked.append((config["temperature"], config["seed"]))
         text = texts[len(asked) - 1]
         told = {"response": text, "rationale": text, "stop": "eos", "tokens": len(asked)}
         return {"1": told}
@@ -1248,9 +1249,9 @@ def test_the_most_frequent_answer_wins(texts, winner, votes, monkeypatch):
 
 @pytest.mark.slow
 def test_sampling_follows_seed_and_temperature(tokenizer):
-    model = evaluation.load_paligemma(vars(settings()))
+    model = runs.load_paligemma(vars(settings()))
     problems = data.load("demo", "test")[:4]
-    features = evaluation.image_features(vars(settings()), problems, model)
+    features = runs.image_features(vars(settings()), problems, model)
 
     def told(*flags):
         config = vars(settings("--max-output", "12", "4", *flags))
