@@ -51,7 +51,6 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import lora  # noqa: E402
 import teacher  # noqa: E402
-import train  # noqa: E402
 from fusion import GatedFusion, MultimodalT5  # noqa: E402
 from model import (  # noqa: E402
     DETR,
@@ -63,6 +62,8 @@ from model import (  # noqa: E402
     SigLIPConfig,
     T5Config,
 )
+from support import folders  # noqa: E402
+from support.flags import parse_args  # noqa: E402
 
 SAID = (  # the kinds of error that may leave a reader; a subclass (JSONDecodeError) may not
     ValueError,
@@ -341,8 +342,8 @@ def run_folder(folder):
     lines(folder / "own.jsonl", [{"id": i} | RECORD | {"split": split} for i, split in splits])
     (folder / "run").mkdir()
     flags = ["--model", "mmcot", "--recipe", "answer", "--data", str(folder / "own.jsonl")]
-    config = vars(train.parse_args([*flags, "--device", "cpu", "--out", str(folder / "run")]))
-    train.write_config(config | {"versions": train.VERSIONS}, folder / "run")
+    config = vars(parse_args([*flags, "--device", "cpu", "--out", str(folder / "run")]))
+    folders.write_config(config | {"versions": folders.VERSIONS}, folder / "run")
     problems = data.load(folder / "own.jsonl", "test")
     told = [{"id": p.id, "response": "The answer is (B).", "stop": "eos"} for p in problems]
     graded = evaluation.grade_all(problems, told)
@@ -507,7 +508,7 @@ def read_run(folder):
         evaluation.summary({"run": column.scores})
         evaluation.write_report(folder, {"run": column})
         flags = ["--model", "mmcot", "--resume", "--out", str(run)]
-        train.is_complete(train.parse_args(flags))
+        folders.is_complete(parse_args(flags))
 
 
 READERS = {  # name: (what makes the valid files, what reads them, which files are mutated)
