@@ -195,27 +195,8 @@ def fit(model, examples, validate, args, stage, epochs, log):
     devices.own_dropout(args, done)
     start = time.monotonic() - seconds
     for step, window in enumerate(plan[done:], done + 1):
-        model.train()
-        guards.stop_unless_supervised(window, stage, step)
-        batches = [loss_of.batch(rows) for rows in devices.dealt(window)]
-        count = units(window, args)
-        total = backward(forward, batches, count)
-        norm = devices.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            loss_of = LossOf(devices.whole_model(model), args)
-            guards.stop_at_what_is_not_finite(loss_of, total, norm, window, stage, step)
-        if step == 1:
-            guards.stop_unless_learning(model)
         lr = args.lr * schedule(step - 1, len(plan), args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # At the end lr rounds to nothing.
-        before = guards.steepest(model) if step <= 2 and lr else {}
-        optimizer.step()
-        guards.stop_unless_moved(model, before, lr, window, stage, step)
-        optimizer.zero_grad()
-        entry = {"stage": stage, "step": step, "loss": round(total.item(), 6), "lr": lr}
-        entry |= {"grad_norm": round(norm.item(), 4), args.weighting + "s": count}
+        entry = take_step(loss_of, forward, optimizer, window, lr, stage, step)
         validates = step % per_epoch == 0 or step == len(plan)
         if validates:
             entry |= journal.validation(validate, devices.whole_model(model))
@@ -229,6 +210,31 @@ def fit(model, examples, validate, args, stage, epochs, log):
         model.load_state_dict(best[2], strict=False)
         print(f"  kept: the weights after step {best[1]}, validation accuracy {best[0]:.2f}")
     return devices.whole_model(model).eval()
+
+
+def take_step(loss_of, forward, optimizer, window, lr, stage, step):
+    """One step of the optimizer on a window of batches; what is logged of it. `forward` is
+    `loss_of` on this device."""
+    model, args = loss_of.model, loss_of.args
+    model.train()
+    guards.stop_unless_supervised(window, stage, step)
+    batches = [loss_of.batch(rows) for rows in devices.dealt(window)]
+    count = units(window, args)
+    total = backward(forward, batches, count)
+    norm = devices.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        plain = LossOf(devices.whole_model(model), args)
+        guards.stop_at_what_is_not_finite(plain, total, norm, window, stage, step)
+    if step == 1:
+        guards.stop_unless_learning(model)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    before = guards.steepest(model) if step <= 2 and lr else {}  # at the end lr rounds to nothing
+    optimizer.step()
+    guards.stop_unless_moved(model, before, lr, window, stage, step)
+    optimizer.zero_grad()
+    entry = {"stage": stage, "step": step, "loss": round(total.item(), 6), "lr": lr}
+    return entry | {"grad_norm": round(norm.item(), 4), args.weighting + "s": count}
 
 
 def backward(forward, batches, count):

@@ -1,8 +1,8 @@
 """What training does so that a step is small and a start is quick; the mathematics is as without.
 
 The loss in chunks: the logits of all supervised tokens are never there at once, in neither
-direction (`in_chunks`). AdamW (Loshchilov and Hutter, arXiv 1711.05101) without the second that
-torch's class takes to import. Which tensors decay is as published: see `make_optimizer`.
+direction (`in_chunks`). AdamW (Loshchilov and Hutter, arXiv 1711.05101) without the two seconds
+that torch's class takes to import. Which tensors decay is as published: see `make_optimizer`.
 
 Left out: other optimizers, fused and foreach kernels, gradient scaling (what is trained is fp32).
 The loss itself and the learning rate's schedule are in train.py.

@@ -6,8 +6,7 @@ that means another test: n is smaller, and the table says by how many and what t
 were they wrong.
 
 Rows: paligemma learns from traces that --keep lets through, a row each, with --mix answer-only rows
-between them (pali_reason; rejection by the judge as in STaR, arXiv 2203.14465). Left out: how a
-text becomes ids (data.py), and who judged the traces (teacher.py).
+between them. Left out: how a text becomes ids (data.py), and who judged the traces (teacher.py).
 """
 
 import sys
