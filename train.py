@@ -517,8 +517,8 @@ def main(argv=None):
     evaluation.check_device(args.device)
     torch.set_num_threads(args.threads)
     start = time.monotonic()
-    table = flags.table_of(args)
-    lines = flags.lines_of(args, table) if table else {args.out: args}
+    many = flags.table_of(args)
+    lines = flags.lines_of(args, many) if many else {args.out: args}
     if args.dry_run and devices.under_torchrun():
         raise ValueError("--dry-run measures a single process: give it without torchrun.")
     if args.dry_run:
@@ -527,7 +527,7 @@ def main(argv=None):
         return
     with devices.together(args), in_use(Path(args.out)):
         folders.check_resume([*lines.values()])
-        if table:
+        if many:
             rows = run_many(lines)
             if not args.ablation:
                 print(f"\n{evaluation.table(rows)}")
