@@ -2,7 +2,7 @@
 
 A table's line is a name and the flags that it changes (`MMCOT_ABLATION`, `BASELINES`,
 `PALIGEMMA_ABLATION`). The values are those of the papers and of big_vision's configs, as far as
-they say; the demo's are what three minutes on a core allow. Left out: configuration files.
+they say; the demo's are what a few minutes on a core allow. Left out: configuration files.
 """
 
 import argparse
