@@ -4,8 +4,10 @@ The loss in chunks: the logits of all supervised tokens are never there at once,
 direction (`in_chunks`). AdamW (Loshchilov and Hutter, arXiv 1711.05101) without the two seconds
 that torch's class takes to import. Which tensors decay is as published: see `make_optimizer`.
 
-Left out: other optimizers, fused and foreach kernels, gradient scaling (what is trained is fp32).
-The loss itself and the learning rate's schedule are in train.py.
+Left out: other optimizers, gradient scaling (what is trained is fp32). The loss itself and the
+learning rate's schedule are in train.py.
+
+Axes: D width, V vocabulary, `tokens` those that are supervised.
 """
 
 import torch
