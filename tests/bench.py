@@ -50,7 +50,9 @@ import data  # noqa: E402
 import fusion  # noqa: E402
 import lora  # noqa: E402
 import model as nano  # noqa: E402
+import support.flags  # noqa: E402
 import train  # noqa: E402
+from support import guards, optimizing  # noqa: E402
 
 GIB = 2**30
 SHORTEST = 0.3  # seconds of a turn
@@ -139,12 +141,12 @@ def figures(sides, seconds, name, unit):
 def in_the_middle():
     """`train.fit` without what it does once a training: the leak test before the first step, the
     look at moved weights in the first two."""
-    kept = train.stop_if_it_leaks, train.steepest
-    train.stop_if_it_leaks, train.steepest = lambda *given: None, lambda model: {}
+    kept = guards.stop_if_it_leaks, guards.steepest
+    guards.stop_if_it_leaks, guards.steepest = lambda *given: None, lambda model: {}
     try:
         yield
     finally:
-        train.stop_if_it_leaks, train.steepest = kept
+        guards.stop_if_it_leaks, guards.steepest = kept
 
 
 def run_and_probe(side):
@@ -446,7 +448,7 @@ class Training:
 
     def __init__(self, args, folder, questions, stage, B, padded_B, count=4):
         flags = ["--model", "mmcot", "--data", "scienceqa", "--batch-size", str(B)]
-        self.flags = train.parse_args([*flags, "--device", args.device])
+        self.flags = support.flags.parse_args([*flags, "--device", args.device])
         self.folder, self.device = folder, args.device
         every = questions.examples(fusion.RECIPES["two-stage"][stage])
         lengths = [len(e["input_ids"]) + len(e["labels"]) for e in every]
@@ -466,7 +468,6 @@ class Training:
 
     def ours(self):
         model = fusion.MultimodalT5.from_pretrained(self.folder).to(self.device)
-        self.flags.vocabulary = model.t5.config.vocab_size
 
         def run():
             with silence(), in_the_middle():
@@ -699,8 +700,7 @@ class Tuning:
         self.suffix, self.adapter = suffix, made_once(args, "adapter", self.write_adapter)
         self.features = no_grad(model.image_features, self.pixels[None])[0].float().numpy()
         flags = ["--model", "paligemma", "--data", "none", "--device", args.device]
-        self.flags = train.parse_args(flags)
-        self.flags.vocabulary = config.text.vocab_size
+        self.flags = support.flags.parse_args(flags)
 
     def write_adapter(self, folder):
         model = nano.PaliGemma.from_pretrained(self.folder, self.dtype)
@@ -965,17 +965,18 @@ OUR_START = """
 import io, json, os, sys
 import torch
 import data, lora, model, train
+from support.flags import parse_args
 folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 flags = ["--model", "paligemma", "--data", "none", "--lr", "0.001", "--device", "cpu"]
-flags = train.parse_args(flags)
+flags = parse_args(flags)
 pg, tokenizer = model.PaliGemma.from_pretrained(folder), data.load_tokenizer(folder)
 lora.inject(pg, r=8, alpha=16)
 example = data.sequence(tokenizer, "answer What is it?", "A cat.", pg.config.image_tokens)
 side = pg.config.vision.image_size
 pixels = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
 example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().numpy()}
-flags.vocabulary, log = pg.config.text.vocab_size, io.StringIO()
+log = io.StringIO()
 train.fit(pg, [example], lambda model: {}, flags, "start", 1.0, log)
 print(json.loads(log.getvalue())["loss"], flush=True)
 os._exit(0)
@@ -1072,8 +1073,7 @@ def t5_step(length, B, V):
     batch = {"input_ids": ids[:, :length], "attention_mask": torch.ones(B, length).long()}
     batch |= {"labels": ids[:, length:], "decoder_input_ids": ids[:, length:]}
     batch["image_features"] = torch.ones(B, *FEATURES)
-    flags = train.parse_args(["--model", "mmcot"])
-    flags.vocabulary = V
+    flags = support.flags.parse_args(["--model", "mmcot"])
     return step_of(model, train.t5_loss, batch, flags)
 
 
@@ -1091,8 +1091,7 @@ def lora_step(length, B, V):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds}
     batch["labels"] = ids.masked_fill(kinds == 0, -100)
     batch["image_features"] = torch.ones(B, 16, 256)
-    flags = train.parse_args(["--model", "paligemma"])
-    flags.vocabulary = V
+    flags = support.flags.parse_args(["--model", "paligemma"])
     return step_of(model.train(), train.paligemma_loss, batch, flags)
 
 
@@ -1102,8 +1101,7 @@ def loss_of(length, B, V, chunked=True):
     weight = torch.randn(V, 256) / 16
     states = torch.randn(B, length, 256, requires_grad=True)
     labels = torch.randint(2, V, (B, length))
-    flags = train.parse_args(["--model", "paligemma"])
-    flags.vocabulary = V
+    flags = support.flags.parse_args(["--model", "paligemma"])
 
     def run():
         if chunked:
@@ -1118,7 +1116,7 @@ def loss_of(length, B, V, chunked=True):
 
 def step_of(model, loss_function, batch, flags):
     with silence():
-        optimizer = train.make_optimizer(model, 1e-4, 0.01)
+        optimizer = optimizing.make_optimizer(model, 1e-4, 0.01)
 
     def run():
         loss, count = loss_function(model, batch, flags)

@@ -135,7 +135,7 @@ def ours(layers=LAYERS, checkpointing=False, cached=True):
     model.language_model.checkpointing = checkpointing
     if cached:
         model.vision_tower = model.multi_modal_projector = None
-    args = SimpleNamespace(weighting="token", label_smoothing=0.0, vocabulary=257216)
+    args = SimpleNamespace(weighting="token", label_smoothing=0.0)
 
     def loss_of(model, batch):
         loss, count = train.paligemma_loss(model, batch, args)

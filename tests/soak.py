@@ -36,6 +36,7 @@ from test_resume import MMCOT, PALI, ended, flip, results, started
 
 import data
 import train
+from support.journal import Stopped
 
 FAULTS = ("SIGKILL", "SIGTERM", "full disk", "torn state")
 BAD = {"bad answer": "train", "no picture": "train", "torn picture": "val", "26 choices": "test"}
@@ -141,7 +142,7 @@ def in_this_process(flags, folder, stop_after=None):
             if stop_after:
                 timer.start()
             train.main([*flags, "--out", str(folder)])
-        except train.Stopped:
+        except Stopped:
             train.main([*flags, "--out", str(folder), "--resume"])
         finally:
             timer.cancel()

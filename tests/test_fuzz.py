@@ -51,6 +51,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import lora  # noqa: E402
 import train  # noqa: E402
+import teacher  # noqa: E402
 from fusion import GatedFusion, MultimodalT5  # noqa: E402
 from model import (  # noqa: E402
     DETR,
@@ -64,6 +65,8 @@ from model import (  # noqa: E402
 )
 from support.ledger import Ledger  # noqa: E402
 from support import metrics, report, tables  # noqa: E402
+from support import folders  # noqa: E402
+from support.flags import parse_args  # noqa: E402
 
 SAID = (  # the kinds of error that may leave a reader; a subclass (JSONDecodeError) may not
     ValueError,
@@ -342,8 +345,8 @@ def run_folder(folder):
     lines(folder / "own.jsonl", [{"id": i} | RECORD | {"split": split} for i, split in splits])
     (folder / "run").mkdir()
     flags = ["--model", "mmcot", "--recipe", "answer", "--data", str(folder / "own.jsonl")]
-    config = vars(train.parse_args([*flags, "--device", "cpu", "--out", str(folder / "run")]))
-    train.write_config(config | {"versions": train.VERSIONS}, folder / "run")
+    config = vars(parse_args([*flags, "--device", "cpu", "--out", str(folder / "run")]))
+    folders.write_config(config | {"versions": folders.VERSIONS}, folder / "run")
     problems = data.load(folder / "own.jsonl", "test")
     told = [{"id": p.id, "response": "The answer is (B).", "stop": "eos"} for p in problems]
     graded = metrics.grade_all(problems, told)
@@ -508,7 +511,7 @@ def read_run(folder):
         tables.summary({"run": column.scores})
         report.write_report(folder, {"run": column})
         flags = ["--model", "mmcot", "--resume", "--out", str(run)]
-        train.is_complete(train.parse_args(flags))
+        folders.is_complete(parse_args(flags))
 
 
 READERS = {  # name: (what makes the valid files, what reads them, which files are mutated)

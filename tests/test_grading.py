@@ -231,13 +231,15 @@ def test_normal_committed_and_agrees():
 
 
 def test_unjudged_traces_are_graded_as_prose():
-    import train
+    from support import records
 
     trace = {"verdict": {"correct": None}, "answer": "The correct answer is **(A)**, a dog.\n"}
-    assert train.holds(trace, choose("dog", "cat", official=False), "correct")
-    assert not train.holds(trace, choose("dog", "cat", index=1, official=False), "correct")
-    assert train.holds(trace | {"answer": "There are 5 objects left."}, free("integer"), "correct")
-    assert not train.holds(trace | {"answer": ""}, free("integer"), "correct")
+    assert records.holds(trace, choose("dog", "cat", official=False), "correct")
+    assert not records.holds(trace, choose("dog", "cat", index=1, official=False), "correct")
+    assert records.holds(
+        trace | {"answer": "There are 5 objects left."}, free("integer"), "correct"
+    )
+    assert not records.holds(trace | {"answer": ""}, free("integer"), "correct")
 
 
 READINGS = {"letter", "choice text", "nearest choice", "number", "list", "text"}

@@ -1,6 +1,5 @@
 """What stops a run, and what it goes on without: guards in training, bad records, --dry-run."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -24,6 +23,9 @@ import model as backbones
 import train
 from model import T5, T5Config
 from support import decoding, runs
+from support import dry_run, folders, guards, optimizing, records
+from support.flags import parse_args
+from support.journal import Journal, Stopped, in_use, write_json
 
 TINY = T5Config(
     vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, dropout_rate=0.1
@@ -33,8 +35,7 @@ PALI = str(ROOT / "demo/paligemma")
 
 def settings(name="mmcot", *flags):
     given = ["--model", name, "--device", "cpu", "--batch-size", "3", "--lr", "0.01", *flags]
-    args = train.parse_args(given)
-    return argparse.Namespace(**vars(args) | {"vocabulary": 40})
+    return parse_args(given)
 
 
 def mmcot():
@@ -68,8 +69,7 @@ def pali():
     ]
 
     def made():
-        model = runs.load_paligemma(vars(args))
-        args.vocabulary = model.config.text.vocab_size
+        model = evaluation.load_paligemma(vars(args))
         with contextlib.redirect_stdout(io.StringIO()):
             train.free(args, model)
         text, seen = model.config.text, model.config.image_tokens
@@ -118,7 +118,7 @@ def test_no_guard_fires_on_honest_training(given):
 def test_the_leak_test_changes_no_generator_and_no_weight(given):
     model, args, examples = given
     before, state = weights(model), torch.get_rng_state()
-    train.stop_if_it_leaks(model, examples, args, "reason")
+    guards.stop_if_it_leaks(train.LossOf(model, args), examples, "reason")
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[name]) for name, p in weights(model).items())
 
@@ -299,7 +299,7 @@ def test_weights_that_do_not_change(given, how, monkeypatch):
 def test_a_rate_that_rounds_to_nothing():
     model, args, examples = mmcot(), settings(), [example(i) for i in range(3)]
     with torch.no_grad():
-        for p in train.trained(model).values():
+        for p in optimizing.trained(model).values():
             p.add_(1.0)
     args.lr = 1e-9
     with pytest.raises(RuntimeError, match="did not change.*--lr"):
@@ -329,36 +329,36 @@ def test_a_signal_stops_a_validation_at_once_and_nothing_is_lost(tmp_path):
         rows = [example(i) for i in range(3)]
         log = folder / "log.jsonl"
         with open(log, "r+" if log.exists() else "w+") as file:
-            journal = train.Journal(file, folder / "last", 1)
+            journal = Journal(file, folder / "last", 1)
             train.fit(model, rows, validate, args, "reason", 2, journal)
         return weights(model), asked
 
     try:
         whole, asked = trained(tmp_path / "whole", False)
         start = time.monotonic()
-        with pytest.raises(train.Stopped), train.in_use(tmp_path / "run"):
+        with pytest.raises(Stopped), in_use(tmp_path / "run"):
             trained(tmp_path / "run", True)
         assert time.monotonic() - start < 4
         assert (tmp_path / "run/last/1-00000002.json").exists()
         again, resumed = trained(tmp_path / "run", False)
     finally:
-        train.Journal.training = train.Journal.stopping = False
+        Journal.training = Journal.stopping = False
     assert len(asked) == len(resumed) == 2
     assert all(torch.equal(p, whole[name]) for name, p in again.items())
 
 
 def test_a_stage_alone_is_complete_without_metrics(tmp_path, monkeypatch):
     flags = ["--model", "mmcot", "--stage", "rationale", "--out", str(tmp_path), "--resume"]
-    args = train.parse_args(flags)
-    assert not train.is_complete(args)
-    train.begin(args)
+    args = parse_args(flags)
+    assert not folders.is_complete(args)
+    folders.begin(args)
     (tmp_path / "rationale").mkdir()
     (tmp_path / "rationale/model.safetensors").touch()
-    assert not train.is_complete(args)  # last/ is there
-    train.complete(tmp_path)
+    assert not folders.is_complete(args)  # last/ is there
+    folders.complete(tmp_path)
     monkeypatch.setattr(train, "run_mmcot", None)
     train.main(flags)
-    assert not train.is_complete(train.parse_args([*flags[:2], *flags[4:]]))
+    assert not folders.is_complete(parse_args([*flags[:2], *flags[4:]]))
 
 
 # ---- bad records -------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_bad_records_are_skipped_and_counted_in_all_splits(name, spoiled, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "open_image", lambda path: looked.append(path) or real(path))
         patch.setattr(evaluation, "write_report", lambda *given: None)
-        patch.setattr(train, "warn_of_overlap", lambda *given: None)
+        patch.setattr(records, "warn_of_overlap", lambda *given: None)
         train.main([*flags, "--on-error", "skip"])
         assert len(looked) == len(set(looked))  # no picture is decoded twice
     told = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
@@ -466,9 +466,9 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
         assert f"{word} " in told, word
     [off] = re.findall(r"estimated ([+-]\d+) %", told)
     assert abs(int(off)) < 25
-    monkeypatch.setattr(train, "device_memory", lambda device: (0, 2**30))
-    monkeypatch.setattr(train, "timed_step", None)  # not even tried
-    monkeypatch.setattr(train, "held", lambda device: 0)
+    monkeypatch.setattr(dry_run, "device_memory", lambda device: (0, 2**30))
+    monkeypatch.setattr(dry_run, "timed_step", None)  # not even tried
+    monkeypatch.setattr(dry_run, "held", lambda device: 0)
     train.main(flags)
     assert "Not tried:" in capsys.readouterr().out
 
@@ -479,11 +479,11 @@ def test_the_estimate_counts_what_is_kept(pali, rows, checkpointing):
     model, args, examples = pali()
     model.language_model.checkpointing = checkpointing
     same = [examples[0]] * rows
-    counted = train.memory(model, same, args)["activations"]
-    kept = train.saved(model, same, args)
+    loss_of = train.LossOf(model, args)
+    counted, kept = dry_run.memory(loss_of, same)["activations"], dry_run.saved(loss_of, same)
     if checkpointing:
         model.language_model.checkpointing = False
-        assert kept < counted < train.saved(model, same, args)
+        assert kept < counted < dry_run.saved(loss_of, same)
     else:
         assert counted == pytest.approx(kept, rel=0.02)
 
@@ -497,7 +497,7 @@ def test_an_adapter_that_matches_nothing(pali, tmp_path):
     config = data.read_json(tmp_path / "adapter_config.json")
 
     def loaded(**changed):
-        train.write_json(config | changed, tmp_path / "adapter_config.json")
+        write_json(config | changed, tmp_path / "adapter_config.json")
         args = settings("paligemma", "--adapter", str(tmp_path))
         return runs.load_paligemma(vars(args))
 

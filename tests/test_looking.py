@@ -22,11 +22,11 @@ from torch import nn
 
 import data
 import eval as scoring
-import train
 from fusion import GatedFusion, MultimodalT5
 from model import DETR, T5, PaliGemma, T5Config, decode
 from support import decoding, looking
 from support.runs import image_features
+from support.flags import parse_args
 
 T5_FOLDER, DETR_FOLDER, PALIGEMMA = (ROOT / "demo" / n for n in ("t5", "detr", "paligemma"))
 REAL = Path(os.environ["NANOCOT_DATA"]) / "tokenizers"
@@ -136,7 +136,7 @@ def test_which_tokens_get_a_map():
 def test_ids_are_those_the_answer_was_written_behind(monkeypatch):
     """Of a loop one round, then the cue, then the answer: as the model had them."""
     tokenizer = data.load_tokenizer(PALIGEMMA)
-    config = vars(train.parse_args(["--model", "paligemma", "--device", "cpu"]))
+    config = vars(parse_args(["--model", "paligemma", "--device", "cpu"]))
     loop = [100, 101] + [110, 111, 112] * 9
     texts = iter([("loop", loop), ("eos", [120])])
 
@@ -219,7 +219,7 @@ def fused():
         {"id": p.id, "response": "x", "rationale": f"Solution: number {p.id}."} for p in problems
     ]
     return SimpleNamespace(models=models, tokenizer=tokenizer, problems=problems, told=told,
-                           features=features, config=vars(train.parse_args(flags)))  # fmt: skip
+                           features=features, config=vars(parse_args(flags)))  # fmt: skip
 
 
 def look_at(fused, **changed):
@@ -341,7 +341,7 @@ def runs(tmp_path_factory):
         "pali": "paligemma --max-output 6 2",
     }.items():
         given = ["--device", "cpu", "--features-cache", str(folder / f"cache-{name}"), "--model"]
-        config = vars(train.parse_args([*given, *flags.split()]))
+        config = vars(parse_args([*given, *flags.split()]))
         (folder / name / "config.json").write_text(json.dumps(config))
     Image.new("RGB", (96, 96), "red").save(folder / "red.png")
     return folder

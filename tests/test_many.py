@@ -28,6 +28,10 @@ import fusion
 import train
 from model import T5
 from support import decoding, runs
+from model import T5, write_safetensors
+from support import devices, optimizing
+from support.flags import parse_args
+from support.journal import Stopped
 
 GIVEN = "--device cpu --limit 9 --epochs 2 --eval-batch-size 2 --max-output 6 4 --lr 3e-5".split()
 MMCOT = """--model mmcot --batch-size 5 --stage2-rationales generated --teacher-forced""".split()
@@ -69,7 +73,7 @@ def forked(world, work, folder, limit=100):
                     faulthandler.dump_traceback_later(limit, exit=True, file=sys.stdout)
                     work()
                 status = 0
-            except train.Stopped:
+            except Stopped:
                 status = 3
             except BaseException as error:
                 (folder / f"error{rank}").write_text(repr(error))
@@ -84,7 +88,7 @@ def errors(folder):
 
 
 def as_process(patch, rank, world):
-    for module in (train, decoding):
+    for module in (devices, decoding):
         patch.setattr(module, "rank", lambda: rank)
         patch.setattr(module, "world", lambda: world)
 
@@ -102,7 +106,7 @@ def test_every_row_of_a_window_is_dealt_once(world, monkeypatch):
     window, dealt = [rows[:3], rows[3:6], rows[6:]], []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        dealt.append(train.dealt(window))
+        dealt.append(devices.dealt(window))
         told = [[e for e in batch if e["labels"] == [-100, 5]] for batch in dealt[-1]]
         assert all(len(batch) <= 3 for batch in told) and all(dealt[-1])
     assert world > 1 or dealt == [window]
@@ -110,7 +114,7 @@ def test_every_row_of_a_window_is_dealt_once(world, monkeypatch):
     learned = [e["id"] for x in dealt for batch in x for e in batch if e["labels"][1] == 5]
     assert sorted(learned) == list(range(7))
     for turn in zip(*dealt, strict=True):
-        assert len({any(map(train.trains_on_picture, batch)) for batch in turn}) == 1
+        assert len({any(map(devices.trains_on_picture, batch)) for batch in turn}) == 1
 
 
 def test_what_processes_decoded_is_found_by_any_number_of_them(tmp_path, monkeypatch):
@@ -132,13 +136,13 @@ def test_what_processes_decoded_is_found_by_any_number_of_them(tmp_path, monkeyp
 
 
 def test_who_fails_alone_says_so_and_nobody_waits(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(devices.time, "sleep", lambda seconds: None)
 
     def work():
-        with train.devices(argparse.Namespace(device="cpu")):
-            if train.rank():
+        with devices.together(argparse.Namespace(device="cpu")):
+            if devices.rank():
                 raise ValueError("found by the second alone")
-            train.agreed(False)
+            devices.agreed(False)
 
     assert forked(2, work, tmp_path) == [1, 1]
     assert "found by the second alone" in errors(tmp_path)["error1"]
@@ -148,7 +152,7 @@ def test_who_fails_alone_says_so_and_nobody_waits(tmp_path, monkeypatch):
 def test_under_torchrun_a_device_is_not_named(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     with pytest.raises(ValueError, match="--device cuda:1 under torchrun: give cpu or cuda"):
-        train.devices(argparse.Namespace(device="cuda:1")).__enter__()
+        devices.together(argparse.Namespace(device="cuda:1")).__enter__()
 
 
 # ---- gradients ---------------------------------------------------------------------------------
@@ -166,14 +170,12 @@ def t5_and_rows(args):
     torch.manual_seed(7)
     t5 = T5(replace(TINY, dropout_rate=0.0))
     t5.init_weights()
-    args.vocabulary = 40
     return fusion.MultimodalT5(t5, fusion.GatedFusion(16, 6)), [t5_example(i) for i in range(7)]
 
 
 def paligemma_and_rows(args):
     """Three rows without a picture and four with: some batches have none, one has one."""
-    model = runs.load_paligemma(vars(args))
-    args.vocabulary = model.config.text.vocab_size
+    model = evaluation.load_paligemma(vars(args))
     train.free(args, model)
     problems = sorted(data.load("demo", "train")[:40], key=lambda p: p.image is not None)
     problems = problems[:3] + problems[-4:]
@@ -197,24 +199,24 @@ CASES = {
 
 def fits(folder):
     """Each case; the loss and, as they are clipped, the gradients of every step."""
-    with train.devices(argparse.Namespace(device="cpu")):
-        assert train.world() == int(os.environ["WORLD_SIZE"])
+    with devices.together(argparse.Namespace(device="cpu")):
+        assert devices.world() == int(os.environ["WORLD_SIZE"])
         for name, flags in CASES.items():
-            seen, weights, log = fit(train.parse_args([*flags.split(), *"--lr 3e-7".split()]), name)
-            if not train.rank():
-                train.write_safetensors(seen, folder / f"{name}.gradients")
-                train.write_safetensors(weights, folder / f"{name}.weights")
+            seen, weights, log = fit(parse_args([*flags.split(), *"--lr 3e-7".split()]), name)
+            if not devices.rank():
+                write_safetensors(seen, folder / f"{name}.gradients")
+                write_safetensors(weights, folder / f"{name}.weights")
                 (folder / f"{name}.log").write_text(log)
 
 
 def fit(args, name):
-    train.LOGITS = 320 * 4  # some tokens at a time
+    optimizing.LOGITS = 320 * 4  # some tokens at a time
     seen, log, clip = [], io.StringIO(), torch.nn.utils.clip_grad_norm_
     model, rows = (t5_and_rows if args.model == "mmcot" else paligemma_and_rows)(args)
 
     def watch(parameters, limit):
         named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-        seen.append({n: train.whole(grad).clone() for n, grad in named})
+        seen.append({n: devices.whole(grad).clone() for n, grad in named})
         return clip(parameters, limit)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -270,7 +272,7 @@ def run(folder, flags, world=1, stop=None):
 
     def report(*given):
         steps.append(given)
-        if stop == (len(steps), train.rank()):
+        if stop == (len(steps), devices.rank()):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def work():

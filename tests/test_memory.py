@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import lora
 import train
 from model import Gemma2Config, PaliGemma, PaliGemmaConfig, SigLIPConfig
+from support import optimizing
 
 
 def small_step(checkpointing):
@@ -26,7 +27,7 @@ def small_step(checkpointing):
     batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=kinds)
     batch |= {"labels": ids.masked_fill(kinds == 0, -100)}
     batch["image_features"] = oracle.uniform("features", (2, 16, 128), -1.0, 1.0)
-    args = SimpleNamespace(weighting="token", label_smoothing=0.0, vocabulary=4096)
+    args = SimpleNamespace(weighting="token", label_smoothing=0.0)
 
     def loss_of(model, batch):
         loss, count = train.paligemma_loss(model, batch, args)
@@ -60,7 +61,7 @@ def allocated(model, loss_of, batch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_count_is_the_allocators(checkpointing, monkeypatch):
     """Of a step with several chunks of the loss; 0.1 % is for what kernels borrow."""
-    monkeypatch.setattr(train, "LOGITS", 2**19)
+    monkeypatch.setattr(optimizing, "LOGITS", 2**19)
     real, loss_of, batch = small_step(checkpointing)
     with torch.device("meta"):
         model, _, _ = small_step(checkpointing)

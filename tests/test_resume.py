@@ -3,7 +3,6 @@
 "The same" is to the bit: weights, predictions, metrics, and the log but for its seconds.
 """
 
-import argparse
 import errno
 import json
 import os
@@ -24,6 +23,9 @@ import train
 from model import T5, T5Config
 from support import decoding, kinds
 from support.runs import image_features, load_paligemma
+from support import folders, guards, journal, records
+from support.flags import BASELINES, lines_of, parse_args
+from support.journal import Journal, Stopped, in_use, write_json
 
 TINY = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
 MMCOT = """--model mmcot --device cpu --limit 12 --epochs 3 --batch-size 6 --max-output 6 4
@@ -56,7 +58,7 @@ def fitted(folder, kill=None, resume=True, examples=EXAMPLES, every=2):
     """(final weights, log) of two trainings of a little T5 with dropout, 9 steps each, validated
     after every third. `kill` (stage, step): it dies there, before that step can be saved."""
     flags = f"--model mmcot --device cpu --batch-size 2 --lr 0.01 --save-every {every}".split()
-    args = argparse.Namespace(**vars(train.parse_args(flags)) | {"vocabulary": 40})
+    args = parse_args(flags)
     (folder / "last").mkdir(parents=True, exist_ok=True)
     log, weights = folder / "log.jsonl", []
 
@@ -70,7 +72,7 @@ def fitted(folder, kill=None, resume=True, examples=EXAMPLES, every=2):
             open(log, "r+" if resume and log.exists() else "w+") as file,
         ):
             patch.setattr(train, "report", report)
-            journal = train.Journal(file, folder / "last", args.save_every)
+            journal = Journal(file, folder / "last", args.save_every)
             for stage in ("one", "two"):
                 torch.manual_seed(7)
                 t5 = T5(TINY)
@@ -79,7 +81,7 @@ def fitted(folder, kill=None, resume=True, examples=EXAMPLES, every=2):
                 train.fit(model, examples, validate, args, stage, 3, journal)
                 weights.append(model.state_dict())
     finally:
-        train.Journal.training = train.Journal.stopping = False
+        Journal.training = Journal.stopping = False
     return weights, without_seconds(log)
 
 
@@ -188,7 +190,7 @@ def test_a_shorter_log_needs_an_older_state(whole, tmp_path, capsys):
 
 @pytest.mark.parametrize("call", ["write_safetensors", "checksum", "flush", "write_json"])
 def test_a_full_disk_while_saving_leaves_the_last_state(call, whole, tmp_path, monkeypatch):
-    calls, real = [], getattr(train, call)
+    calls, real = [], getattr(journal, call)
 
     def full(*given):
         calls.append(call)
@@ -196,9 +198,9 @@ def test_a_full_disk_while_saving_leaves_the_last_state(call, whole, tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*given)
 
-    monkeypatch.setattr(train, call, full)
+    monkeypatch.setattr(journal, call, full)
     message = "the disk is full.*No space left.*make room, then.*--resume"
-    with pytest.raises(OSError, match=message), train.in_use(tmp_path):
+    with pytest.raises(OSError, match=message), in_use(tmp_path):
         fitted(tmp_path)
     monkeypatch.undo()
     before = states(tmp_path)
@@ -219,16 +221,16 @@ def test_it_saves_once_a_minute_and_a_twentieth_of_the_time_at_most(tmp_path, mo
         saved.append((facts["step"], clock[0]))
         clock[0] += 10
 
-    monkeypatch.setattr(train, "save_state", slow)
-    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(journal, "save_state", slow)
+    monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
     with open(tmp_path / "log.jsonl", "w+") as file:
-        journal = train.Journal(file, tmp_path)
+        log = Journal(file, tmp_path)
         model = torch.nn.Linear(2, 2)
-        journal.begin("one", model, torch.optim.AdamW(model.parameters()), [])
+        log.begin("one", model, torch.optim.AdamW(model.parameters()), [])
         for step in range(1, 100):
             clock[0] += 7
-            journal.step(step, 100, None, 0.0, validated=step == 50)
-    train.Journal.training = False
+            log.step(step, 100, None, 0.0, validated=step == 50)
+    Journal.training = False
     assert saved[0] == (9, 63.0) and 50 in dict(saved)
     gaps = [b[1] - a[1] for a, b in zip(saved, saved[1:], strict=False) if b[0] != 50]
     assert gaps and all(210 <= gap < 218 for gap in gaps)
@@ -244,13 +246,13 @@ def test_a_signal_saves_after_the_step(whole, tmp_path):
             time.sleep(0)  # the handler runs here
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(train.Stopped):
-        real = train.stop_unless_moved
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        real = guards.stop_unless_moved
         patch.setattr(
-            train, "stop_unless_moved",
+            guards, "stop_unless_moved",
             lambda *given: real(*given) or report(given[4], given[5]),
         )  # fmt: skip
-        with train.in_use(tmp_path):
+        with in_use(tmp_path):
             fitted(tmp_path, every=100)
     assert signal.getsignal(signal.SIGTERM) is before
     assert "1-00000007.json" in states(tmp_path)
@@ -259,12 +261,13 @@ def test_a_signal_saves_after_the_step(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_outside_training_stops_at_once_and_a_second_one_kills(tmp_path):
-    with pytest.raises(train.Stopped), train.in_use(tmp_path / "run"):
+    with pytest.raises(Stopped), in_use(tmp_path / "run"):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
-    code = """import os, signal, sys, train; from pathlib import Path
-with train.in_use(Path(sys.argv[1])):
-    train.Journal.training = True
+    code = """import os, signal, sys; from pathlib import Path
+from support.journal import Journal, in_use
+with in_use(Path(sys.argv[1])):
+    Journal.training = True
     for i in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         print("alive", flush=True)"""
@@ -276,7 +279,7 @@ with train.in_use(Path(sys.argv[1])):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    with train.in_use(tmp_path / "run"):
+    with in_use(tmp_path / "run"):
         with pytest.raises(ValueError, match="Another process works in .*run"):
             train.main([*MMCOT, "--out", str(tmp_path / "run")])
         assert (tmp_path / "run").is_dir()
@@ -290,8 +293,8 @@ def test_a_folder_in_use_is_refused(tmp_path):
 def talker():
     """PaliGemma's demo with adapters that make it talk at random."""
     given = ["--max-output", "8", "3", "--samples", "2", "--temperature", "1", "--lora-r", "2"]
-    args = train.parse_args([*PALI, *given, "--eval-batch-size", "3"])
-    model = load_paligemma(vars(args))
+    args = parse_args([*PALI, *given, "--eval-batch-size", "3"])
+    model = evaluation.load_paligemma(vars(args))
     train.free(args, model)
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
@@ -362,8 +365,8 @@ def test_weights_are_known_by_every_bit(size, dtype):
 
 
 def test_flags_that_differ_are_named(tmp_path, monkeypatch):
-    config = vars(train.parse_args([*MMCOT, "--out", str(tmp_path)]))
-    train.write_config(config, tmp_path)
+    config = vars(parse_args([*MMCOT, "--out", str(tmp_path)]))
+    folders.write_config(config, tmp_path)
     (tmp_path / "last").mkdir()
     monkeypatch.setattr(train, "run_mmcot", lambda args: None)
     given = [*MMCOT, "--out", str(tmp_path), "--resume"]
@@ -383,12 +386,12 @@ def test_of_many_runs_the_finished_ones_stay_and_a_torn_one_is_made_again(tmp_pa
     scores = scored([problem], [{"id": problem.id, "response": "Answer: A"}])
 
     def one(args):
-        train.begin(args)
+        folders.begin(args)
         ran.append(os.path.relpath(args.out, tmp_path))
         if len(ran) == 3:
             raise Killed
-        train.write_json(scores, tmp_path / ran[-1] / "metrics.json")
-        train.complete(tmp_path / ran[-1])
+        write_json(scores, tmp_path / ran[-1] / "metrics.json")
+        folders.complete(tmp_path / ran[-1])
         return scores
 
     monkeypatch.setattr(train, "run_paligemma", one)
@@ -408,21 +411,21 @@ def test_of_many_runs_the_finished_ones_stay_and_a_torn_one_is_made_again(tmp_pa
 def test_what_an_older_finished_run_left_is_not_taken_for_this_ones(tmp_path, monkeypatch):
     """Killed in the second of four runs over an older table: the last two have other flags."""
     problem = data.load("demo", "val")[0]
-    scores = scored([problem], [{"id": problem.id, "response": "Answer: A"}])
-    ran, older = [], train.parse_args([*PALI, "--out", str(tmp_path), "--lr", "1"])
-    for args in train.lines_of(older, train.BASELINES).values():
-        train.begin(args)
-        train.write_json(scores, tmp_path / args.out / "metrics.json")
-        train.complete(tmp_path / args.out)
-    given = train.parse_args([*PALI, "--out", str(tmp_path)])
-    lines = list(train.lines_of(given, train.BASELINES).values())
-    train.begin(lines[0])
-    train.complete(tmp_path / lines[0].out)
-    train.begin(lines[1])
+    scores = evaluation.metrics([problem], [{"id": problem.id, "response": "Answer: A"}])
+    ran, older = [], parse_args([*PALI, "--out", str(tmp_path), "--lr", "1"])
+    for args in lines_of(older, BASELINES).values():
+        folders.begin(args)
+        write_json(scores, tmp_path / args.out / "metrics.json")
+        folders.complete(tmp_path / args.out)
+    given = parse_args([*PALI, "--out", str(tmp_path)])
+    lines = list(lines_of(given, BASELINES).values())
+    folders.begin(lines[0])
+    folders.complete(tmp_path / lines[0].out)
+    folders.begin(lines[1])
     for args in lines:
         args.resume = True
     monkeypatch.setattr(train, "run_paligemma", ran.append)
-    train.check_resume(lines)
+    folders.check_resume(lines)
     assert train.run_one(lines[0]) == scores and not ran
     for args in lines[1:]:
         train.run_one(args)
@@ -477,8 +480,8 @@ def demo(read_once):
     """Read before processes are forked: they have it."""
     for split in ("train", "val", "test"):
         data.load("demo", split)
-    data.load_traces(train.demo_traces())
-    kinds.scene_facts("demo")
+    data.load_traces(records.demo_traces())
+    evaluation.scene_facts("demo")
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
+from support import optimizing
+from support.flags import MMCOT_DEMO, parse_args
 
 pytestmark = pytest.mark.usefixtures("read_once")
 TINY = T5Config(
@@ -52,7 +54,7 @@ EXAMPLES = [example(f"q{i}", 4 + 3 * i, 2 + 5 * (i % 3), i) for i in range(6)]
 
 def settings(**changed):
     given = ["--model", "mmcot", "--device", "cpu", "--batch-size", "2", "--epochs", "1"]
-    return argparse.Namespace(**vars(train.parse_args(given)) | {"vocabulary": 40} | changed)
+    return argparse.Namespace(**vars(parse_args(given)) | changed)
 
 
 def watched(args):
@@ -106,7 +108,7 @@ def test_every_parameter_gets_a_gradient():
 
 def test_weight_decay_spares_norms_and_everything_called_bias(capsys):
     model = tiny_model()
-    optimizer = train.make_optimizer(model, 1e-3, 0.01)
+    optimizer = optimizing.make_optimizer(model, 1e-3, 0.01)
     names = {id(p): n for n, p in model.named_parameters()}
     decayed, spared = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0]
@@ -122,8 +124,8 @@ def test_adamw_is_the_library_s_to_the_bit():
     """Also from a state of three steps; a parameter without a gradient stays as it is."""
     ours, theirs = tiny_model(), tiny_model()
     theirs.load_state_dict(ours.state_dict())
-    optimizer = train.make_optimizer(ours, 1e-2, 0.01)
-    groups = train.make_optimizer(theirs, 1e-2, 0.01).param_groups
+    optimizer = optimizing.make_optimizer(ours, 1e-2, 0.01)
+    groups = optimizing.make_optimizer(theirs, 1e-2, 0.01).param_groups
     reference = torch.optim.AdamW(groups, lr=1e-2)
     for step in range(6):
         for model in (ours, theirs):
@@ -131,7 +133,7 @@ def test_adamw_is_the_library_s_to_the_bit():
                 p.grad = torch.sin(p.detach() * (i + step)) if i else None
         if step == 3:
             saved = optimizer.state_dict()
-            optimizer = train.make_optimizer(ours, 1e-2, 0.01)
+            optimizer = optimizing.make_optimizer(ours, 1e-2, 0.01)
             optimizer.load_state_dict(saved)
         optimizer.step()
         reference.step()
@@ -259,7 +261,7 @@ def test_one_output_limit_serves_both_stages(tmp_path):
 
 def test_published_features_need_their_map(capsys):
     with pytest.raises(SystemExit):
-        train.parse_args(["--model", "mmcot", "--features", "detr.npy"])
+        parse_args(["--model", "mmcot", "--features", "detr.npy"])
     assert "--name-map" in capsys.readouterr().err
 
 
@@ -314,9 +316,9 @@ def test_errors_are_sentences_without_traceback(tmp_path):
 )  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
-        train.parse_args(["--model", "mmcot", *flags.split()])
+        parse_args(["--model", "mmcot", *flags.split()])
     assert f"{flags.split()[0]} " in capsys.readouterr().err.splitlines()[-1]
-    assert train.parse_args("--model mmcot --epochs 0 --weight-decay 0".split()).epochs == [0.0]
+    assert parse_args("--model mmcot --epochs 0 --weight-decay 0".split()).epochs == [0.0]
 
 
 def test_your_own_data_need_all_three_splits(tmp_path):
@@ -331,7 +333,7 @@ def test_your_own_data_need_all_three_splits(tmp_path):
 def test_the_demo_learns_to_look_at_the_picture(tmp_path):
     """The default run in half its epochs: what it has learned then is the same. Without pictures a
     model can reach about 43 % (see demo/scenes.py)."""
-    half = ["--epochs", *(str(epochs / 2) for epochs in train.MMCOT_DEMO["epochs"])]
+    half = ["--epochs", *(str(epochs / 2) for epochs in MMCOT_DEMO["epochs"])]
     train.main(["--model", "mmcot", *half, "--out", str(tmp_path / "run")])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["n"] >= 300

@@ -32,6 +32,8 @@ import model as backbones
 import train
 from demo import teacher
 from support import decoding, runs
+from support import guards, optimizing, records
+from support.flags import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION, parse_args
 
 DEMO = str(ROOT / "demo/paligemma")
 CONFIG = data.read_json(f"{DEMO}/config.json")
@@ -54,8 +56,8 @@ def tokenizer():
 
 
 def settings(*flags, **changed):
-    given = vars(train.parse_args([*GIVEN, *flags]))
-    return argparse.Namespace(**given | {"vocabulary": TEXT["vocab_size"]} | changed)
+    given = vars(parse_args([*GIVEN, *flags]))
+    return argparse.Namespace(**given | changed)
 
 
 def adapted(*flags):
@@ -78,7 +80,7 @@ def write_lines(path, records):
 
 @functools.cache
 def demo_traces():
-    return data.load_traces(train.demo_traces())
+    return data.load_traces(records.demo_traces())
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +131,10 @@ def loss_and_gradients(args):
 @pytest.mark.parametrize("weighting", ["token", "example"])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_the_loss_in_chunks_is_the_loss_at_once(rows, weighting, monkeypatch):
-    args = settings(weighting=weighting, vocabulary=30, label_smoothing=0.1)
+    args = settings(weighting=weighting, label_smoothing=0.1)
     whole, calls = loss_and_gradients(args)
     assert calls == [12]  # 7 + 1 + 4 supervised tokens, of 36
-    monkeypatch.setattr(train, "LOGITS", 30 * rows + 29 if rows > 1 else 7)
+    monkeypatch.setattr(optimizing, "LOGITS", 30 * rows + 29 if rows > 1 else 7)
     parts, calls = loss_and_gradients(args)
     assert calls == [rows] * (12 // rows)  # once: not again on the way back
     for one, other in zip(whole, parts, strict=True):
@@ -147,9 +149,9 @@ def test_weighting_by_token_and_by_example():
     """By hand: the sum over tokens, or the sum of each row's mean. An empty row is no row."""
     states, labels, weight = random_rows()
     each = F.cross_entropy((states @ weight.T).transpose(1, 2), labels, reduction="none")  # (4, 9)
-    (by_token, n, *_), _ = loss_and_gradients(settings(vocabulary=30))
+    (by_token, n, *_), _ = loss_and_gradients(settings())
     assert n == 12 and by_token.item() == pytest.approx(each.sum().item(), rel=1e-6)
-    (by_example, n, *_), _ = loss_and_gradients(settings(weighting="example", vocabulary=30))
+    (by_example, n, *_), _ = loss_and_gradients(settings(weighting="example"))
     means = each[0, 2:].mean() + each[1, 8:].mean() + each[3, 5:].mean()
     assert n == 3 and by_example.item() == pytest.approx(means.item(), rel=1e-6)
     window = [[{"labels": row} for row in rows.tolist()] for rows in labels.split(3)]
@@ -162,7 +164,7 @@ def test_label_smoothing_is_torchs(weighting):
     states, labels, weight = random_rows()
     logits, labels = (states[:1] @ weight.T).flatten(0, 1), labels[:1].flatten()
     expected = F.cross_entropy(logits, labels, label_smoothing=0.2)  # ignores -100
-    args = settings("--label-smoothing", "0.2", weighting=weighting, vocabulary=30)
+    args = settings("--label-smoothing", "0.2", weighting=weighting)
     loss, n = train.cross_entropy(lambda x: x @ weight.T, weight, states[:1], labels[None], args)
     assert loss.item() / n == pytest.approx(expected.item(), rel=1e-6)
 
@@ -229,7 +231,7 @@ def test_the_base_is_frozen_and_every_adapter_learns(examples, flags):
     assert got and all("lora_" in name for name in got)
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     assert len([name for name in got if "lora_B" in name]) == 7 * TEXT["num_hidden_layers"]
-    train.stop_unless_learning(model)
+    guards.stop_unless_learning(model)
 
 
 @pytest.mark.parametrize("how", ["no gradient", "zeros"])
@@ -253,7 +255,7 @@ def test_an_adapter_that_is_cut_off_stops_the_run(examples, how, monkeypatch):
 
 
 def rows_of(problems, *flags, **changed):
-    return train.training_rows(settings(*flags, **changed), problems)
+    return records.training_rows(settings(*flags, **changed), problems)
 
 
 def verdicts(n):
@@ -434,8 +436,8 @@ def tuned(monkeypatch, tokenizer):
         args = settings("--limit", str(n), "--lora-r", "2", *flags)
         model, given = runs.load_paligemma(vars(args)), {}
         problems, val = (data.load("demo", split)[:n] for split in ("train", "val"))
-        rows = train.training_rows(args, problems)
-        features = runs.image_features(vars(args), problems + val, model)
+        rows = records.training_rows(args, problems)
+        features = evaluation.image_features(vars(args), problems + val, model)
 
         def fit(model, examples, validate, args, stage, epochs, log):
             given.update(examples=examples, validate=validate, epochs=epochs, stage=stage)
@@ -967,14 +969,14 @@ def test_the_ablation_changes_one_thing_at_a_time(full, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "run_paligemma", ran_one)
     told = run(tmp_path / "all", "--ablation", *(["--full"] if full else [])).told
-    assert len(ran) == len(train.PALIGEMMA_ABLATION) == 11
+    assert len(ran) == len(PALIGEMMA_ABLATION) == 11
     main, told = vars(ran["all"]), told.splitlines()[-20:]
-    for name, changed in train.PALIGEMMA_ABLATION.items():
+    for name, changed in PALIGEMMA_ABLATION.items():
         assert any(line.startswith(name) for line in told)
         folder = "".join(c if c.isalnum() else "-" for c in name) if changed else "all"
         differs = {k: v for k, v in vars(ran[folder]).items() if main[k] != v}
         differs.pop("out", None)
-        if name in train.DECODED_AGAIN:  # --full leaves weights, not an adapter
+        if name in DECODED_AGAIN:  # --full leaves weights, not an adapter
             own = {"weights": [main["out"]]} if full else {"adapter": main["out"]}
             changed = changed | own
         assert differs == changed
@@ -1397,7 +1399,7 @@ def test_paligemma_1_is_refused(tmp_path):
 )
 def test_flags_that_do_not_go_together(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.parse_args([*GIVEN, *flags])
+        parse_args([*GIVEN, *flags])
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
@@ -1452,8 +1454,8 @@ def test_pictures_that_are_trained_on_and_tested_are_counted(pictured, tmp_path)
 def test_the_demo_learns_to_reason(tmp_path, monkeypatch):
     """The default run, in three of its four epochs and with one of its baselines: `short` above
     has all of them."""
-    lines = {name: train.BASELINES[name] for name in ("base", "distilled")}
-    monkeypatch.setattr(train, "BASELINES", lines)
+    lines = {name: BASELINES[name] for name in ("base", "distilled")}
+    monkeypatch.setattr("support.flags.BASELINES", lines)
     train.main(["--model", "paligemma", "--epochs", "3", "--out", str(tmp_path / "run")])
     metrics = data.read_json(tmp_path / "run/metrics.json")
     base = data.read_json(tmp_path / "run/base/metrics.json")
