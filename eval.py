@@ -30,7 +30,7 @@ import torch
 import data
 import fusion
 from model import of_all_ranks, rank, resolve
-from support import kinds
+from support import judging, kinds
 from support.decoding import Part, before_loop, in_batches, paligemma_inputs, prolonged, speller
 from support.grading import CUE, grade
 from support.grading import Grade as Grade  # what `grade` gives, for who imports this file
@@ -192,9 +192,8 @@ def judge_of(spec, folder):
     verdicts are kept in the folder's judge.jsonl."""
     if not spec:
         return None
-    import teacher  # imports this file
 
-    return partial(teacher.judge_many, spec=spec, cache=Path(folder) / "judge.jsonl")
+    return partial(judging.judge_many, spec=spec, cache=Path(folder) / "judge.jsonl")
 
 
 def target_format(config):

@@ -40,7 +40,19 @@ import eval as evaluation
 import fusion
 import lora
 from model import rank, resolve, world
-from support import devices, flags, folders, guards, records
+from support import (
+    decoding,
+    devices,
+    flags,
+    folders,
+    guards,
+    looking,
+    metrics,
+    records,
+    report,
+    runs,
+    tables,
+)
 from support.dry_run import blank_features, dry_step
 from support.journal import Journal, Stopped, in_use
 from support.optimizing import in_chunks, make_optimizer, trained
@@ -89,7 +101,7 @@ def paligemma_loss(model, batch, args):
     """The states before the first token that is learned are not computed in the top layer."""
     labels = batch["labels"][:, 1:]  # (B, T-1)
     U = labels.shape[1] - int((labels != -100).any(0).int().argmax())
-    inputs = evaluation.paligemma_inputs(model, batch)
+    inputs = decoding.paligemma_inputs(model, batch)
     states = model.states(**inputs, last=U + 1)[:, :-1]  # (B, U, D)
     weight = model.language_model.embed_tokens.weight
     return cross_entropy(model.head, weight, states, labels[:, -U:], args)
@@ -203,7 +215,7 @@ def fit(model, examples, validate, args, stage, epochs, log):
             best = better(best, entry, model)
         seconds = time.monotonic() - start
         journal.write(entry | {"seconds": round(seconds, 2)})
-        report(stage, step, len(plan), entry, seconds)
+        show_step(stage, step, len(plan), entry, seconds)
         journal.step(step, len(plan), best, seconds, validates)
     journal.end()
     if best:
@@ -256,7 +268,7 @@ def better(best, entry, model):
     return accuracy, entry["step"], {n: p.detach().clone() for n, p in trained(model).items()}
 
 
-def report(stage, step, steps, entry, seconds):
+def show_step(stage, step, steps, entry, seconds):
     """A line per validation; on a terminal also a running one with rate and time left."""
     text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
     if "val_loss" in entry:
@@ -341,8 +353,8 @@ def own_rationales(args, problems, val, tokenizer, features, log, folds=2):
         splits = {"train": seen, "val": val}
         model = run_stage(args, 0, splits, tokenizer, features, log)
         examples = data.examples(unseen, "QCM-LE", tokenizer, features, None, vars(args))
-        batches = evaluation.in_batches(examples, args.eval_batch_size, "own rationales")
-        part = log and evaluation.Part(args.out, [model])
+        batches = decoding.in_batches(examples, args.eval_batch_size, "own rationales")
+        part = log and decoding.Part(args.out, [model])
         texts = fusion.write(model, batches, tokenizer, args.max_output[0], part)
         generated |= {problem_id: told["text"] for problem_id, told in texts.items()}
     return generated
@@ -356,7 +368,7 @@ def run_paligemma(args):
     print(f"{Path(args.out)}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
     splits, skipped = records.load_splits(args)
     tokenizer = data.load_tokenizer(resolve(args.weights[0]))
-    model = evaluation.load_paligemma(vars(args))
+    model = runs.load_paligemma(vars(args))
     if args.epochs[0]:
         free(args, model)
     rows = records.training_rows(args, splits["train"], skipped) if args.epochs[0] else []
@@ -411,7 +423,7 @@ def tune(args, model, rows, val, tokenizer, features, log):
 
     def validate(model):
         predictions = evaluation.predict([model.eval()], val, config, tokenizer, features)
-        right = sum(g.correct for *_, g in evaluation.grade_all(val, predictions))
+        right = sum(g.correct for *_, g in metrics.grade_all(val, predictions))
         accuracy = {"val_accuracy": round(100 * right / len(val), 2)} if val else {}
         return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
 
@@ -436,7 +448,7 @@ def run_one(args):
     """The metrics of a run, which is trained and decoded unless it is complete."""
     if folders.is_complete(args):
         print(f"{args.out}: complete already", flush=True)
-        return evaluation.metrics_then(Path(args.out))
+        return tables.metrics_then(Path(args.out))
     return {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model](args)
 
 
@@ -445,7 +457,7 @@ def scored(args, models, problems, tokenizer, features, skipped):
     how = argparse.Namespace(
         faithful_parse=False,
         teacher_forced=args.model == "mmcot" and args.teacher_forced,
-        looks=evaluation.LOOKS,
+        looks=looking.LOOKS,
         report=True,
         skipped=skipped,
     )
@@ -460,7 +472,7 @@ def run_many(lines):
     rows = {}
     for name, args in lines.items():
         rows[name] = run_one(args)
-        print(evaluation.summary(rows), flush=True)
+        print(tables.summary(rows), flush=True)
     return rows
 
 
@@ -468,17 +480,17 @@ def show_many(args, lines, rows):
     """The summary of such a table, and each line's paired difference to the run itself."""
     if rank():
         return
-    print(f"\n{evaluation.summary(rows)}")
-    bad, columns = evaluation.bad_records(vars(args)), {}
+    print(f"\n{tables.summary(rows)}")
+    bad, columns = runs.bad_records(vars(args)), {}
     problems = data.load(args.data, args.test_split, bad)[: args.limit]
     places = {name: Path(line.out) for name, line in lines.items()}
     for name in sorted(places, key=lambda name: places[name] != Path(args.out)):  # itself first
         if (places[name] / "predictions.jsonl").is_file():
-            graded = evaluation.graded_folder(places[name], problems)
-            columns[name] = evaluation.Column(rows[name], graded, places[name])
+            graded = tables.graded_folder(places[name], problems)
+            columns[name] = tables.Column(rows[name], graded, places[name])
     if len(columns) > 1:
-        print(f"\n{evaluation.differences(columns)[1]}")
-        evaluation.write_report(args.out, columns)
+        print(f"\n{tables.differences(columns)[1]}")
+        report.write_report(args.out, columns)
 
 
 def dry_run(args):
@@ -502,7 +514,7 @@ def dry_run(args):
 def dry_paligemma(args, splits, tokenizer):
     if not args.epochs[0]:
         return print("  nothing is trained: it only decodes")
-    model = evaluation.load_paligemma(vars(args))
+    model = runs.load_paligemma(vars(args))
     free(args, model)
     rows = records.training_rows(args, splits["train"])
     features = blank_features(args, [row[0] for row in rows], model)
@@ -514,7 +526,7 @@ def dry_paligemma(args, splits, tokenizer):
 
 def main(argv=None):
     args = flags.parse_args(argv)
-    evaluation.check_device(args.device)
+    runs.check_device(args.device)
     torch.set_num_threads(args.threads)
     start = time.monotonic()
     many = flags.table_of(args)
@@ -530,10 +542,10 @@ def main(argv=None):
         if many:
             rows = run_many(lines)
             if not args.ablation:
-                print(f"\n{evaluation.table(rows)}")
+                print(f"\n{tables.table(rows)}")
             show_many(args, lines, rows)
         elif scores := run_one(args):
-            print(f"\n{evaluation.table({args.out: scores})}")
+            print(f"\n{tables.table({args.out: scores})}")
         print(f"\n{args.out}: done in {time.monotonic() - start:.0f} s")
 
 

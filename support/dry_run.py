@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 
 import data
-import eval as evaluation
 import lora
 from model import resolve, stored_tensors
-from support import optimizing
+from support import optimizing, runs
 from support.optimizing import trained
 
 GIB = 2**30
@@ -33,10 +32,10 @@ def blank_features(args, problems, model=None):
     if model is not None:
         inside = all(name.startswith("language_model.") for name in lora.adapters(model))
         if args.full or not inside:
-            return evaluation.image_features(vars(args), problems, model)  # pixels, read when used
+            return runs.image_features(vars(args), problems, model)  # pixels, read when used
         shape = model.config.image_tokens, model.config.text.hidden_size
     elif args.vision != "detr" or args.features:
-        return evaluation.image_features(vars(args), problems)
+        return runs.image_features(vars(args), problems)
     else:
         folder = resolve(args.vision_weights)
         count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import data
-import eval as evaluation
 import fusion
 from model import rank, world
+from support import tables
 from support.journal import Journal, flush, write_json
 
 HERE = Path(__file__).parent.parent
@@ -111,7 +111,7 @@ def check_resume(runs):
 def is_complete(args):
     """Whether --resume finds nothing to do in a run's folder."""
     out = Path(args.out)
-    whole = bool(evaluation.metrics_then(out))
+    whole = bool(tables.metrics_then(out))
     if args.model == "mmcot" and args.stage == "rationale" != fusion.stage_names(args.recipe)[-1]:
         whole = (out / "rationale/model.safetensors").is_file()  # it has nothing to score
     return bool(args.resume and whole and not (out / "last").exists() and other_flags(args) == [])

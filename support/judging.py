@@ -18,8 +18,7 @@ import re
 from collections import Counter
 
 import data
-import eval as evaluation
-from support import ledger
+from support import grading, ledger
 from support.calls import Calls, Halt, at_most
 from support.clients import (
     ASK,
@@ -74,9 +73,9 @@ def rule_verdict(problem, thought, answer):
     hides its last words, the shaped thought is read.
     """
     grade = graded(problem, answer)
-    consistent = evaluation.agrees(problem, thought, answer)
+    consistent = grading.agrees(problem, thought, answer)
     if consistent is None:
-        consistent = evaluation.agrees(problem, shape(problem, thought, answer)[0], answer)
+        consistent = grading.agrees(problem, shape(problem, thought, answer)[0], answer)
     if consistent is False and ends_with(problem, thought, grade.parsed):
         consistent = None
     read = f"read {grade.parsed}" if grade.parsed is not None else "nothing read"
@@ -92,7 +91,7 @@ def ends_with(problem, thought, parsed):
 
     def named(text):
         text = text if problem.choices else NONE.sub("0", text)
-        said = (evaluation.committed(problem, f"Answer: {word}") for word in WORD.findall(text))
+        said = (grading.committed(problem, f"Answer: {word}") for word in WORD.findall(text))
         return {word for word, _ in filter(None, said)}
 
     asked = named(" ".join(re.findall(r"\d\S*", problem.question))) - {parsed}

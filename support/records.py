@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import data
-import eval as evaluation
 from model import rank
+from support import grading, runs
 
 # ---- bad records ---------------------------------------------------------------------------------
 
@@ -23,7 +23,7 @@ def load_splits(args):
     """{split: problems}, and with --on-error skip {split: [(id, reason)]} of its bad records (else
     None: the first is the error). Three different ones: none is cut off another."""
     names, splits = ("train", "val", args.test_split), {}
-    skipped = {name: evaluation.bad_records(vars(args)) for name in names}
+    skipped = {name: runs.bad_records(vars(args)) for name in names}
     try:
         for name in names:
             splits[name] = data.load(args.data, name, skipped[name])[: args.limit]
@@ -47,7 +47,7 @@ def with_pictures(args, splits, skipped, model=None):
     which are added to `skipped`. Pictures that are in the feature cache are not decoded again."""
     problems = [p for ps in splits.values() for p in ps]
     bad = None if skipped is None else []
-    features = evaluation.image_features(vars(args), problems, model, bad)
+    features = runs.image_features(vars(args), problems, model, bad)
     if not bad:
         return features, splits
     reasons = dict(bad)
@@ -131,8 +131,8 @@ def holds(trace, problem, key):
     traces that were judged correct end in another: the thought then argues for that."""
     verdict = trace["verdict"][key]
     if verdict is None:
-        said, _ = evaluation.commitment(problem, trace["answer"], prose=True)
-        return evaluation.right(problem, said)
+        said, _ = grading.commitment(problem, trace["answer"], prose=True)
+        return grading.right(problem, said)
     return verdict
 
 

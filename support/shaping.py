@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import data
 import eval as evaluation
+from support import grading
 
 EMPTY_WORDS = set(  # a heading of nothing but these says nothing about the problem
     "a about all alternative an analysis analyze analyzing and answer approach by calculation "
@@ -92,7 +93,7 @@ def without_talk(thought, facts):
             line = line[label.end() :]
             if "=" not in line and len(line.split()) <= 5:
                 continue
-        lines.append(line.replace(evaluation.CUE, evaluation.CUE.lower()))
+        lines.append(line.replace(grading.CUE, grading.CUE.lower()))
     return "\n".join(filter(None, lines))
 
 
@@ -135,7 +136,7 @@ def distinct(thought, others, share=0.6):
 
 def graded(problem, answer):
     """eval.py's Grade. Where it reads one form only (ScienceQA), a teacher may use any other."""
-    grade, said = evaluation.grade(problem, answer), evaluation.committed(problem, answer)
+    grade, said = evaluation.grade(problem, answer), grading.committed(problem, answer)
     if grade.parsed is None and said:
         return replace(evaluation.grade(problem, said[0]), how=said[1])
     return grade

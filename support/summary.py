@@ -7,7 +7,7 @@ are, and where the rule and the judge, or old and new verdicts, differ.
 import math
 from collections import Counter
 
-import eval as evaluation
+from support import metrics, tables
 from support.judging import agreement
 from support.shaping import length
 
@@ -18,12 +18,12 @@ def summary(records, problems, tokenizer=None, failed=0):
     "unclear" where nobody could say whether it leads to the answer; the rule often cannot."""
     by_id, groups = {problem.id: problem for problem in problems}, {"": {"all": records}}
     for record in records:
-        for axis, names in evaluation.axes(by_id[record["id"]]).items():
-            for name in names if axis not in evaluation.DETAILS else ():
+        for axis, names in metrics.axes(by_id[record["id"]]).items():
+            for name in names if axis not in metrics.DETAILS else ():
                 groups.setdefault(axis, {}).setdefault(name, []).append(record)
     heads = ",questions,asked,answered,thought,correct,consistent,unclear,kept,USD".split(",")
     rows = [tally(name, some) for group in groups.values() for name, some in sorted(group.items())]
-    lines = [evaluation.align([heads, *rows], False)]
+    lines = [tables.align([heads, *rows], False)]
     stops = Counter(record["stop"] for record in records)
     lines += [f"ended by {listed(stops)}; {failed} calls failed for good (asked again next time)"]
     dropped = Counter(record["dropped"] for record in records if record.get("dropped"))
@@ -74,7 +74,7 @@ def agreements(records):
         found = agreement([(id, one, verdict["correct"]) for id, one, verdict in both])
         if found["n"]:
             kappa = "undefined" if found["kappa"] is None else f"{found['kappa']:.3f}"
-            share = f"{evaluation.percent(found['agreement'])} % of {found['n']}"
+            share = f"{metrics.percent(found['agreement'])} % of {found['n']}"
             where = ", ".join(found["disagreements"]) or "none"
             lines += [f"{names} agree on {share}, kappa {kappa}; they differ at: {where}"]
     return lines

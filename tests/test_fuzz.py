@@ -50,8 +50,6 @@ from PIL import Image, PngImagePlugin  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import lora  # noqa: E402
-import train  # noqa: E402
-import teacher  # noqa: E402
 from fusion import GatedFusion, MultimodalT5  # noqa: E402
 from model import (  # noqa: E402
     DETR,
@@ -63,10 +61,14 @@ from model import (  # noqa: E402
     SigLIPConfig,
     T5Config,
 )
-from support.ledger import Ledger  # noqa: E402
-from support import metrics, report, tables  # noqa: E402
-from support import folders  # noqa: E402
+from support import (  # noqa: E402
+    folders,  # noqa: E402
+    metrics,
+    report,
+    tables,
+)
 from support.flags import parse_args  # noqa: E402
+from support.ledger import Ledger  # noqa: E402
 
 SAID = (  # the kinds of error that may leave a reader; a subclass (JSONDecodeError) may not
     ValueError,

@@ -22,8 +22,7 @@ import lora
 import model as backbones
 import train
 from model import T5, T5Config
-from support import decoding, runs
-from support import dry_run, folders, guards, optimizing, records
+from support import decoding, dry_run, folders, guards, optimizing, records, runs
 from support.flags import parse_args
 from support.journal import Journal, Stopped, in_use, write_json
 
@@ -69,7 +68,7 @@ def pali():
     ]
 
     def made():
-        model = evaluation.load_paligemma(vars(args))
+        model = runs.load_paligemma(vars(args))
         with contextlib.redirect_stdout(io.StringIO()):
             train.free(args, model)
         text, seen = model.config.text, model.config.image_tokens

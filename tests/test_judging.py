@@ -18,7 +18,7 @@ from conftest import gemma  # with the import paths, when run as a script
 import data
 import eval as evaluation
 from demo import teacher as demo_teacher
-from support import judging, shaping, summary
+from support import grading, judging, shaping, summary, tables
 
 REAL = Path(os.environ["NANOCOT_DATA"])
 LIMITS = (384, 256)
@@ -134,7 +134,7 @@ def test_shape_on_real_thoughts():
         lost = Counter(NUMBER.findall(trace["thought"])) - Counter(NUMBER.findall(thought))
         headings = re.findall(r"^(?:\*\*)?(\d+)\. (?:\*\*)?[A-Z]", trace["thought"], re.MULTILINE)
         assert set(lost) <= {*NUMBER.findall(p.question), *headings}, (p.id, lost)
-        assert "**" not in thought and "\n\n" not in thought and evaluation.CUE not in thought
+        assert "**" not in thought and "\n\n" not in thought and grading.CUE not in thought
         assert not re.search(r"^(?:the |final )*answer:", thought, re.IGNORECASE | re.MULTILINE)
         assert thought and "\n" not in answer
         words[0] += len(trace["thought"].split())
@@ -386,7 +386,7 @@ def test_most_real_traces_survive():
 def main():
     steps, verdicts, before, after = distilled(gemma())
     rows = [["step", "left", "went"], *([name, str(n), str(len(ids))] for name, n, ids in steps)]
-    print(evaluation.align(rows, False))
+    print(tables.align(rows, False))
     print("not correct:", *steps[1][2], "\nat odds:", *steps[2][2])
     commits = Counter(verdict["consistent"] for verdict in verdicts.values())
     print("of all 251, the thought commits to the answer / to none / to another:",
@@ -396,7 +396,7 @@ def main():
     for name, ids in (("leads", led), ("elsewhere", ELSEWHERE), ("nowhere", NOWHERE)):
         said = Counter(verdicts[id]["consistent"] for id in ids)
         rows.append([f"{name} ({len(ids)})", *(str(said[word]) for word in (True, None, False))])
-    print(evaluation.align(rows, False))
+    print(tables.align(rows, False))
     for name, sizes in (("before", before), ("after", after)):
         fit = [sum(size <= limit for size in sizes.values()) for limit in LIMITS]
         print(f"tokens {name}: {summary.spread(sizes.values())}; within {LIMITS}: {fit}")

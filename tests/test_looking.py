@@ -25,8 +25,8 @@ import eval as scoring
 from fusion import GatedFusion, MultimodalT5
 from model import DETR, T5, PaliGemma, T5Config, decode
 from support import decoding, looking
-from support.runs import image_features
 from support.flags import parse_args
+from support.runs import image_features
 
 T5_FOLDER, DETR_FOLDER, PALIGEMMA = (ROOT / "demo" / n for n in ("t5", "detr", "paligemma"))
 REAL = Path(os.environ["NANOCOT_DATA"]) / "tokenizers"

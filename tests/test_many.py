@@ -26,10 +26,8 @@ from test_resume import TINY, ended, without_seconds
 import data
 import fusion
 import train
-from model import T5
-from support import decoding, runs
 from model import T5, write_safetensors
-from support import devices, optimizing
+from support import decoding, devices, optimizing, runs
 from support.flags import parse_args
 from support.journal import Stopped
 
@@ -175,7 +173,7 @@ def t5_and_rows(args):
 
 def paligemma_and_rows(args):
     """Three rows without a picture and four with: some batches have none, one has one."""
-    model = evaluation.load_paligemma(vars(args))
+    model = runs.load_paligemma(vars(args))
     train.free(args, model)
     problems = sorted(data.load("demo", "train")[:40], key=lambda p: p.image is not None)
     problems = problems[:3] + problems[-4:]

@@ -21,11 +21,10 @@ import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
-from support import decoding, kinds
-from support.runs import image_features, load_paligemma
-from support import folders, guards, journal, records
+from support import decoding, folders, guards, journal, kinds, records, runs
 from support.flags import BASELINES, lines_of, parse_args
 from support.journal import Journal, Stopped, in_use, write_json
+from support.runs import image_features
 
 TINY = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
 MMCOT = """--model mmcot --device cpu --limit 12 --epochs 3 --batch-size 6 --max-output 6 4
@@ -294,7 +293,7 @@ def talker():
     """PaliGemma's demo with adapters that make it talk at random."""
     given = ["--max-output", "8", "3", "--samples", "2", "--temperature", "1", "--lora-r", "2"]
     args = parse_args([*PALI, *given, "--eval-batch-size", "3"])
-    model = evaluation.load_paligemma(vars(args))
+    model = runs.load_paligemma(vars(args))
     train.free(args, model)
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
@@ -411,7 +410,7 @@ def test_of_many_runs_the_finished_ones_stay_and_a_torn_one_is_made_again(tmp_pa
 def test_what_an_older_finished_run_left_is_not_taken_for_this_ones(tmp_path, monkeypatch):
     """Killed in the second of four runs over an older table: the last two have other flags."""
     problem = data.load("demo", "val")[0]
-    scores = evaluation.metrics([problem], [{"id": problem.id, "response": "Answer: A"}])
+    scores = scored([problem], [{"id": problem.id, "response": "Answer: A"}])
     ran, older = [], parse_args([*PALI, "--out", str(tmp_path), "--lr", "1"])
     for args in lines_of(older, BASELINES).values():
         folders.begin(args)
@@ -481,7 +480,7 @@ def demo(read_once):
     for split in ("train", "val", "test"):
         data.load("demo", split)
     data.load_traces(records.demo_traces())
-    evaluation.scene_facts("demo")
+    kinds.scene_facts("demo")
 
 
 @pytest.mark.slow

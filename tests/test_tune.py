@@ -31,8 +31,7 @@ import lora
 import model as backbones
 import train
 from demo import teacher
-from support import decoding, runs
-from support import guards, optimizing, records
+from support import decoding, guards, optimizing, records, runs
 from support.flags import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION, parse_args
 
 DEMO = str(ROOT / "demo/paligemma")
@@ -437,7 +436,7 @@ def tuned(monkeypatch, tokenizer):
         model, given = runs.load_paligemma(vars(args)), {}
         problems, val = (data.load("demo", split)[:n] for split in ("train", "val"))
         rows = records.training_rows(args, problems)
-        features = evaluation.image_features(vars(args), problems + val, model)
+        features = runs.image_features(vars(args), problems + val, model)
 
         def fit(model, examples, validate, args, stage, epochs, log):
             given.update(examples=examples, validate=validate, epochs=epochs, stage=stage)
