@@ -544,6 +544,13 @@ def onednn(layers, rows=None):
             del m.forward  # the class's own is seen again
 
 
+def linear_of(weight):
+    """A Linear around a weight that is an embedding's."""
+    layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    layer.weight = weight
+    return layer
+
+
 # ----------------------------------------------------------------------------------------------
 # T5
 # ----------------------------------------------------------------------------------------------
@@ -954,8 +961,7 @@ class T5(nn.Module):
         """As `generate`, from encoder states (B, T, D), perhaps fused with a picture."""
         c, weight = self.config, (self.lm_head or self.shared).weight
         cache = T5Cache(self.decoder, memory, self.mask_bias(attention_mask), max_new_tokens)
-        head = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-        head.weight = weight
+        head = linear_of(weight)
 
         def step(ids, cache):  # (B, 1) -> (B, V)
             return head(self.rescaled(self.decoder.step(self.shared(ids[:, 0]), cache)))
@@ -1961,11 +1967,16 @@ class PaliGemma(nn.Module):
         pads = mask.int().flip(1).argmax(1)  # (B,), behind the last token that is none
         last = int(pads.max()) + 1
         given = (input_ids, mask, token_type_ids, image_features, cache, last)
-        states = self.states(*given)  # (B, U, D), U = last
-        first = self.head(states[torch.arange(len(pads), device=pads.device), -1 - pads])  # (B, V)
+        head = linear_of(like)
+
+        def logits(states):  # (B, D) -> (B, V)
+            return soft_cap(head(states), self.config.text.final_logit_softcapping)
 
         def step(ids, cache):  # (B, 1) -> (B, V)
-            return self.head(self.states(ids, None, torch.ones_like(ids), None, cache)[:, -1])
+            return logits(self.states(ids, None, torch.ones_like(ids), None, cache)[:, -1])
 
         ends = (self.config.eos_token_id, self.config.pad_token_id)
-        return decode(first, step, cache, max_new_tokens, *ends, **how)
+        with onednn([*self.language_model.modules(), head]):  # as they are: a copy is 10 GB
+            states = self.states(*given)  # (B, U, D), U = last
+            first = logits(states[torch.arange(len(pads), device=pads.device), -1 - pads])  # (B, V)
+            return decode(first, step, cache, max_new_tokens, *ends, **how)
