@@ -640,6 +640,8 @@ class T5Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):  # (..., D)
+        if x.dtype == torch.float32 and not torch.is_grad_enabled():  # no cast: the same, quicker
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # (..., D)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # (..., D)
 
 
@@ -649,7 +651,9 @@ class Dropout(nn.Dropout):
     of 2^-16; the mean stays exact, as what is kept is scaled by the p that was had."""
 
     def forward(self, x):
-        if not self.training or not 0 < self.p < 1 or x.device.type != "cpu":
+        if not self.training:
+            return x
+        if not 0 < self.p < 1 or x.device.type != "cpu":
             return super().forward(x)
         drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         drawn = drawn.view(torch.int16)[: x.numel()].view(x.shape)  # -2^15 to 2^15 - 1
@@ -690,10 +694,10 @@ class T5Attention(nn.Module):
 
     def step(self, x, k, v, bias):
         """One query a row: x (B, D), k and v (B*N, S, H), bias (B*N, 1, S) -> (B, D)."""
-        q = self.q_proj(x).view(len(k), 1, -1)  # (B*N, 1, H)
+        q = self.q_proj(x).view(k.shape[0], 1, -1)  # (B*N, 1, H)
         scores = torch.baddbmm(bias, q, k.transpose(1, 2))  # (B*N, 1, S)
         out = torch.bmm(scores.softmax(-1), v)  # (B*N, 1, H)
-        return self.o_proj(out.view(len(x), -1))  # (B, D)
+        return self.o_proj(out.view(x.shape[0], -1))  # (B, D)
 
 
 class T5FeedForward(nn.Module):
@@ -834,8 +838,8 @@ class T5LayerCache:
     def append(self, k, v):
         """k, v (B, N*H) of the new token -> views (B*N, S, H) on all tokens so far."""
         rows, _, H = self.k.shape
-        self.k[:, self.length] = k.view(rows, H)
-        self.v[:, self.length] = v.view(rows, H)
+        self.k.select(1, self.length).copy_(k.view(rows, H))
+        self.v.select(1, self.length).copy_(v.view(rows, H))
         self.length += 1
         return self.k.narrow(1, 0, self.length), self.v.narrow(1, 0, self.length)
 
