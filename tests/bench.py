@@ -1036,7 +1036,8 @@ def start_up(args):
 
     def script(name):
         command = [sys.executable, "-c", STARTUP[name], folder, threads]
-        environment = os.environ | {"SCRATCH": str(args.folder)}
+        # pip compiled their files; ours are compiled by the warm-up, if Python may write that down
+        environment = os.environ | {"SCRATCH": str(args.folder), "PYTHONDONTWRITEBYTECODE": ""}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         if done.returncode:
             raise RuntimeError(f"The start-up script of {name} failed:\n{done.stderr[-2000:]}")

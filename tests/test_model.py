@@ -826,6 +826,40 @@ def test_detr_full_mask_is_no_mask_and_rows_are_independent(detr_files):
     assert (both[0] - both[1]).abs().mean() > 0.01
 
 
+@pytest.mark.parametrize("case", ["tiny", "tiny-dc5"])
+def test_detr_norms_put_into_the_convolutions_change_nothing_and_are_never_stale(case, detr_files):
+    detr, pixels = DETR.from_pretrained(detr_files(case)), oracle.detr_inputs("tiny")[0]
+    stem, inner = detr.backbone.conv1, detr.backbone.layer1[0].conv2
+    names = detr.state_dict().keys()
+
+    def both_ways():
+        with torch.no_grad():
+            quick = detr.features(pixels)
+        plain = detr.features(pixels)  # with gradients: one after the other
+        close(quick, plain.detach())
+        return quick
+
+    begun = both_ways()
+    kept = stem.folded[1]
+    assert torch.equal(both_ways(), begun) and stem.folded[1] is kept
+    assert detr.state_dict().keys() == names
+    seen = [begun]
+    with torch.no_grad():
+        for change in (
+            lambda: stem.weight.mul_(1.5),
+            lambda: detr.backbone.layer2[0].bn3.running_var.mul_(3),
+            lambda: setattr(inner.weight, "data", inner.weight * 1.5),
+            lambda: detr.load_state_dict({k: v * 0.9 for k, v in detr.state_dict().items()}),
+        ):
+            change()
+            seen.append(detr.features(pixels))
+            assert (seen[-1] - seen[-2]).abs().max() > 1e-3
+    both_ways()
+    with torch.inference_mode():  # such tensors do not tell when they are written to
+        made = DETR.from_pretrained(detr_files(case))
+        close(made.features(pixels), begun)
+
+
 def test_detr_boxes_are_in_the_unit_square(detr_files):
     logits, boxes = DETR.from_pretrained(detr_files("tiny"))(*oracle.detr_inputs("tiny"))
     assert logits.shape == (1, 5, 7) and boxes.shape == (1, 5, 4)

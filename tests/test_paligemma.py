@@ -973,6 +973,17 @@ def test_cached_and_batched_equal_recomputed_and_single(speaker, side):
         assert recomputed(pg, one, STEPS) == said[row].tolist()
 
 
+def test_onednn_changes_no_id(speaker, golden, monkeypatch):
+    """Only the picture's own layers are left to BLAS."""
+    called, forward = [], torch.nn.Linear.forward
+    monkeypatch.setattr(model, "ONEDNN", 1)
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *a: called.append(a[0]) or forward(*a))
+    said = speaker.pg.generate(**speaker.batch, max_new_tokens=STEPS)
+    assert torch.equal(said, golden["ids"])
+    assert not {id(m) for m in called} & {id(m) for m in speaker.pg.language_model.modules()}
+    assert not any("forward" in vars(m) for m in speaker.pg.modules())  # and they are as before
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_suffix_in_the_prompt_continues_as_if_generated(speaker, side):
     """What forces an "Answer:" behind a rationale that was cut."""
