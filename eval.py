@@ -51,6 +51,11 @@ import data
 import fusion
 import lora
 from model import DETR, PaliGemma, of_all_ranks, rank, resolve, stored_tensors, world
+from support import files, pictures
+from support.choices import LETTERS
+from support.features import Features, cached_features, published_features
+from support.tokenizing import load_tokenizer, plain_ids
+from support.traces import load_traces
 
 CUE = "Answer:"  # what PaliGemma's last line begins with
 ANSWER = re.compile(r"The answer is \(([A-Z])\)")
@@ -220,15 +225,15 @@ def right(problem, parsed):
         return parsed == normal(problem, problem.answer)
     index = problem.meta.get("answer_index")
     if index is None or "answer_type" in problem.meta:
-        choices = dict(zip(data.LETTERS, problem.choices, strict=False))
+        choices = dict(zip(LETTERS, problem.choices, strict=False))
         return choices.get(parsed) == problem.answer
-    return parsed == data.LETTERS[index]
+    return parsed == LETTERS[index]
 
 
 def pick(problem, said, trust=2):
     """(letter or None, how): the choice that a short plain text names. With a trust below 2 it was
     not said as the answer: then a list of letters is none, nor is what a "not" may be about."""
-    letters, why = data.LETTERS[: len(problem.choices)], "no answer found"
+    letters, why = LETTERS[: len(problem.choices)], "no answer found"
     said = said.strip(" \n\t.*\"':⟦⟧")
     named = set(NAMED.findall(said)) & set(letters)
     if trust < 2 and len(named) > 1:
@@ -361,7 +366,7 @@ def implied(problem, sentences):
     for x in sentences[:-3:-1] if sorted(texts) == ["no", "yes"] else ():
         if asked <= set(re.findall(r"\w+", x.casefold())) and "question" not in x.casefold():
             word = ("yes", "no")[len(DENIES.findall(x)) % 2]
-            return data.LETTERS[texts.index(word)], "choice text"
+            return LETTERS[texts.index(word)], "choice text"
     return None, "no answer found"
 
 
@@ -431,7 +436,7 @@ def published(problem, response):
     """(letter or None, how) by ScienceQA's rule: exactly one "The answer is (X)", X among the
     choices. Ours: without one, or with an "Answer:" behind it, what follows the last "Answer:", or
     the whole response, if it is a letter or the text of one choice."""
-    options, letters = data.LETTERS[: len(problem.choices)], ANSWER.findall(response)
+    options, letters = LETTERS[: len(problem.choices)], ANSWER.findall(response)
     if letters and response.rfind(CUE) < [m.start() for m in ANSWER.finditer(response)][-1]:
         if len(letters) == 1 and letters[0] in options:
             return letters[0], "letter"
@@ -460,7 +465,7 @@ def grade(problem, response, guess=None):
             return Grade(read[0] is not None and right(problem, read[0]), *read)
         said = next((x for *_, x in commits(plain(response)) if x), response.strip())
         steps = [distance(said[:200], choice) for choice in problem.choices]
-        drawn, why = data.LETTERS[steps.index(min(steps))], read[1]
+        drawn, why = LETTERS[steps.index(min(steps))], read[1]
     else:
         letters = ANSWER.findall(response)
         if len(letters) == 1 and letters[0] in GUESS_LETTERS:
@@ -682,7 +687,7 @@ def known_types(config):
         bad, traces = bad_records(config), config.get("traces")
         problems = data.load(config["data"], "train", bad)
         if traces and Path(traces).is_file():
-            ids = {trace["id"] for trace in data.load_traces(traces, bad)}
+            ids = {trace["id"] for trace in load_traces(traces, bad)}
             problems = [p for p in problems if p.id in ids]
     except (OSError, ValueError):
         return None
@@ -692,7 +697,7 @@ def known_types(config):
 def scene_facts(where):
     """{id: facts} of the demo, or of a folder like it; {} of other data."""
     path = (data.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
-    return data.read_json(path) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
 def explained(graded, facts=None, known=None):
@@ -717,7 +722,7 @@ def refine(graded, spec, cache):
             ("loop", "cut off", "no parse")]  # fmt: skip
     graded, items = list(graded), []
     for p, x, g in (graded[i] for i in rows):
-        letter = data.LETTERS.find(g.parsed) if p.choices and g.parsed else -1
+        letter = LETTERS.find(g.parsed) if p.choices and g.parsed else -1
         items.append((p, thought_of(x), x["response"] if letter < 0 else p.choices[letter]))
     for i, verdict in zip(rows, teacher.judge_many(items, spec, cache), strict=True):
         p, x, g = graded[i]
@@ -948,9 +953,9 @@ def mcnemar(better, worse):
 def read_predictions(path, problems=()):
     """Predictions of a JSONL file, of MathVista's {pid: {"response"}} or of the released code's
     predictions_ans_*.json. Raises ValueError naming the line, the problem or the position."""
-    content = data.regular_file(path).read_bytes()
+    content = files.regular_file(path).read_bytes()
     try:
-        whole = data.parsed(content)
+        whole = files.parsed(content)
     except ValueError:  # several lines, as it should be
         whole = None
     if isinstance(whole, dict) and "preds" in whole:
@@ -958,7 +963,7 @@ def read_predictions(path, problems=()):
     if isinstance(whole, dict) and whole and all(isinstance(x, dict) for x in whole.values()):
         told = [(f"problem {pid}", {"id": pid} | picked(x)) for pid, x in whole.items()]
     else:
-        told = [(where.removeprefix(f"{path}, "), x) for where, x in data.json_lines(path)]
+        told = [(where.removeprefix(f"{path}, "), x) for where, x in files.json_lines(path)]
     for where, x in told:
         if isinstance(x, dict) and type(x.get("id")) is int:
             x["id"] = str(x["id"])
@@ -1185,7 +1190,7 @@ def bad_records(config):
 
 
 def image_features(config, problems, model=None, skipped=None):
-    """The run's `data.Features` for these problems, or None if it looks at no pictures.
+    """The run's `Features` for these problems, or None if it looks at no pictures.
 
     Published feature files are used as they are. Otherwise DETR is loaded only if a picture is not
     in the cache, and sees one size at a time: padding would change its output. A PaliGemma `model`
@@ -1196,25 +1201,25 @@ def image_features(config, problems, model=None, skipped=None):
     if model is not None and (config["full"] or not all(inside)):
         side, tokens = model.config.vision.image_size, model.config.image_tokens
         if skipped is not None:
-            skipped += data.unusable(problems, data.open_image)
-        return data.Pictures(problems, side, tokens)
+            skipped += pictures.unusable(problems, pictures.open_image)
+        return pictures.Pictures(problems, side, tokens)
     if model is None and config["vision"] != "detr":
         return None
     if model is None and config["features"]:
-        return data.published_features(config["features"], config["name_map"])
+        return published_features(config["features"], config["name_map"])
     folder = resolve(config["weights"][0] if model else config["vision_weights"])
     fingerprint = checkpoint_hash(folder) + (f"-{dtype_name(model)}" if model else "")
     extract, pixels, size = eyes(config, model)
-    cache = config["features_cache"] or data.cache_folder() / "features" / f"{fingerprint}-{size}"
-    return data.cached_features(problems, extract, fingerprint, size, cache, pixels, skipped)
+    cache = config["features_cache"] or files.cache_folder() / "features" / f"{fingerprint}-{size}"
+    return cached_features(problems, extract, fingerprint, size, cache, pixels, skipped)
 
 
 def eyes(config, model=None):
     """(list of pixels -> list of features, picture -> pixels, size): PaliGemma's own, or DETR's."""
     if model is not None:
-        return paligemma_extractor(model), data.siglip_pixels, model.config.vision.image_size
+        return paligemma_extractor(model), pictures.siglip_pixels, model.config.vision.image_size
     extract = feature_extractor(resolve(config["vision_weights"]), config["device"])
-    return extract, data.detr_pixels, config["image_size"]
+    return extract, pictures.detr_pixels, config["image_size"]
 
 
 def dtype_name(model):
@@ -1274,7 +1279,7 @@ def in_batches(examples, batch_size, label, collate=data.collate, dealt=True):
         yield collate([examples[i] for i in rows])
         done += len(rows)
         if total > 1:
-            data.progress(label, done, total, start)
+            files.progress(label, done, total, start)
 
 
 def gist(tensor, block=16384):
@@ -1399,7 +1404,7 @@ def paligemma_write(
     first = budgets[0] if reasons else budgets[-1]
     told = continued(model, examples.values(), tokenizer, config, first, loops, how)
     if reasons and config["force_answer"]:
-        cue = data.plain_ids(tokenizer, f"\n{CUE}")
+        cue = plain_ids(tokenizer, f"\n{CUE}")
         image = model.config.image_token_index  # has it said one, no picture belongs to it
         cut = {i: before_loop(t["ids"]) for i, t in told.items() if CUE not in t["response"]}
         cut = {i: [x for x in ids if x != image] for i, ids in cut.items()}
@@ -1609,7 +1614,7 @@ def paligemma_looks(model, problems, predictions, config, tokenizer, features):
     start, found = time.monotonic(), {}
     for done, example in enumerate(examples, 1):
         found[example["id"]] = paligemma_look(model, example, written[example["id"]], tokenizer)
-        data.progress("looked at", done, len(examples), start)
+        files.progress("looked at", done, len(examples), start)
     return found
 
 
@@ -1712,10 +1717,10 @@ def load_run(folder, device=None):
     check_device(config["device"])
     if config["model"] == "paligemma":
         where = resolve(config["weights"][0])
-        return config, [load_paligemma(config, folder)], data.load_tokenizer(where)
+        return config, [load_paligemma(config, folder)], load_tokenizer(where)
     stages = [folder / name for name in fusion.stage_names(config["recipe"])]
     models = [fusion.MultimodalT5.from_pretrained(s).to(config["device"]) for s in stages]
-    return config, models, data.load_tokenizer(stages[0])
+    return config, models, load_tokenizer(stages[0])
 
 
 def load_paligemma(config, folder=None):
@@ -1779,7 +1784,7 @@ def metrics_then(folder, whole=True):
     """What metrics.json says; {} if there is none, or none that can be read: it is made anew; if
     `whole`, also where no table can be made of it. If not, it may only say what it is about."""
     try:
-        then = data.read_json(folder / "metrics.json")
+        then = files.read_json(folder / "metrics.json")
         named = all(isinstance(then.get(key, ""), str) for key in ("data", "split"))
         if whole:
             table({"": then}, all_rows=True), summary({"": then}), report_tables({"": then})
@@ -1802,7 +1807,7 @@ def run_config(folder):
     file = Path(folder) / "config.json"
     if not os.path.lexists(file):
         return {}
-    config = data.read_json(file)
+    config = files.read_json(file)
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{folder} is no run folder: its config.json is none of train.py's.")
     for key in RUN_FLAGS.keys() & config.keys():
@@ -1851,9 +1856,9 @@ def ask(folder, args):
     """One question about one picture (or none) in the terminal, the text as it is written. Why it
     stopped is said on stderr, unless it came to its end by itself."""
     choices = tuple(args.choices or ())
-    if len(choices) > len(data.LETTERS):
-        raise ValueError(f"{len(choices)} choices are too many: the letters are {data.LETTERS}.")
-    picture = data.open_image(args.image) if args.image else None
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"{len(choices)} choices are too many: the letters are {LETTERS}.")
+    picture = pictures.open_image(args.image) if args.image else None
     config, models, tokenizer = load_run(folder, args.device)
     model = models[0] if config["model"] == "paligemma" else None
     meta = {"answer_index": 0, "caption": ""}  # unknown: only the unused target has it
@@ -1866,7 +1871,7 @@ def ask(folder, args):
     if config.get("samples", 1) > 1:  # several texts with a vote each, of which this one was chosen
         print(told["response"], end="")
     read = grade(problem, told["response"]).parsed if choices else None
-    print(f"  ({choices[data.LETTERS.index(read)]})" if read else "", flush=True)
+    print(f"  ({choices[LETTERS.index(read)]})" if read else "", flush=True)
     if told["stop"] == "forced":
         print(f"(stopped: {told['forced_after']}; then made to answer)", file=sys.stderr)
     elif told["stop"] != "eos":
@@ -1874,12 +1879,12 @@ def ask(folder, args):
 
 
 def asked_features(config, models, picture):
-    """`data.Features` of the problem "asked"; None for a model that sees no picture."""
+    """`Features` of the problem "asked"; None for a model that sees no picture."""
     paligemma = config["model"] == "paligemma"
     if picture is None:
         seen = None if paligemma else models[-1].fusion
         width = seen and seen.image_dense.in_features
-        return width and data.Features(np.zeros((1, 1, width), np.float16), {})
+        return width and Features(np.zeros((1, 1, width), np.float16), {})
     if not paligemma and config["vision"] != "detr":
         return None
     if not paligemma and config["features"]:
@@ -1889,7 +1894,7 @@ def asked_features(config, models, picture):
         )
     extract, pixels, size = eyes(config, models[0] if paligemma else None)
     made = extract([pixels(picture, size)])[0][None].half().numpy()  # (1, P, F), as cached
-    return data.Features(made, {"asked": 0})
+    return Features(made, {"asked": 0})
 
 
 def printer(tokenizer, between):
@@ -1958,7 +1963,7 @@ def report_problems(columns):
     shown, blocks = {}, {}
     for number, column in enumerate(columns.values()):
         file = column.folder and column.folder / "looks.json"
-        looked = data.read_json(file) if file and os.path.lexists(file) else {}
+        looked = files.read_json(file) if file and os.path.lexists(file) else {}
         if not isinstance(looked, dict):
             raise ValueError(f"{file} has no looks by problem id. Delete it, or decode again.")
         for p, x, g in column.graded or ():
@@ -1987,7 +1992,7 @@ def report_pictures(shown):
 
     def small(path):
         try:
-            picture = data.open_image(path)
+            picture = pictures.open_image(path)
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
             picture.save(file := io.BytesIO(), "WEBP", quality=80, method=2)
             return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -2003,7 +2008,7 @@ def report_pictures(shown):
     with ThreadPoolExecutor() as threads:  # Pillow lets go of the lock while it computes
         for key, picture in zip(first, threads.map(small, first.values()), strict=True):
             made[key] = picture
-            data.progress("pictures of the report", len(made), len(first), start)
+            files.progress("pictures of the report", len(made), len(first), start)
     places = {key: i for i, key in enumerate(k for k, x in made.items() if isinstance(x, str))}
     for facts in shown:
         if key := paths.get(facts["image"]):
@@ -2035,7 +2040,7 @@ def loss_curves(file):
     """[{"stage", "loss", "val_loss", "val_accuracy"}], each a list of [step, value]; the training
     loss as means over a window of steps. A stage that starts again is another curve."""
     stages, before = [], (None, 0)
-    for where, entry in data.json_lines(file, may_be_torn=True):
+    for where, entry in files.json_lines(file, may_be_torn=True):
         told = entry.items() if isinstance(entry, dict) else ()
         numbers = {k for k, v in told if isinstance(v, int | float) and not isinstance(v, bool)}
         named = ("stage", str) in [(k, type(v)) for k, v in told]

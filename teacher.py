@@ -41,6 +41,10 @@ from PIL import Image
 
 import data
 import eval as evaluation
+from support import files, pictures
+from support.choices import LETTERS
+from support.tokenizing import load_tokenizer, plain_ids
+from support.traces import load_traces, training_notice
 
 HERE = Path(__file__).parent
 VERSION = 1  # of the prompts: another one asks everything anew
@@ -264,7 +268,7 @@ def complete(thought, answer, stop, usage, why):
 def demo_scenes():
     """The demo's (problems, facts) by id, as demo.teacher takes them."""
     folder = data.demo_folder()
-    return data.read_json(folder / "problems.json"), data.read_json(folder / "scenes.json")
+    return files.read_json(folder / "problems.json"), files.read_json(folder / "scenes.json")
 
 
 def ask_demo(problem, seed, attempt):
@@ -427,7 +431,7 @@ def length(problem, thought, tokenizer=None):
     train.py's --max-suffix counts them; without a tokenizer its words."""
     trace = {"thought": thought, "verdict": {"correct": True}}
     text = data.pali_suffix(problem, trace)
-    return len(data.plain_ids(tokenizer, text)) + 1 if tokenizer else len(text.split())
+    return len(plain_ids(tokenizer, text)) + 1 if tokenizer else len(text.split())
 
 
 def word_grams(text, n=3):
@@ -533,10 +537,10 @@ def judge_prompt(problem, thought, answer):
     The mark between the texts is a hash of them and stands in none: no rationale can end its part.
     """
     hint, unit = problem.hint, problem.meta.get("unit")
-    choices = "\n".join(f"({x}) {c}" for x, c in zip(data.LETTERS, problem.choices, strict=False))
+    choices = "\n".join(f"({x}) {c}" for x, c in zip(LETTERS, problem.choices, strict=False))
     asked = [problem.question, hint and f"Hint: {hint}", unit and f"Unit: {unit}", choices]
     index = problem.meta.get("answer_index")
-    gold = problem.answer if index is None else f"({data.LETTERS[index]}) {problem.answer}"
+    gold = problem.answer if index is None else f"({LETTERS[index]}) {problem.answer}"
     parts = {"question": "\n".join(filter(None, asked)), "gold answer": gold}
     parts |= {"rationale": thought, "student's answer": answer}
     mark, texts = "", "\n".join(parts.values())
@@ -598,7 +602,7 @@ class Ledger:
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} for {self.path.name}: make it.")
         if os.path.lexists(path):
-            data.regular_file(path)  # a pipe would be waited for
+            files.regular_file(path)  # a pipe would be waited for
         self.file = open(path, "a+b")  # noqa: SIM115 (held until close)
         lock(self.file, path)
         self.file.seek(0)
@@ -723,14 +727,14 @@ def picture(problem):
     if problem.image is None:
         return None
     with contextlib.suppress(Exception):  # what is wrong with it, open_image says below
-        body = data.regular_file(problem.image).read_bytes()
-        with Image.open(io.BytesIO(body), formats=data.FORMATS) as image:
+        body = files.regular_file(problem.image).read_bytes()
+        with Image.open(io.BytesIO(body), formats=pictures.FORMATS) as image:
             fits = len(body) <= MOST_BYTES and max(image.size) <= MOST_SIDE
-            upright = image.getexif().get(0x0112, 1) == 1  # the student's is, see data.open_image
+            upright = image.getexif().get(0x0112, 1) == 1  # the student's is: open_image
             if fits and upright and image.format in SENT:
                 return body, SENT[image.format]
     try:
-        image = data.open_image(problem.image)
+        image = pictures.open_image(problem.image)
     except (OSError, ValueError) as error:
         raise Failed(str(error)) from None
     if max(image.size) > MOST_SIDE:
@@ -754,8 +758,8 @@ def seen(path):
     if path is None:
         return None, None
     try:
-        body = data.regular_file(path).read_bytes()
-        with Image.open(io.BytesIO(body), formats=data.FORMATS) as image:
+        body = files.regular_file(path).read_bytes()
+        with Image.open(io.BytesIO(body), formats=pictures.FORMATS) as image:
             return hashlib.sha256(body).hexdigest(), image.size
     except Exception as error:  # PIL's can be almost anything
         why = getattr(error, "strerror", None) or "it is no picture"
@@ -1072,7 +1076,7 @@ async def question(run, problem):
             raise  # the disk is full
         failed(run, problem, error if isinstance(error, Failed) else repr(error))
     run.done += 1
-    data.progress("asked", run.done, run.total, run.start, f", ${run.spent:.2f}")
+    files.progress("asked", run.done, run.total, run.start, f", ${run.spent:.2f}")
 
 
 def failed(run, problem, error):
@@ -1139,7 +1143,7 @@ def judge_many(items, spec, cache, image=True, concurrency=8, timeout=120.0, ret
             return
         cache.add({"key": key, "id": item[0].id, "verdict": verdict or {}, "usage": usage})
         run.done, run.in_a_row = run.done + 1, 0
-        data.progress("judged", run.done, len(items), run.start, f", ${run.spent:.2f}")
+        files.progress("judged", run.done, len(items), run.start, f", ${run.spent:.2f}")
 
     asyncio.run(carry_out(run, pool(run, items, one)))
     cache.close()
@@ -1256,7 +1260,7 @@ async def by_batch(run, problems):
 def batches_out(run):
     """OUT.batches.json, and what it lists."""
     file = Path(f"{run.traces.path}.batches.json")
-    return file, data.read_json(file) if file.is_file() else []
+    return file, files.read_json(file) if file.is_file() else []
 
 
 def open_jobs(run, problems):
@@ -1333,7 +1337,7 @@ async def collect(run, entry, jobs):
                 raise
             ended = [], "the provider has it no longer"
         if ended is None:
-            data.progress(f"batch {entry['id']}", run.done, run.total, run.start, " (waiting)")
+            files.progress(f"batch {entry['id']}", run.done, run.total, run.start, " (waiting)")
             await pause(run, delay := min(60, 1.5 * delay))
     run.reserved -= entry["most"]
     ours = {mark for mark in entry["keys"] if mark in jobs}
@@ -1609,7 +1613,7 @@ def checked_args(parser, args):
 
 def prepared(args):
     """The Run of a command line: problems, files, prices. Nothing is connected yet."""
-    if notice := data.training_notice(args.data):
+    if notice := training_notice(args.data):
         print(notice, file=sys.stderr)
     problems, source = data.load(args.data, args.split)[: args.limit], None
     if args.source:
@@ -1622,7 +1626,7 @@ def prepared(args):
             raise ValueError(f"--max-cost: no price of {side.name} is known; give {flag} IN OUT.")
     shots = worked_examples(args) if args.shots else ()
     folder = args.tokenizer or (HERE / "demo/paligemma" if args.max_tokens else None)
-    tokenizer = data.load_tokenizer(folder) if folder else None
+    tokenizer = load_tokenizer(folder) if folder else None
     traces, pending = Ledger(args.out), Path(f"{args.out}.pending")
     judges = judge.provider in PACKAGES and not source
     pending = Ledger(pending) if judges or pending.is_file() else None
@@ -1637,7 +1641,7 @@ def prepared(args):
 
 def replies_in(args, problems):
     """(problems, {id: traces}) of --from."""
-    source, by_id, traces = {}, {p.id: p for p in problems}, data.load_traces(args.source)
+    source, by_id, traces = {}, {p.id: p for p in problems}, load_traces(args.source)
     for trace in (trace for trace in traces if trace["id"] in by_id):
         source.setdefault(trace["id"], []).append(trace)
     if not source:

@@ -54,6 +54,10 @@ import eval as evaluation
 import fusion
 import lora
 from model import of_all_ranks, rank, resolve, stored_tensors, world, write_safetensors
+from support import files, pictures
+from support.features import Features
+from support.tokenizing import load_tokenizer
+from support.traces import load_traces, overlap, training_notice
 
 try:
     import fcntl
@@ -648,7 +652,7 @@ def dealt(window):
 
 
 def trains_on_picture(example):
-    return isinstance(example.get("image_features"), data.Picture)
+    return isinstance(example.get("image_features"), pictures.Picture)
 
 
 def own_dropout(args, done):
@@ -882,7 +886,7 @@ def newest_state(folder, number, stage, lines):
     paths = sorted(folder.glob(f"{number}-*.json"), reverse=True)
     for path in paths:
         try:
-            state, file = data.read_json(path), path.with_suffix(".safetensors")
+            state, file = files.read_json(path), path.with_suffix(".safetensors")
             if state["sha256"] != checksum(file, state["state"]):
                 raise ValueError("the checksum is another")
             if state["state"]["lines"] > lines and not rank():  # the others have no log
@@ -998,7 +1002,7 @@ def begin(args):
     (out / "last").mkdir(parents=True, exist_ok=True)  # from now on it is not complete
     if anew:
         write_config(vars(args), out)
-    elif (then := data.read_json(out / "config.json")["versions"]) != (now := versions()):
+    elif (then := files.read_json(out / "config.json")["versions"]) != (now := versions()):
         print(f"begun with {then}, goes on with {now}: bits may differ", file=sys.stderr)
 
 
@@ -1028,7 +1032,7 @@ def complete(out):
 def other_flags(args):
     """The flags that config.json has otherwise, as sentences; None if it has no flags."""
     try:
-        config = data.read_json(Path(args.out) / "config.json")
+        config = files.read_json(Path(args.out) / "config.json")
     except (FileNotFoundError, ValueError):
         return None
     if "recipe" not in config:
@@ -1090,7 +1094,7 @@ def load_splits(args):
     if args.on_error == "stop":
         return splits, None
     for name in names:
-        skipped[name] += data.unusable(splits[name], lambda path: None)  # too many choices
+        skipped[name] += pictures.unusable(splits[name], lambda path: None)  # too many choices
     return left_of(splits, skipped), skipped
 
 
@@ -1140,7 +1144,7 @@ def told_skipped(args, skipped):
     if unknown := sum(row[2] is None for row in rows):
         counts["split unknown"] = unknown
     if rows and not rank():
-        data.write_skipped(rows, file)
+        files.write_skipped(rows, file)
         told = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
         print(f"  skipped: {told}; {file} says why", flush=True)
     return counts
@@ -1167,7 +1171,7 @@ def run_mmcot(args):
     out, config = Path(args.out), vars(args)
     print(f"{out}: recipe {args.recipe}, vision {args.vision}", flush=True)
     splits, skipped = load_splits(args)
-    tokenizer = data.load_tokenizer(resolve(args.weights[0]))
+    tokenizer = load_tokenizer(resolve(args.weights[0]))
     with in_turn():
         features, splits = with_pictures(args, splits, skipped)
     begin(args)  # only now: a run that cannot start leaves nothing
@@ -1269,7 +1273,7 @@ def run_paligemma(args):
     out, config = Path(args.out), vars(args)
     print(f"{out}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
     splits, skipped = load_splits(args)
-    tokenizer = data.load_tokenizer(resolve(args.weights[0]))
+    tokenizer = load_tokenizer(resolve(args.weights[0]))
     model = evaluation.load_paligemma(config)
     args.vocabulary = model.config.text.vocab_size
     if args.epochs[0]:
@@ -1281,7 +1285,7 @@ def run_paligemma(args):
         features, splits = with_pictures(args, splits, skipped, model)
     left, test = {p.id for p in splits["train"]}, splits[args.test_split]
     rows = [row for row in rows if row[0].id in left]
-    if not isinstance(features, data.Pictures):
+    if not isinstance(features, pictures.Pictures):
         model.vision_tower = None  # all pictures were looked at: 0.8 GiB of the 3B's 5.7 in bf16
     begin(args)  # only now: a run that cannot start leaves nothing
     skipped = told_skipped(args, skipped)
@@ -1308,7 +1312,7 @@ def save_paligemma(args, model, tokenizer):
     out = Path(args.out)
     if args.full:
         model.save_pretrained(out)
-        write_config(data.read_json(out / "config.json") | vars(args), out)  # one file for both
+        write_config(files.read_json(out / "config.json") | vars(args), out)  # one file for both
     else:
         lora.save(model, out, args.weights[0])
     tokenizer.save(str(out / "tokenizer.json"))
@@ -1316,7 +1320,7 @@ def save_paligemma(args, model, tokenizer):
 
 def training_rows(args, problems, skipped=None):
     """(problem, task, trace, True) per training row, as `data.pali_examples` takes them."""
-    if notice := data.training_notice(args.data):
+    if notice := training_notice(args.data):
         print(notice, file=sys.stderr)
     by_id = {p.id: p for p in problems}
     traces = kept_traces(args, by_id, skipped)[: args.limit_traces]
@@ -1343,7 +1347,7 @@ def kept_traces(args, by_id, skipped=None):
             for p in told
         ]
     bad = None if skipped is None else skipped.setdefault("traces", [])
-    traces = data.load_traces(demo_traces() if args.traces == "demo" else args.traces, bad)
+    traces = load_traces(demo_traces() if args.traces == "demo" else args.traces, bad)
     known = [t for t in traces if t["id"] in by_id]
     wanted = {"all": (), "correct": ("correct",), "consistent": ("correct", "consistent")}
     kept = [t for t in known if all(holds(t, by_id[t["id"]], key) for key in wanted[args.keep])]
@@ -1374,7 +1378,7 @@ def demo_traces():
 
 def warn_of_overlap(train, test):
     """Say how many test pictures were trained on. Not refused: ScienceQA shares many by design."""
-    shared = {pair[1] for pair in data.overlap(train, test)}
+    shared = {pair[1] for pair in overlap(train, test)}
     if shared:
         some = ", ".join(sorted(shared)[:5])
         share = f"{len(shared)} of {len(test)}"
@@ -1434,7 +1438,7 @@ def dry_run(args):
     splits, skipped = load_splits(args)
     if skipped and (bad := [entry for found in skipped.values() for entry in found]):
         print(f"  {len(set(bad))} bad records would be skipped, the first is {bad[0][0]}")
-    tokenizer = data.load_tokenizer(resolve(args.weights[0]))
+    tokenizer = load_tokenizer(resolve(args.weights[0]))
     if args.model == "paligemma":
         return dry_paligemma(args, splits, tokenizer)
     features = blank_features(args, splits["train"] + splits["val"])
@@ -1469,9 +1473,9 @@ def blank_features(args, problems, model=None):
         folder = resolve(args.vision_weights)
         count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())
         print(f"  {folder}: {count:,} numbers, frozen; it sees each picture once, before training")
-        shape = [data.read_json(folder / "config.json")[key] for key in ("num_queries", "d_model")]
+        shape = [files.read_json(folder / "config.json")[key] for key in ("num_queries", "d_model")]
     rows = {p.id: 0 for p in problems if p.image is not None}
-    return data.Features(torch.zeros(1, *shape).numpy(), rows)
+    return Features(torch.zeros(1, *shape).numpy(), rows)
 
 
 def dry_step(model, optimizer, plan, args):

@@ -51,6 +51,8 @@ import fusion  # noqa: E402
 import lora  # noqa: E402
 import model as nano  # noqa: E402
 import train  # noqa: E402
+from support.features import Features  # noqa: E402
+from support.tokenizing import load_tokenizer  # noqa: E402
 
 GIB = 2**30
 SHORTEST = 0.3  # seconds of a turn
@@ -398,11 +400,11 @@ class Questions:
 
     def __init__(self, split, demo=False):
         self.problems = data.load("demo" if demo else REAL / "scienceqa", split)
-        self.tokenizer = data.load_tokenizer(DEMO_T5 if demo else REAL / "tokenizers/t5")
+        self.tokenizer = load_tokenizer(DEMO_T5 if demo else REAL / "tokenizers/t5")
         pictured = [p.id for p in self.problems if p.image is not None]
         random = np.random.default_rng(0).standard_normal((64, *FEATURES), np.float32)
         rows = {id: i % 64 for i, id in enumerate(pictured)}  # 64 pictures are enough to copy from
-        self.features = data.Features(random.astype(np.float16), rows)
+        self.features = Features(random.astype(np.float16), rows)
 
     def examples(self, fmt, generated=None, limit=None):
         how = {"vision": "detr", "faithful_text": False, "max_input": 512, "max_output": [512, 64]}
@@ -969,7 +971,7 @@ folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 flags = ["--model", "paligemma", "--data", "none", "--lr", "0.001", "--device", "cpu"]
 flags = train.parse_args(flags)
-pg, tokenizer = model.PaliGemma.from_pretrained(folder), data.load_tokenizer(folder)
+pg, tokenizer = model.PaliGemma.from_pretrained(folder), load_tokenizer(folder)
 lora.inject(pg, r=8, alpha=16)
 example = data.sequence(tokenizer, "answer What is it?", "A cat.", pg.config.image_tokens)
 side = pg.config.vision.image_size

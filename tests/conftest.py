@@ -21,9 +21,9 @@ torch.set_num_threads(1)  # tiny models; a second thread only waits for a busy c
 @functools.cache
 def gemma():
     """The real PaliGemma's tokenizer: a second to read, so once for all modules."""
-    import data
+    from support.tokenizing import load_tokenizer
 
-    return data.load_tokenizer(Path(os.environ["NANOCOT_DATA"]) / "tokenizers/paligemma")
+    return load_tokenizer(Path(os.environ["NANOCOT_DATA"]) / "tokenizers/paligemma")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,9 @@ def read_once():
     are read once for all tests of a module. Files that a test writes are read each time."""
     import data
     import eval as evaluation
+    import train
 
+    @functools.cache
     def once(read):
         kept = functools.cache(read)
 
@@ -44,6 +46,8 @@ def read_once():
         return reading
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((data, "load"), (data, "load_traces"), (evaluation, "scene_facts")):
+        places = [(data, "load"), (evaluation, "scene_facts")]
+        places += [(module, "load_traces") for module in (train, evaluation)]
+        for module, name in places:
             patch.setattr(module, name, once(getattr(module, name)))
         yield

@@ -24,7 +24,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("model", "fusion", "lora", "data", "eval", "train")
+FILES = ("model", "fusion", "lora", "data", "support/pictures", "support/features", "eval", "train")
 SHAPES = re.compile(r"#\s*(\([^()]*\)(?:\s*(?:,|->)\s*\([^()]*\))*)")
 CHANGING = ("live", "length")  # sizes that may be other ones later in the same call
 DIMENSION = re.compile(r"(?:\d+|[A-Za-z]+)(?:\s*[*/+-]\s*(?:\d+|[A-Za-z]+))*")
@@ -326,15 +326,17 @@ class Finder:
         self.told, self.unplaced = {}, {}
 
     def find_spec(self, name, path=None, target=None):
-        return ModuleSpec(name, self, origin=str(ROOT / f"{name}.py")) if name in FILES else None
+        file = name.replace(".", "/")
+        return ModuleSpec(name, self, origin=str(ROOT / f"{file}.py")) if file in FILES else None
 
     def create_module(self, spec):
         return None
 
     def exec_module(self, module):
-        code, told, unplaced = instrumented(module.__name__)
-        self.told[module.__name__], self.unplaced[module.__name__] = told, unplaced
-        module.__file__ = str(ROOT / f"{module.__name__}.py")
+        name = module.__name__.replace(".", "/")
+        code, told, unplaced = instrumented(name)
+        self.told[name], self.unplaced[name] = told, unplaced
+        module.__file__ = str(ROOT / f"{name}.py")
         module.__dict__["__Frame__"] = Frame
         exec(code, module.__dict__)
 
@@ -396,6 +398,8 @@ FIXED = {  # letter: the sizes it may have in a file; no two letters of a file s
     "fusion": {"V": {V}, "D": {37}, "P": {23}, "F": {44}},
     "lora": {"r": {9}},
     "data": {"P": {23, 49}, "F": {44, 41}, "I": {49}, "D": {41}, "S": {70}},
+    "support/pictures": {"S": {70}},
+    "support/features": {"P": {23, 49}, "F": {44, 41}},
     "eval": {"P": {23, 49}, "F": {44, 41}, "I": {49, 0}, "S": {70}, "K": {3}, "G": {2}, "L": {29}},
     "train": {"V": {V}, "D": {37, 41}},
 }
@@ -477,10 +481,10 @@ def files(folder):
     import numpy as np
     from PIL import Image
 
-    import data
+    from support import pictures
 
     Image.fromarray(np.arange(35 * 41, dtype=np.uint16).reshape(35, 41)).save(folder / "deep.png")
-    data.open_image(folder / "deep.png")
+    pictures.open_image(folder / "deep.png")
 
 
 def runs(folder):

@@ -37,6 +37,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+from support import downloads, files, pictures  # noqa: E402
+from support.features import Features, _image_sha, cached_features, published_features  # noqa: E402
+from support.files import json_lines, read_json, write_skipped  # noqa: E402
+from support.tokenizing import encode, load_tokenizer  # noqa: E402
+from support.traces import load_traces  # noqa: E402
 
 REAL = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data"))
 SCIENCEQA = REAL / "scienceqa"
@@ -217,7 +222,7 @@ def test_newlines_become_a_separator(tmp_path):
 @pytest.mark.slow
 @needs_data
 def test_separator_is_known_to_t5_and_nowhere_in_scienceqa():
-    tokenizer = data.load_tokenizer(REAL / "tokenizers/t5")
+    tokenizer = load_tokenizer(REAL / "tokenizers/t5")
     problems = [problem for problem in real("train") if "\n" in problem.lecture.strip()]
     assert len(problems) > 100
     assert not any("//" in p.lecture + p.solution for p in problems)
@@ -275,7 +280,7 @@ def test_real_images_open():
     paths = [p.image for split in ("train", "val", "test") for p in real(split) if p.image]
     assert len(paths) == 1060
     for path in paths:
-        image = data.open_image(path)
+        image = pictures.open_image(path)
         assert image.mode == "RGB" and min(image.size) >= 30
 
 
@@ -356,7 +361,7 @@ def test_demo_is_drawn_once(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCOT_CACHE", str(tmp_path))
     first, again = data.load("demo", "train"), data.load("demo", "train")
     assert first == again and len(first) == 4 and len(calls) == 1
-    assert all(p.image is None or data.open_image(p.image) for p in first)
+    assert all(p.image is None or pictures.open_image(p.image) for p in first)
     [folder] = tmp_path.glob("demo-*")
     script = (ROOT / "demo/scenes.py").read_bytes()
     assert folder.name == f"demo-{hashlib.sha256(script).hexdigest()[:10]}"
@@ -375,7 +380,7 @@ def test_own_jsonl(tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     [a] = data.load(file, "train")
     assert (a.id, a.answer, a.choices, a.meta["answer_index"]) == ("1", "y", ("x", "y"), 1)
-    assert a.meta["has_image"] and data.open_image(a.image).size == (40, 30)
+    assert a.meta["has_image"] and pictures.open_image(a.image).size == (40, 30)
     [b] = data.load(str(file), "test")
     assert (b.answer, b.meta["answer_index"], b.image, b.hint) == ("x", 0, None, "")
     assert [p.id for p in data.load(file, "trainval")] == ["1", "c"]
@@ -471,7 +476,7 @@ def test_evil_records_stop_or_are_skipped(tmp_path, changes, sentence):
     assert [p.id for p in data.load(file, "train", skipped)] == ["0", "1"]
     name = "bad" if "id" not in changes else str(changes["id"])
     assert [id for id, _ in skipped] == [name, "line 3"] and sentence in skipped[0][1]
-    data.write_skipped(skipped, tmp_path / "skipped.jsonl")
+    write_skipped(skipped, tmp_path / "skipped.jsonl")
     told = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [(x["id"], x["reason"]) for x in told] == skipped
 
@@ -493,15 +498,15 @@ def test_bad_splits(tmp_path, pids):
 
 
 def test_a_line_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MOST_LINE", 1000)
+    monkeypatch.setattr(files, "MOST_LINE", 1000)
     file = tmp_path / "own.jsonl"
     file.write_text(OWN + '{"id": "' + "a" * 2000)
     with pytest.raises(ValueError, match="line 2 has 1000 bytes or more"):
         data.load(file, "train")
-    monkeypatch.setattr(data, "MOST_BYTES", 1000)
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
     file.rename(tmp_path / "large.json")
     with pytest.raises(ValueError, match="large.json has 2052 bytes"):
-        data.read_json(tmp_path / "large.json")
+        read_json(tmp_path / "large.json")
 
 
 def test_half_an_emoji_goes_through_tokenizers_and_files(tmp_path, spiece):
@@ -511,7 +516,7 @@ def test_half_an_emoji_goes_through_tokenizers_and_files(tmp_path, spiece):
     [problem] = data.load(file, "train")
     assert (problem.id, problem.answer) == ("\ufffd", "\ufffd")
     assert problem.question == "a \ufffd \U0001f600 \\ud83d"  # a whole one, and a backslash, stay
-    data.encode(data.load_tokenizer(spiece), [problem.question], 50)
+    encode(load_tokenizer(spiece), [problem.question], 50)
     (tmp_path / problem.id).write_text(problem.question, encoding="utf-8")
 
 
@@ -531,25 +536,25 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     names.write_text("{}")
     for i, place in enumerate(places(tmp_path)):
         problem = data.Problem("7", "q", (), "a", "", str(place), "", "", {})
-        assert [id for id, _ in data.unusable([problem])] == ["7"]
+        assert [id for id, _ in pictures.unusable([problem])] == ["7"]
         readers = [
-            (data.read_json, place),
-            (data.open_image, place),
-            (data._image_sha, problem),
-            (data.unpack, place, tmp_path, "x"),
-            (lambda file: list(data.json_lines(file)), place),
+            (read_json, place),
+            (pictures.open_image, place),
+            (_image_sha, problem),
+            (downloads.unpack, place, tmp_path, "x"),
+            (lambda file: list(json_lines(file)), place),
         ]
         if "\0" not in str(place) and len(place.name) < 99 and place.is_symlink() | place.exists():
             for name in ("a.csv", "a.json", "a.jsonl"):
                 moved = tmp_path / f"{i}{name}"
                 moved.symlink_to(place)
-                readers.append((data.load_traces, moved))
+                readers.append((load_traces, moved))
             for name in ("vit.pth", "detr.npy", "tokenizer.json"):
                 (tmp_path / str(i)).mkdir(exist_ok=True)
                 (tmp_path / str(i) / name).symlink_to(place)
-            readers.append((data.load_tokenizer, tmp_path / str(i)))
+            readers.append((load_tokenizer, tmp_path / str(i)))
             for name in ("vit.pth", "detr.npy"):
-                readers.append((data.published_features, tmp_path / str(i) / name, names))
+                readers.append((published_features, tmp_path / str(i) / name, names))
         for read, *args in readers:
             with pytest.raises((ValueError, FileNotFoundError)) as caught:
                 read(*args)
@@ -564,8 +569,8 @@ def test_unusable_problems(tmp_path):
     paths = {"a": whole, "b": torn, "c": tmp_path / "c.png", "d": None}
     problems = [replace(asked, id=i, choices=(), image=p and str(p)) for i, p in paths.items()]
     problems.append(asked)
-    assert [id for id, _ in data.unusable(problems)] == ["c", "e"]
-    told = dict(data.unusable(problems, data.open_image))
+    assert [id for id, _ in pictures.unusable(problems)] == ["c", "e"]
+    told = dict(pictures.unusable(problems, pictures.open_image))
     assert list(told) == ["b", "c", "e"] and "b.png cannot be read" in told["b"]
     assert "c.png does not exist" in told["c"] and "11 choices" in told["e"]
 
@@ -611,7 +616,7 @@ def spiece(tmp_path_factory):
 
 def test_tokenizer_from_spiece_equals_sentencepiece(spiece):
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(spiece / "spiece.model"))
-    ours = data.load_tokenizer(spiece)
+    ours = load_tokenizer(spiece)
     for text in STRINGS + SENTENCES:
         assert ours.encode(text).ids == [*theirs.encode(text), 1], text
     assert ours.decode(ours.encode(SENTENCES[0]).ids) == SENTENCES[0]
@@ -634,45 +639,43 @@ def field(number, value):
 
 def test_bad_tokenizers(spiece, tmp_path):
     with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor spiece.model"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     whole = (spiece / "spiece.model").read_bytes()
     names = [(b"<pad>", 3), (b"</s>", 3), (b"<unk>", 2), ("▁a".encode(), 1)]
     pieces = b"".join(field(1, field(1, n) + field(2, 0.0) + field(3, t)) for n, t in names)
     (tmp_path / "spiece.model").write_bytes(pieces + field(3, field(1, b"identity")))
-    assert data.load_tokenizer(tmp_path).encode("a").ids == [3, 1]
+    assert load_tokenizer(tmp_path).encode("a").ids == [3, 1]
     for broken in (pieces, whole[: len(whole) // 2], whole[:-3], b"", b"<html>not found</html>"):
         (tmp_path / "spiece.model").write_bytes(broken)
         with pytest.raises(ValueError, match="spiece.model is not a tokenizer"):
-            data.load_tokenizer(tmp_path)
-    theirs = data.load_tokenizer(spiece)
+            load_tokenizer(tmp_path)
+    theirs = load_tokenizer(spiece)
     theirs.enable_truncation(5)
     theirs.enable_padding(length=40)
     theirs.save(str(tmp_path / "tokenizer.json"))  # as released checkpoints may have it
-    assert len(data.load_tokenizer(tmp_path).encode("the longer rope has more mass").ids) in range(
-        6, 40
-    )
+    assert len(load_tokenizer(tmp_path).encode("the longer rope has more mass").ids) in range(6, 40)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_tokenizers_that_never_end_or_cannot_encode(tmp_path, spiece):
     file = tmp_path / "spiece.model"
     file.write_bytes(b"\xff" * 300_000)
     with pytest.raises(ValueError, match="more than 64 bits"):
-        data.load_tokenizer(tmp_path)
-    data.load_tokenizer(spiece).save(str(tmp_path / "tokenizer.json"))
+        load_tokenizer(tmp_path)
+    load_tokenizer(spiece).save(str(tmp_path / "tokenizer.json"))
     told = json.loads((tmp_path / "tokenizer.json").read_text())
     normalizer = {"type": "Precompiled", "precompiled_charsmap": b64encode(b"\xff" * 40).decode()}
     changed = {"model": told["model"] | {"unk_id": None}, "normalizer": normalizer}
     for key, sentence in (("model", "unk_id"), ("normalizer", "table of characters is shorter")):
         (tmp_path / "tokenizer.json").write_text(json.dumps(told | {key: changed[key]}))
         with pytest.raises(ValueError, match=f"tokenizer.json is not .*{sentence}"):
-            data.load_tokenizer(tmp_path)
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     file.write_bytes(field(1, field(1, b"a")) + field(3, field(2, b"\xff" * 40)))
     with pytest.raises(ValueError, match="spiece.model is not a tokenizer"):
-        data.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 SPECIAL = "</s> <pad> <extra_id_0> <extra_id_99> <<pad> </<pad>s> </s></s> ＜/s>".split()
@@ -680,12 +683,12 @@ SPECIAL = "</s> <pad> <extra_id_0> <extra_id_99> <<pad> </<pad>s> </s></s> ＜/s
 
 @pytest.mark.parametrize("text", SPECIAL)
 def test_special_tokens_in_a_text_are_text(spiece, text):
-    ours = data.load_tokenizer(spiece)
-    [ids] = data.encode(ours, [f"the rope {text} the belt"], 99)
+    ours = load_tokenizer(spiece)
+    [ids] = encode(ours, [f"the rope {text} the belt"], 99)
     special = {ours.token_to_id(name) for name in SPECIAL[:4]}
     assert not special & set(ids[:-1]) and ids[-1] == 1  # its own </s>, at the end
     plain = re.sub("[<＜]", "\N{SNOWMAN}", text)  # another character that is in no piece
-    assert ids == data.encode(ours, [f"the rope {plain} the belt"], 99)[0]
+    assert ids == encode(ours, [f"the rope {plain} the belt"], 99)[0]
 
 
 @pytest.mark.slow
@@ -701,7 +704,7 @@ def test_tokenizer_from_spiece_equals_real_t5(tmp_path):
     model += field(2, field(3, 1)) + field(3, field(1, b"nmt_nfkc") + field(2, charsmap))
     (tmp_path / "spiece.model").write_bytes(model)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
-    ours, real_t5 = data.load_tokenizer(tmp_path), data.load_tokenizer(REAL / "tokenizers/t5")
+    ours, real_t5 = load_tokenizer(tmp_path), load_tokenizer(REAL / "tokenizers/t5")
     assert ours.get_vocab() == real_t5.get_vocab()
     texts = STRINGS + [text for p in real("val") for text in (p.question, p.hint, p.lecture)]
     for text in texts:
@@ -710,17 +713,17 @@ def test_tokenizer_from_spiece_equals_real_t5(tmp_path):
 
 
 def test_encode_keeps_the_cue(spiece, capsys):
-    tokenizer = data.load_tokenizer(spiece)
+    tokenizer = load_tokenizer(spiece)
     short, long = "Answer:", "a very long rationale " * 40 + "Answer:"
     whole = tokenizer.encode(long).ids
-    rows = data.encode(tokenizer, [short, long], 50)
+    rows = encode(tokenizer, [short, long], 50)
     assert [len(row) for row in rows] == [len(tokenizer.encode(short).ids), 50]
     assert rows[1][:34] == whole[:34] and rows[1][34:] == whole[-16:]
     assert tokenizer.decode(rows[1]).endswith("Answer:") and rows[1][-1] == 1
     assert "1 of 2 texts were cut to 50 tokens" in capsys.readouterr().err
-    published = data.encode(tokenizer, [long], 50, tail=1)[0]
+    published = encode(tokenizer, [long], 50, tail=1)[0]
     assert published == whole[:49] + [1]  # right truncation, </s> kept: the cue is gone
-    assert data.encode(tokenizer, [long], 8)[0] == whole[-8:]
+    assert encode(tokenizer, [long], 8)[0] == whole[-8:]
 
 
 def test_collate():
@@ -748,9 +751,9 @@ def test_collate():
 def test_examples(spiece, tmp_path):
     records = {"1": record(image="image.png"), "2": record(lecture="Long. " * 99)}
     folder = scienceqa(tmp_path, records, captions={"1": "a rope and a belt"})
-    problems, tokenizer = data.load(folder, "test"), data.load_tokenizer(spiece)
+    problems, tokenizer = data.load(folder, "test"), load_tokenizer(spiece)
     stored = np.random.default_rng(0).normal(size=(1, 2, 3)).astype(np.float16)
-    features = data.Features(stored, {"1": 0})
+    features = Features(stored, {"1": 0})
     config = {"vision": "caption", "faithful_text": False, "max_input": 60, "max_output": [60, 8]}
     whole = tokenizer.encode(data.prompt(problems[0], "QCM-LE", caption=True)[0]).ids
     first, second = data.examples(problems, "QCM-LE", tokenizer, features, None, config)
@@ -796,23 +799,23 @@ def test_batches():
 
 def test_open_image(tmp_path, monkeypatch):
     translucent = picture(tmp_path / "a.png", colour=(10, 20, 30, 0), mode="RGBA")
-    assert data.open_image(translucent).getpixel((0, 0)) == (10, 20, 30)  # dropped, not blended
+    assert pictures.open_image(translucent).getpixel((0, 0)) == (10, 20, 30)  # dropped, not blended
     with pytest.raises(FileNotFoundError, match="missing.png does not exist"):
-        data.open_image(tmp_path / "missing.png")
+        pictures.open_image(tmp_path / "missing.png")
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "b.png")
     whole = (tmp_path / "b.png").read_bytes()
     for broken in (whole[: len(whole) // 2], whole[:20], b"", b"<html>", b"GIF89a"):
         (tmp_path / "b.png").write_bytes(broken)
         with pytest.raises(ValueError, match="b.png cannot be read"):
-            data.open_image(tmp_path / "b.png")
+            pictures.open_image(tmp_path / "b.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for size in ((40, 30), (400, 300)):  # PIL itself refuses only twice the limit
         with (
             pytest.warns() if size[0] == 40 else pytest.MonkeyPatch.context(),
             pytest.raises(ValueError, match="bomb.png cannot be read .*pixels"),
         ):
-            data.open_image(picture(tmp_path / "bomb.png", size))
+            pictures.open_image(picture(tmp_path / "bomb.png", size))
 
 
 @pytest.mark.parametrize("ending", ("jpg", "png", "webp", "tiff"))
@@ -830,7 +833,7 @@ def test_pictures_are_upright(tmp_path, ending, orientation):
     exif[0x0112] = orientation
     path = tmp_path / f"a.{ending}"
     held.save(path, exif=exif, **({"quality": 100} if ending in ("jpg", "webp") else {}))
-    seen = data.open_image(path)
+    seen = pictures.open_image(path)
     assert seen.size == (48, 32)
     red, black = seen.getpixel((4, 4)), seen.getpixel((40, 28))
     assert red[0] > 200 and max(red[1:]) < 60 and max(black) < 40
@@ -840,13 +843,13 @@ def test_a_torn_exif_block_turns_nothing(tmp_path):
     image = Image.new("RGB", (30, 20), (9, 9, 9))
     for block in (b"", b"MM\0*\xff\xff\xff\xff", bytes(40), b"\xff" * 50):
         image.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + block)
-        assert data.open_image(tmp_path / "a.jpg").size == (30, 20)
+        assert pictures.open_image(tmp_path / "a.jpg").size == (30, 20)
 
 
 def test_odd_pictures(tmp_path):
     red = Image.new("RGB", (16, 12), (255, 0, 0))
     red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    seen = data.open_image(tmp_path / "cmyk.jpg").getpixel((3, 3))
+    seen = pictures.open_image(tmp_path / "cmyk.jpg").getpixel((3, 3))
     assert max(abs(a - b) for a, b in zip(seen, (255, 0, 0), strict=True)) < 6
     red.convert("P").save(tmp_path / "palette.png", transparency=bytes(256))
     red.quantize(4).save(tmp_path / "still.png")
@@ -854,21 +857,21 @@ def test_odd_pictures(tmp_path):
     for name in ("palette.png", "still.png", "moving.gif"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("warnings.warn", None)  # nothing to warn of
-            assert data.open_image(tmp_path / name).getpixel((3, 3)) == (255, 0, 0), name
+            assert pictures.open_image(tmp_path / name).getpixel((3, 3)) == (255, 0, 0), name
     ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "deeper.tiff")
     for name in ("deep.png", "deeper.tiff"):
-        grey = np.asarray(data.open_image(tmp_path / name))[..., 0]
+        grey = np.asarray(pictures.open_image(tmp_path / name))[..., 0]
         np.testing.assert_array_equal(grey, np.arange(256).reshape(16, 16))
     Image.fromarray(np.eye(9, dtype=bool)).save(tmp_path / "bits.png")
-    assert data.open_image(tmp_path / "bits.png").getpixel((2, 2)) == (255, 255, 255)
+    assert pictures.open_image(tmp_path / "bits.png").getpixel((2, 2)) == (255, 255, 255)
     Image.fromarray(np.eye(9, dtype=np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match="float.tiff .*floating-point"):
-        data.open_image(tmp_path / "float.tiff")
+        pictures.open_image(tmp_path / "float.tiff")
     for size in ((1, 1), (10_000, 10)):
         path = picture(tmp_path / "size.png", size)
-        assert data.siglip_pixels(data.open_image(path), 14).shape == (3, 14, 14)
+        assert pictures.siglip_pixels(pictures.open_image(path), 14).shape == (3, 14, 14)
 
 
 def chunk(kind, content):
@@ -882,15 +885,15 @@ def test_hostile_pictures(tmp_path):
     for kind, head in ((b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0"), (b"iCCP", b"a\0\0")):
         path.write_bytes(whole[:33] + chunk(kind, head + bomb) + whole[33:])
         with contextlib.suppress(ValueError):  # read without it or refused
-            assert data.open_image(path).size == (40, 30)
+            assert pictures.open_image(path).size == (40, 30)
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     path.write_bytes(whole[:8] + chunk(b"IHDR", header) + whole[33:])
     with pytest.raises(ValueError, match="a.png cannot be read .*pixels"):
-        data.open_image(path)
+        pictures.open_image(path)
     Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(path)
     with pytest.raises(ValueError, match="cannot identify"):  # not handed to Ghostscript
-        data.open_image(path)
+        pictures.open_image(path)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (64, 64), (53, 760), (760, 333)])
@@ -906,15 +909,15 @@ def test_detr_pixels(size):
     expected = np.asarray(resized, np.float32).transpose(2, 0, 1) / 255
     expected = expected - np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
     expected = expected / np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
-    pixels = data.detr_pixels(image)
+    pixels = pictures.detr_pixels(image)
     assert pixels.dtype == torch.float32 and pixels.is_contiguous()
     np.testing.assert_array_equal(pixels.numpy(), expected)
 
 
 def test_detr_pixels_of_a_sliver():
     with pytest.raises(ValueError, match="2 x 101 pixels: too narrow"):
-        data.detr_pixels(Image.new("RGB", (2, 101)))
-    assert data.detr_pixels(Image.new("RGB", (2, 100)), 4).shape == (3, 200, 4)
+        pictures.detr_pixels(Image.new("RGB", (2, 101)))
+    assert pictures.detr_pixels(Image.new("RGB", (2, 100)), 4).shape == (3, 200, 4)
 
 
 class Extract:
@@ -942,7 +945,7 @@ def pictured(folder, count, start=0):
 
 def test_pictures_of_one_size_go_through_the_model_together(tmp_path):
     extract = Extract()
-    data.cached_features(pictured(tmp_path / "set", 40), extract, "w", 32, tmp_path / "cache")
+    cached_features(pictured(tmp_path / "set", 40), extract, "w", 32, tmp_path / "cache")
     assert len(set(extract.sizes[1:])) == 7  # sizes that take turns in the file
     assert len(list(itertools.groupby(extract.sizes[1:]))) == 7
 
@@ -950,14 +953,14 @@ def test_pictures_of_one_size_go_through_the_model_together(tmp_path):
 def test_features_are_computed_once(tmp_path):
     problems, cache_ = pictured(tmp_path / "set", 5), tmp_path / "cache"
     extract = Extract()
-    features = data.cached_features(problems, extract, "weights-1", 32, cache_)
+    features = cached_features(problems, extract, "weights-1", 32, cache_)
     assert len(extract.sizes) == 1 + 5  # one to learn the shape, then each distinct picture
     assert set(extract.sizes[1:]) == {(3, 32, 32 * (40 + i) // 30) for i in range(5)}
     for problem in problems:
         assert (problem.id in features) == (problem.id != "none")
         assert features[problem.id].dtype == np.float32 and features[problem.id].shape == (2, 3)
         if problem.image:
-            pixels = data.detr_pixels(data.open_image(problem.image), 32)
+            pixels = pictures.detr_pixels(pictures.open_image(problem.image), 32)
             expected = extract([pixels])[0].half().float().numpy()
             np.testing.assert_array_equal(features[problem.id], expected)
     assert not features["none"].any() and not features["never heard of"].any()
@@ -968,16 +971,16 @@ def test_features_are_computed_once(tmp_path):
     assert (manifest["fingerprint"], manifest["size"]) == ("weights-1", 32)
     sha = hashlib.sha256((tmp_path / "set/images/test/0/image.png").read_bytes()).hexdigest()
     assert manifest["shape"] == [2, 3] and sha in manifest["rows"]
-    again = data.cached_features(problems, Extract(fail_after=0), "weights-1", 32, cache_)
+    again = cached_features(problems, Extract(fail_after=0), "weights-1", 32, cache_)
     np.testing.assert_array_equal(again["3"], features["3"])
 
 
 def test_feature_cache_of_another_checkpoint_or_size(tmp_path):
     problems = pictured(tmp_path / "set", 2)
-    data.cached_features(problems, Extract(), "weights-1", 32, tmp_path / "cache")
+    cached_features(problems, Extract(), "weights-1", 32, tmp_path / "cache")
     for other in (("weights-2", 32), ("weights-1", 48)):
         with pytest.raises(ValueError, match="checkpoint weights-1 at size 32") as caught:
-            data.cached_features(problems, Extract(), *other, tmp_path / "cache")
+            cached_features(problems, Extract(), *other, tmp_path / "cache")
         for word in (other[0], f"size {other[1]}", str(tmp_path / "cache"), "--features-cache"):
             assert word in str(caught.value)
 
@@ -985,16 +988,16 @@ def test_feature_cache_of_another_checkpoint_or_size(tmp_path):
 def test_feature_cache_resumes_and_grows(tmp_path):
     problems, cache_ = pictured(tmp_path / "set", 80), tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
-        data.cached_features(problems, Extract(fail_after=40), "w", 32, cache_)
+        cached_features(problems, Extract(fail_after=40), "w", 32, cache_)
     assert len(json.loads((cache_ / "manifest.json").read_text())["rows"]) == 64  # two chunks
     extract = Extract()
-    first = data.cached_features(problems, extract, "w", 32, cache_)
+    first = cached_features(problems, extract, "w", 32, cache_)
     assert len(extract.sizes) == 16
     more = problems + pictured(tmp_path / "more", 3, start=100)[:3]
     extract = Extract()
-    grown = data.cached_features(more, extract, "w", 32, cache_)
+    grown = cached_features(more, extract, "w", 32, cache_)
     assert len(extract.sizes) == 3
-    fresh = data.cached_features(more, Extract(), "w", 32, tmp_path / "fresh")
+    fresh = cached_features(more, Extract(), "w", 32, tmp_path / "fresh")
     for problem in more:
         np.testing.assert_array_equal(grown[problem.id], fresh[problem.id])
     np.testing.assert_array_equal(first["79"], fresh["79"])
@@ -1009,7 +1012,7 @@ def test_feature_cache_with_two_writers(tmp_path):
         return extract(pixels)
 
     def work():
-        made.append(data.cached_features(problems, slow, "w", 32, tmp_path / "cache"))
+        made.append(cached_features(problems, slow, "w", 32, tmp_path / "cache"))
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     [thread.start() for thread in threads]
@@ -1024,21 +1027,21 @@ def test_feature_cache_bad_input(tmp_path):
     broken = tmp_path / "set/images/test/1/image.png"
     broken.write_bytes(broken.read_bytes()[:30])
     with pytest.raises(ValueError, match=f"Problem 1: The image {broken} cannot be read"):
-        data.cached_features(problems, Extract(), "w", 32, cache_)
+        cached_features(problems, Extract(), "w", 32, cache_)
     broken.unlink()
     with pytest.raises(FileNotFoundError, match="Problem 1: .*does not exist"):
-        data.cached_features(problems, Extract(), "w", 32, cache_)
+        cached_features(problems, Extract(), "w", 32, cache_)
     rest = [problem for problem in problems if problem.id != "1"]
 
     def infinite(pixels):
         return [torch.full((2, 3), float("inf")) for _ in pixels]
 
     with pytest.raises(ValueError, match=r"Problem \w+: the features of its image are not finite"):
-        data.cached_features(rest, infinite, "w", 32, cache_)
-    data.cached_features(rest, Extract(), "w", 32, cache_)
+        cached_features(rest, infinite, "w", 32, cache_)
+    cached_features(rest, Extract(), "w", 32, cache_)
     (cache_ / "features.npy").write_bytes((cache_ / "features.npy").read_bytes()[:100])
     with pytest.raises(ValueError, match=f"Delete {cache_}"):
-        data.cached_features(rest, Extract(), "w", 32, cache_)
+        cached_features(rest, Extract(), "w", 32, cache_)
 
 
 MANIFESTS = [
@@ -1060,12 +1063,12 @@ MANIFESTS = [
 @pytest.mark.parametrize("changes", MANIFESTS)
 def test_bad_manifest(tmp_path, changes):
     problems, cache_ = pictured(tmp_path / "set", 2), tmp_path / "cache"
-    data.cached_features(problems, Extract(), "w", 32, cache_)
+    cached_features(problems, Extract(), "w", 32, cache_)
     changed = json.loads((cache_ / "manifest.json").read_text()) | changes
     changed = {key: value for key, value in changed.items() if value is not Ellipsis}
     (cache_ / "manifest.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=f"manifest.*Delete {cache_}"):
-        data.cached_features(problems, Extract(), "w", 32, cache_)
+        cached_features(problems, Extract(), "w", 32, cache_)
 
 
 def npz(path):
@@ -1085,16 +1088,16 @@ BAD_ARRAYS = {
 @pytest.mark.parametrize("spoil", BAD_ARRAYS.values(), ids=BAD_ARRAYS)
 def test_bad_arrays(tmp_path, spoil):
     problems, cache_ = pictured(tmp_path / "set", 2), tmp_path / "cache"
-    data.cached_features(problems, Extract(), "w", 32, cache_)
+    cached_features(problems, Extract(), "w", 32, cache_)
     spoil(cache_ / "features.npy")
     with pytest.raises(ValueError, match=f"features.npy .*Delete {cache_}"):
-        data.cached_features(problems, Extract(), "w", 32, cache_)
+        cached_features(problems, Extract(), "w", 32, cache_)
     names = tmp_path / "names.json"
     names.write_text("{}")
     np.save(tmp_path / "resnet.npy", np.zeros((1, 2048), np.float16))
     spoil(tmp_path / "resnet.npy")
     with pytest.raises(ValueError, match="resnet.npy (is not a feature file|has .* rows of)"):
-        data.published_features(tmp_path / "resnet.npy", names)
+        published_features(tmp_path / "resnet.npy", names)
 
 
 @pytest.mark.parametrize("names", ([1], {"1": "9" * 5000}, {"1": "²"}, {"1": [0]}, {"1": -1}))
@@ -1102,7 +1105,7 @@ def test_bad_name_map(tmp_path, names):
     np.save(tmp_path / "resnet.npy", np.zeros((1, 2048), np.float16))
     (tmp_path / "names.json").write_text(json.dumps(names))
     with pytest.raises(ValueError, match="names.json: "):
-        data.published_features(tmp_path / "resnet.npy", tmp_path / "names.json")
+        published_features(tmp_path / "resnet.npy", tmp_path / "names.json")
 
 
 @pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
@@ -1116,12 +1119,12 @@ def test_features_that_are_not_finite_are_named(tmp_path, bad):
     problems = pictured(tmp_path / "set", 1)
     with pytest.raises(ValueError, match="Problem 0: .*not finite"):  # 70000 is more than fp16 has
         huge = [torch.full((2, 3), 70_000.0)]
-        data.cached_features(problems[:1], lambda pixels: huge, "w", 32, tmp_path / "cache")
+        cached_features(problems[:1], lambda pixels: huge, "w", 32, tmp_path / "cache")
 
 
 def test_features_without_any_picture(tmp_path):
     problems = data.load(scienceqa(tmp_path / "set"), "test")
-    features = data.cached_features(problems, Extract(), "w", 32, tmp_path / "cache")
+    features = cached_features(problems, Extract(), "w", 32, tmp_path / "cache")
     assert features["1"].shape == (2, 3) and not features["1"].any()
 
 
@@ -1132,7 +1135,7 @@ def test_published_features(tmp_path):
     for kind, shape in (("detr", (100, 256)), ("clip", (49, 2048)), ("resnet", (2048,))):
         stored = rng.normal(size=(3, *shape)).astype(np.float16)
         np.save(tmp_path / f"{kind}.npy", stored)
-        features = data.published_features(tmp_path / f"{kind}.npy", names)
+        features = published_features(tmp_path / f"{kind}.npy", names)
         expected = np.repeat(stored[:, None], 512, 1) if kind == "resnet" else stored
         assert features.shape == expected.shape[1:] and features["12"].dtype == np.float32
         np.testing.assert_array_equal(features["12"], expected[2].astype(np.float32))
@@ -1140,7 +1143,7 @@ def test_published_features(tmp_path):
         assert features["13"].shape == expected.shape[1:]
     stored = torch.randn(3, 145, 1024)
     torch.save(stored, tmp_path / "vit.pth")
-    features = data.published_features(tmp_path / "vit.pth", names)
+    features = published_features(tmp_path / "vit.pth", names)
     np.testing.assert_array_equal(features["11"], stored[0].numpy())
 
 
@@ -1159,17 +1162,17 @@ def test_published_features_bad_input(tmp_path):
     names.write_text(json.dumps({"11": 0, "12": 3}))
     np.save(file, np.zeros((3, 100, 256), np.float16))
     with pytest.raises(ValueError, match="12 has row 3, but .*detr.npy has 3 rows"):
-        data.published_features(file, names)
+        published_features(file, names)
     np.save(file, np.zeros((3, 577, 768), np.float16))
     with pytest.raises(ValueError, match=r"rows of \(577, 768\), not \(100, 256\)"):
-        data.published_features(file, names)
+        published_features(file, names)
     with pytest.raises(ValueError, match="vit.npy is none of detr.npy, clip.npy"):
-        data.published_features(tmp_path / "vit.npy", names)
+        published_features(tmp_path / "vit.npy", names)
     with pytest.raises(FileNotFoundError, match="clip.npy does not exist"):
-        data.published_features(tmp_path / "clip.npy", names)
+        published_features(tmp_path / "clip.npy", names)
     torch.save(Evil(str(tmp_path / "done")), tmp_path / "vit.pth")
     with pytest.raises(ValueError, match="vit.pth is not a feature file"):
-        data.published_features(tmp_path / "vit.pth", names)
+        published_features(tmp_path / "vit.pth", names)
     assert not (tmp_path / "done").exists()
 
 
@@ -1210,7 +1213,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.files, running.drops, running.log, running.ranges = {}, Counter(), [], True
         running.url = f"http://127.0.0.1:{running.server_port}"
@@ -1255,7 +1258,9 @@ def test_download_command(server, tmp_path, capsys):
     sha = hashlib.sha256(server.files["val.zip"]).hexdigest()
     assert f"val.zip has sha256 {sha}" in said and "problems.json has" not in said
     [problem] = data.load(tmp_path / "to", "train")
-    assert data.open_image(problem.image).size == (40, 30) and problem.meta["caption"] == "a rope"
+    assert (
+        pictures.open_image(problem.image).size == (40, 30) and problem.meta["caption"] == "a rope"
+    )
     ranges = [asked for name, asked in server.log if name == "train.zip"]
     assert len(ranges) == 3 and ranges[0] is None
     starts = [int(asked.removeprefix("bytes=").rstrip("-")) for asked in ranges[1:]]
@@ -1273,10 +1278,10 @@ def test_download_goes_on_in_a_later_run(server, tmp_path):
     server.files["big"], path = os.urandom(3_000_000), tmp_path / "big"
     server.drops["big"] = 99
     with pytest.raises(ConnectionError, match="connection was lost after .* of 3000000 bytes"):
-        data.download(f"{server.url}/big", path, attempts=1)
+        downloads.download(f"{server.url}/big", path, attempts=1)
     assert not path.exists() and (tmp_path / "big.part").stat().st_size == 1_500_000
     server.drops.clear()
-    data.download(f"{server.url}/big", path)
+    downloads.download(f"{server.url}/big", path)
     assert path.read_bytes() == server.files["big"] and server.log[-1][1] == "bytes=1500000-"
     assert not (tmp_path / "big.part").exists()
 
@@ -1284,7 +1289,7 @@ def test_download_goes_on_in_a_later_run(server, tmp_path):
 def test_download_from_a_server_without_range(server, tmp_path):
     server.files["big"], server.ranges = os.urandom(100_000), False
     server.drops["big"] = 1
-    data.download(f"{server.url}/big", tmp_path / "big")
+    downloads.download(f"{server.url}/big", tmp_path / "big")
     assert (tmp_path / "big").read_bytes() == server.files["big"]
 
 
@@ -1292,7 +1297,7 @@ def test_download_of_a_part_that_is_whole_or_stale(server, tmp_path):
     server.files["big"] = b"0123456789"
     for part in (b"0123456789", b"0123456789 and more"):
         (tmp_path / "big.part").write_bytes(part)
-        data.download(f"{server.url}/big", tmp_path / "big")
+        downloads.download(f"{server.url}/big", tmp_path / "big")
         assert (tmp_path / "big").read_bytes() == server.files["big"]
 
 
@@ -1300,23 +1305,23 @@ def test_download_checksums(server, tmp_path):
     server.files["a"] = b"hello"
     right = hashlib.sha1(b"blob 5\0hello").hexdigest()  # what git hash-object says
     assert right == "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"
-    data.download(f"{server.url}/a", tmp_path / "a", right)
+    downloads.download(f"{server.url}/a", tmp_path / "a", right)
     for wrong in ("0" * 40, "0" * 64):
         with pytest.raises(ValueError, match=f"/a has checksum .*, not {wrong}"):
-            data.download(f"{server.url}/a", tmp_path / "b", wrong)
+            downloads.download(f"{server.url}/a", tmp_path / "b", wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 @needs_data
 def test_recorded_checksums_are_of_the_original_files():
     for name, local in (("pid_splits.json", "pid_splits_full.json"), ("captions.json",) * 2):
-        checksum = data.SCIENCEQA[name][1]
-        assert data._checksum(SCIENCEQA / local, checksum) == checksum
+        checksum = downloads.SCIENCEQA[name][1]
+        assert files.checksum(SCIENCEQA / local, checksum) == checksum
 
 
 def test_download_errors_are_sentences(server, tmp_path):
     with pytest.raises(ConnectionError, match="/gone could not be fetched .*404.*--addresses"):
-        data.download(f"{server.url}/gone", tmp_path / "gone")
+        downloads.download(f"{server.url}/gone", tmp_path / "gone")
     assert len(server.log) == 1  # not asked for again
     table = tmp_path / "table.json"
     argv = ["scienceqa", "--to", str(tmp_path), "--addresses", str(table)]
@@ -1353,7 +1358,7 @@ def test_evil_zip(tmp_path, entry):
     folder.mkdir(parents=True)
     archive.write_bytes(zipped([("train/1/image.png", b"x"), (entry, b"/etc")]))
     with pytest.raises(ValueError, match="train.zip .* would leave the folder"):
-        data.unpack(archive, folder, "train")
+        downloads.unpack(archive, folder, "train")
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b", "train.zip"]
 
 
@@ -1373,7 +1378,7 @@ def test_hostile_zip(tmp_path, entries, sentence):
         for name, content in entries:
             file.writestr(name or zipfile.ZipInfo(""), content)
     with pytest.raises(ValueError, match=f"train.zip .*{sentence}"):
-        data.unpack(archive, tmp_path, "train")
+        downloads.unpack(archive, tmp_path, "train")
     assert [path.name for path in tmp_path.iterdir()] == ["train.zip"]
 
 
@@ -1384,7 +1389,7 @@ def test_a_zip_with_a_password(tmp_path):
         whole[start] |= 1
     archive.write_bytes(whole)
     with pytest.raises(ValueError, match="train.zip is not a whole zip file .*encrypted"):
-        data.unpack(archive, tmp_path, "train")
+        downloads.unpack(archive, tmp_path, "train")
 
 
 TABLES = [[], {"../../x.json": ["http://x", None]}, {"val.zip": [5, None]}, {"val.zip": ["x", 5]}]
@@ -1404,9 +1409,9 @@ def test_broken_zip(tmp_path):
     whole = zipped([("train/1/image.png", b"x" * 1000), ("val/1/image.png", b"x")])
     archive.write_bytes(whole)
     with pytest.raises(ValueError, match="train.zip has no folder test"):
-        data.unpack(archive, tmp_path, "test")
+        downloads.unpack(archive, tmp_path, "test")
     for broken in (whole[:500], whole.replace(b"x" * 1000, b"y" * 1000)):
         archive.write_bytes(broken)
         with pytest.raises(ValueError, match="train.zip is not a whole zip file"):
-            data.unpack(archive, tmp_path, "train")
+            downloads.unpack(archive, tmp_path, "train")
     assert [path.name for path in tmp_path.iterdir()] == ["train.zip"]

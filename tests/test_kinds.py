@@ -46,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
 from demo import scenes  # noqa: E402
+from support.traces import load_traces  # noqa: E402
 
 REAL = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data"))
 needs_data = pytest.mark.skipif(
@@ -72,7 +73,7 @@ def demo(index, split="test"):
 def gemini():
     """{id: (problem, prediction)} of pali_reason."""
     problems = {p.id: p for p in data.load(REAL / "mathvista", "testmini")}
-    traces = {t["id"]: t for t in data.load_traces(REAL / "pali_reason/training.csv")}
+    traces = {t["id"]: t for t in load_traces(REAL / "pali_reason/training.csv")}
     none = {"thought": "", "answer": ""}  # load_traces leaves the failed calls out
     told = {i: traces.get(i, none) for i in problems if int(i) <= 350}
     parts = {i: {"rationale": t["thought"], "response": t["answer"]} for i, t in told.items()}

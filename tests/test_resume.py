@@ -22,6 +22,8 @@ import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
+from support.tokenizing import load_tokenizer
+from support.traces import load_traces
 
 TINY = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
 MMCOT = """--model mmcot --device cpu --limit 12 --epochs 3 --batch-size 6 --max-output 6 4
@@ -297,7 +299,7 @@ def talker():
             p.data.normal_(0, 0.15, generator=generator)
     problems = data.load("demo", "test")[:7]
     features = evaluation.image_features(vars(args), problems, model)
-    tokenizer = data.load_tokenizer(args.weights[0])
+    tokenizer = load_tokenizer(args.weights[0])
 
     def told(folder=None, **changed):
         config = vars(args) | changed
@@ -476,7 +478,7 @@ def demo(read_once):
     """Read before processes are forked: they have it."""
     for split in ("train", "val", "test"):
         data.load("demo", split)
-    data.load_traces(train.demo_traces())
+    load_traces(train.demo_traces())
     evaluation.scene_facts("demo")
 
 

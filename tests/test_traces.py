@@ -23,6 +23,11 @@ from PIL import Image
 from test_data import Extract, picture, pictured, record, scienceqa, zipped
 
 import data
+from support import pictures
+from support.choices import _ANSWER, LETTERS, final_answer, movable, shuffled
+from support.features import Features, cached_features
+from support.tokenizing import load_tokenizer, plain_ids, special_ids
+from support.traces import load_traces, overlap, training_notice
 
 REAL = Path(os.environ["NANOCOT_DATA"])
 
@@ -107,7 +112,7 @@ def test_mathvista(tmp_path):
     [year] = data.load(folder, "val")
     assert year.answer == "[2014, 2016]"
     with pytest.raises(FileNotFoundError, match="301.jpg does not exist"):
-        data.open_image(year.image)  # kept, and not a problem without a picture
+        pictures.open_image(year.image)  # kept, and not a problem without a picture
     assert [p.id for p in data.load(folder, "test")] == ["352"]  # position 350 is in no part
     assert data.load(folder, "test")[0].hint == ""
     ids = {split: [p.id for p in data.load(folder, split)] for split in ("trainval", "testmini")}
@@ -166,10 +171,10 @@ def test_real_mathvista():
     there = [p for p in problems if Path(p.image).is_file()]
     assert len(there) == 248 and all(p.image for p in problems)
     for problem in there[::10]:
-        size = data.open_image(problem.image).size
+        size = pictures.open_image(problem.image).size
         assert size == (problem.meta["img_width"], problem.meta["img_height"])
     with pytest.raises(FileNotFoundError, match="images/27.jpg does not exist"):
-        data.open_image(by_pid()["27"].image)
+        pictures.open_image(by_pid()["27"].image)
 
 
 @pytest.fixture
@@ -206,7 +211,7 @@ def test_mathvista_download(hub, tmp_path, capsys):
     assert "train: 1 problems" in capsys.readouterr().out
     assert hub.asked == ["images.zip", "annot_testmini.json", "annot_testmini.json"]
     [problem] = data.load("mathvista", "train")
-    assert data.open_image(problem.image).size == (40, 30)
+    assert pictures.open_image(problem.image).size == (40, 30)
     left = sorted(path.name for path in (tmp_path / "cache/mathvista").iterdir())
     assert left == ["annot_testmini.json", "images"]
     hub.files["images.zip"] = b"not a zip"
@@ -217,10 +222,10 @@ def test_mathvista_download(hub, tmp_path, capsys):
 def test_training_notice(tmp_path):
     folder = mathvista(tmp_path / "vista", annotation(1))
     for where in ("mathvista", folder, str(folder)):
-        notice = data.training_notice(where)
+        notice = training_notice(where)
         assert "not for training" in notice and "contaminated" in notice
     for where in ("demo", "scienceqa", scienceqa(tmp_path / "qa"), tmp_path / "own.jsonl"):
-        assert data.training_notice(where) == ""
+        assert training_notice(where) == ""
 
 
 # --- Traces ---------------------------------------------------------------------------------------
@@ -239,7 +244,7 @@ def test_traces_jsonl(tmp_path, capsys):
     unjudged = LINE | {"verdict": None, "gold": None}
     failed = LINE | {"thought": None}
     bare = {key: LINE[key] for key in ("id", "question", "thought", "answer")}
-    judged, again, third = data.load_traces(
+    judged, again, third = load_traces(
         lines(tmp_path / "traces.jsonl", LINE, unjudged, failed, bare)
     )
     assert judged == {
@@ -260,14 +265,14 @@ def test_traces_jsonl(tmp_path, capsys):
 def test_traces_of_an_interrupted_teacher(tmp_path, capsys):
     torn = json.dumps(LINE)[:30]
     path = lines(tmp_path / "traces.jsonl", LINE, end="\n" + torn)
-    assert len(data.load_traces(path)) == 1
+    assert len(load_traces(path)) == 1
     assert "traces.jsonl, line 2 was skipped" in capsys.readouterr().err
     path = lines(tmp_path / "traces.jsonl", LINE, LINE, end="")  # whole without a last newline
-    assert len(data.load_traces(path)) == 2 and not capsys.readouterr().err
+    assert len(load_traces(path)) == 2 and not capsys.readouterr().err
     for text in (torn + "\n", torn + "\n" + json.dumps(LINE)):
         path.write_text(json.dumps(LINE) + "\n" + text)
         with pytest.raises(ValueError, match="traces.jsonl, line 2 is not complete JSON"):
-            data.load_traces(path)
+            load_traces(path)
 
 
 BAD_TRACES = [
@@ -285,7 +290,7 @@ BAD_TRACES = [
 def test_bad_traces(tmp_path, entry, sentence):
     path = lines(tmp_path / "traces.jsonl", entry)
     with pytest.raises(ValueError, match=sentence) as caught:
-        data.load_traces(path)
+        load_traces(path)
     assert str(path) in str(caught.value)
 
 
@@ -301,19 +306,19 @@ def table(path, *rows, columns=COLUMNS):
 
 def test_traces_pali_reason(tmp_path, capsys):
     rows = [ROW, (*ROW[:4], "7", "no"), ("q", "", "", "x", "8", "no")]
-    first, second = data.load_traces(table(tmp_path / "a.csv", *rows))
+    first, second = load_traces(table(tmp_path / "a.csv", *rows))
     assert (first["id"], first["question"], first["thought"]) == ("42", "q\n1", "think\nhard")
     assert (first["answer"], first["gold"], first["teacher"][:6]) == ("(B)", "blue", "gemini")
     assert first["verdict"]["correct"] is True and first["verdict"]["by"].startswith("claude")
     assert (second["id"], second["verdict"]["correct"]) == ("8", False)
     assert "left out 1 of 3 traces" in capsys.readouterr().err
     unjudged = table(tmp_path / "b.csv", ROW[:5], columns=COLUMNS[:5])
-    [third] = data.load_traces(unjudged)
+    [third] = load_traces(unjudged)
     assert third == first | {"verdict": dict.fromkeys(VERDICT)}
     columns = {"prefixes": ["q\r\n1"] * 2, "suffixes": ["Thoughts:\nthink\nhard\nAnswer:\n(B)"] * 2}
     columns["images"] = ["mathvista_images/41.png", "mathvista/images/42.jpg"]  # theirs, and by pid
     (tmp_path / "c.json").write_text(json.dumps(columns))
-    assert data.load_traces(tmp_path / "c.json") == [first | {"gold": None}] * 2
+    assert load_traces(tmp_path / "c.json") == [first | {"gold": None}] * 2
 
 
 EVIL_TRACES = [
@@ -331,7 +336,7 @@ def test_evil_traces(tmp_path, changes):
     file = tmp_path / "traces.jsonl"
     file.write_text(json.dumps({"question": "q"} | trace() | changes))
     with pytest.raises(ValueError, match="traces.jsonl, line 1: "):
-        data.load_traces(file)
+        load_traces(file)
 
 
 @pytest.mark.parametrize("index", ("9" * 5000, "²", "-1", ""))
@@ -340,11 +345,11 @@ def test_evil_positions(tmp_path, index):
     for encoding in ("utf-8", "utf-8-sig"):  # as Excel saves it
         with open(tmp_path / "t.csv", "w", newline="", encoding=encoding) as file:
             csv.writer(file).writerows([names, ("q", "t", "a", "B", "7")])
-        assert data.load_traces(tmp_path / "t.csv")[0]["id"] == "8"
+        assert load_traces(tmp_path / "t.csv")[0]["id"] == "8"
     text = (tmp_path / "t.csv").read_text(encoding="utf-8-sig")
     (tmp_path / "t.csv").write_text(text.replace("7", index))
     with pytest.raises(ValueError, match='row 1: "indexes" is'):
-        data.load_traces(tmp_path / "t.csv")
+        load_traces(tmp_path / "t.csv")
 
 
 def test_an_image_name_without_end(tmp_path):
@@ -353,20 +358,20 @@ def test_an_image_name_without_end(tmp_path):
     for name in ("9" * 10**6, "²²", "9." + "a" * 10**6):
         (tmp_path / "t.json").write_text(json.dumps(columns | {"images": [name]}))
         with pytest.raises(ValueError, match="t.json, entry 1: .* an image that is not a number"):
-            data.load_traces(tmp_path / "t.json")
+            load_traces(tmp_path / "t.json")
     assert time.process_time() - start < 2
 
 
 def test_bad_pali_reason(tmp_path):
     with pytest.raises(ValueError, match='a.csv, row 1 has no "indexes"'):
-        data.load_traces(table(tmp_path / "a.csv", ROW[:4], columns=COLUMNS[:4]))
+        load_traces(table(tmp_path / "a.csv", ROW[:4], columns=COLUMNS[:4]))
     with pytest.raises(ValueError, match="row 2: \"indexes\" is 'x'"):
-        data.load_traces(table(tmp_path / "a.csv", ROW, (*ROW[:4], "x", "yes")))
+        load_traces(table(tmp_path / "a.csv", ROW, (*ROW[:4], "x", "yes")))
     with pytest.raises(ValueError, match='row 1: "generated_answers" is None'):
-        data.load_traces(table(tmp_path / "a.csv", ROW[:2]))
+        load_traces(table(tmp_path / "a.csv", ROW[:2]))
     (tmp_path / "a.csv").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="a.csv is not a CSV file"):
-        data.load_traces(tmp_path / "a.csv")
+        load_traces(tmp_path / "a.csv")
     columns = {"prefixes": ["q"], "suffixes": ["no thoughts"], "images": ["images/4.jpg"]}
     for changed, sentence in (
         ({}, "entry 1: no thoughts"),
@@ -377,12 +382,12 @@ def test_bad_pali_reason(tmp_path):
         changed = {k: v for k, v in (columns | changed).items() if v is not Ellipsis}
         (tmp_path / "c.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=sentence):
-            data.load_traces(tmp_path / "c.json")
+            load_traces(tmp_path / "c.json")
     with pytest.raises(ValueError, match="traces.txt is not a file of traces"):
-        data.load_traces(tmp_path / "traces.txt")
+        load_traces(tmp_path / "traces.txt")
     for name in ("none.csv", "none.json", "none.jsonl"):
         with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
-            data.load_traces(tmp_path / name)
+            load_traces(tmp_path / name)
 
 
 @needs_traces
@@ -390,7 +395,7 @@ def test_bad_pali_reason(tmp_path):
 def test_real_traces(capsys):
     names = ("training.csv", "training_correct.csv", "training_dict.json")
     names += ("truncated_training_dict.json", "truncated_training_dict_v2.json")
-    every, kept, listed, short, longer = (data.load_traces(REAL / "pali_reason" / n) for n in names)
+    every, kept, listed, short, longer = (load_traces(REAL / "pali_reason" / n) for n in names)
     assert list(map(len, (every, kept, listed, short, longer))) == [335, 251, 251, 32, 100]
     assert "left out 10 of 345 traces" in capsys.readouterr().err
     for one in every:
@@ -405,8 +410,7 @@ def test_real_traces(capsys):
     wrong = [
         one["id"]
         for one in kept
-        if data.final_answer(by_pid()[one["id"]], one["answer"])
-        != data.pali_suffix(by_pid()[one["id"]])
+        if final_answer(by_pid()[one["id"]], one["answer"]) != data.pali_suffix(by_pid()[one["id"]])
     ]
     assert wrong == ["20", "35", "107", "126", "140", "226", "255", "337"]
 
@@ -466,12 +470,12 @@ NUMBERS = [
 
 @pytest.mark.parametrize("text, answer", PROSE)
 def test_final_answer_of_choices(text, answer):
-    assert data.final_answer(asked(), text) == answer
+    assert final_answer(asked(), text) == answer
 
 
 @pytest.mark.parametrize("text, kind, answer", NUMBERS)
 def test_final_answer_without_choices(text, kind, answer):
-    assert data.final_answer(asked(choices=(), meta={"answer_type": kind}), text) == answer
+    assert final_answer(asked(choices=(), meta={"answer_type": kind}), text) == answer
 
 
 @pytest.mark.parametrize(
@@ -479,27 +483,27 @@ def test_final_answer_without_choices(text, kind, answer):
 )
 def test_final_answer_of_a_line_without_end(text):
     start = time.process_time()
-    data.final_answer(asked(choices=(), meta={}), text)
+    final_answer(asked(choices=(), meta={}), text)
     assert time.process_time() - start < 2
 
 
 def test_final_answer_reads_as_the_plain_pattern_does():
     """The pattern that is fast on long lines finds what the one without its ^ finds."""
-    plain, rng = re.compile(data._ANSWER.pattern.removeprefix("^"), re.IGNORECASE), random.Random(0)
+    plain, rng = re.compile(_ANSWER.pattern.removeprefix("^"), re.IGNORECASE), random.Random(0)
     parts = "answer is|Answer:|answer|:| is |\n|\n\n|*| |(A)|x|\r|an".split("|")
     for _ in range(3000):
         text = "".join(rng.choices(parts, k=rng.randrange(12)))
-        assert data._ANSWER.findall(text) == plain.findall(text), text
+        assert _ANSWER.findall(text) == plain.findall(text), text
 
 
 @needs_traces
 @needs_mathvista
 def test_suffixes_of_unjudged_real_traces_end_in_an_answer():
-    for one in data.load_traces(REAL / "pali_reason/training.csv"):
+    for one in load_traces(REAL / "pali_reason/training.csv"):
         problem = by_pid()[one["id"]]
         last = data.pali_suffix(problem, one).split("\n")[-1].removeprefix("Answer: ")
         if problem.choices:
-            assert last in data.LETTERS[: len(problem.choices)]
+            assert last in LETTERS[: len(problem.choices)]
         elif problem.meta["answer_type"] in ("integer", "float"):
             assert float(last) is not None
         else:
@@ -553,8 +557,8 @@ def test_newline_is_tokenised_on_its_own():
 def test_no_text_is_a_special_token(text):
     added = gemma().get_added_tokens_decoder().items()
     control = {id for id, token in added if token.content.strip("\n▁")}
-    assert len(control) == 1370 - 31 - 30 and set(data.special_ids(gemma()).values()) <= control
-    ids = data.plain_ids(gemma(), text)
+    assert len(control) == 1370 - 31 - 30 and set(special_ids(gemma()).values()) <= control
+    ids = plain_ids(gemma(), text)
     assert not control & set(ids)
     assert gemma().decode(ids, skip_special_tokens=False) == text
     row = data.sequence(gemma(), text, text, image_tokens=3)["input_ids"]
@@ -578,17 +582,17 @@ def test_hostile_texts_are_hostile():
 @needs_traces
 @needs("scienceqa/problems.json")
 def test_ordinary_text_has_the_ids_it_always_had():
-    texts = [one["thought"] for one in data.load_traces(REAL / "pali_reason/training_correct.csv")]
+    texts = [one["thought"] for one in load_traces(REAL / "pali_reason/training_correct.csv")]
     for problem in data.load(REAL / "scienceqa", "val") + list(by_pid().values())[::4]:
         texts += [data.pali_prefix(problem, "reason"), problem.solution]
     for text in texts:
-        assert data.plain_ids(gemma(), text) == gemma().encode(text, add_special_tokens=False).ids
+        assert plain_ids(gemma(), text) == gemma().encode(text, add_special_tokens=False).ids
 
 
 @needs("tokenizers/t5")
 def test_another_tokenizer_is_refused():
     with pytest.raises(ValueError, match="no <eos>, <bos>, <image>: it is not PaliGemma's"):
-        data.sequence(data.load_tokenizer(REAL / "tokenizers/t5"), "a", "b")
+        data.sequence(load_tokenizer(REAL / "tokenizers/t5"), "a", "b")
 
 
 # --- Rows and batches -----------------------------------------------------------------------------
@@ -597,7 +601,7 @@ def test_another_tokenizer_is_refused():
 @needs_tokenizer
 def test_pali_examples(capsys):
     stored = np.random.default_rng(0).normal(size=(1, 4, 6)).astype(np.float16)
-    features = data.Features(stored, {"1": 0})
+    features = Features(stored, {"1": 0})
     plain, long = asked(id="2"), trace("long " * 50)
     rows = [(asked(), "answer", None, True), (plain, "reason", trace(), True)]
     rows += [(plain, "reason", long, True), (plain, "reason", None, False)]
@@ -649,7 +653,7 @@ def test_shuffled_keeps_the_answer():
     twice = asked(choices=("x", "y", "y"), answer="y")
     seen = set()
     for seed in range(50):
-        problem = data.shuffled(twice, torch.Generator().manual_seed(seed))
+        problem = shuffled(twice, torch.Generator().manual_seed(seed))
         assert problem.choices[problem.meta["answer_index"]] == problem.answer == "y"
         assert sorted(problem.choices) == ["x", "y", "y"]
         seen.add((problem.choices, problem.meta["answer_index"]))
@@ -677,7 +681,7 @@ MOVABLE = [
 
 @pytest.mark.parametrize("expected, changes, told", MOVABLE)
 def test_movable(expected, changes, told):
-    assert data.movable(asked(**changes), told) is expected
+    assert movable(asked(**changes), told) is expected
 
 
 def test_pali_collate():
@@ -714,21 +718,21 @@ def test_siglip_pixels(size):
     noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     reference = SiglipImageProcessorPil(size={"height": 56, "width": 56}, resample=3)
-    pixels = data.siglip_pixels(image, 56)
+    pixels = pictures.siglip_pixels(image, 56)
     assert pixels.dtype == torch.float32 and pixels.shape == (3, 56, 56)
     expected = reference(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=0)
-    white = data.siglip_pixels(Image.new("RGB", (9, 5), "white"), 14)
+    white = pictures.siglip_pixels(Image.new("RGB", (9, 5), "white"), 14)
     assert white.min() == white.max() == 1
 
 
 def test_cached_features_of_siglip_pixels(tmp_path):
     problems, extract = pictured(tmp_path / "set", 3), Extract()
-    features = data.cached_features(
-        problems, extract, "w", 28, tmp_path / "cache", pixels=data.siglip_pixels
+    features = cached_features(
+        problems, extract, "w", 28, tmp_path / "cache", pixels=pictures.siglip_pixels
     )
     assert extract.sizes == [(3, 28, 28)] * 4  # squares, whatever the picture's shape
-    pixels = data.siglip_pixels(data.open_image(problems[1].image), 28)
+    pixels = pictures.siglip_pixels(pictures.open_image(problems[1].image), 28)
     expected = Extract()([pixels])[0].half().float().numpy()
     np.testing.assert_array_equal(features[problems[1].id], expected)
 
@@ -751,25 +755,25 @@ def test_overlap(tmp_path, capsys):
     train = problems(t1="a.png", t2="other.png", t3=None, t4="a.png")
     test = problems(e1="a.bmp", e2="a.jpg", e3="alpha.png", e4="turned.png", e5=None, e6="no.png")
     expected = [("t1", "e1"), ("t4", "e1"), ("t1", "e3"), ("t4", "e3")]
-    assert data.overlap(train, test) == expected
+    assert overlap(train, test) == expected
     assert "1 of 5 pictures cannot be read and were not compared" in capsys.readouterr().err
-    assert data.overlap(train, []) == [] and not capsys.readouterr().err
+    assert overlap(train, []) == [] and not capsys.readouterr().err
 
 
 @pytest.mark.slow
 @needs("scienceqa/images/test")
 def test_overlap_of_real_scienceqa():
     train, test = data.load(REAL / "scienceqa", "val"), data.load(REAL / "scienceqa", "minitest")
-    shared = data.overlap(train, test)
+    shared = overlap(train, test)
     assert (len(shared), len({id for _, id in shared})) == (3, 3)
     by_id = {problem.id: problem for problem in train + test}
     for pair in shared:
-        one, two = (data.open_image(by_id[id].image) for id in pair)
+        one, two = (pictures.open_image(by_id[id].image) for id in pair)
         assert one.size == two.size and one.tobytes() == two.tobytes()
 
 
 def test_a_trace_that_never_answered_has_no_answer_line(tmp_path):
     cut = LINE | {"answer": "", "verdict": VERDICT | {"correct": False}}
-    (trace,) = data.load_traces(lines(tmp_path / "traces.jsonl", cut))
+    (trace,) = load_traces(lines(tmp_path / "traces.jsonl", cut))
     problem = data.Problem("7", "q", ("a", "b"), "a", "", None, "", "", {"answer_index": 0})
     assert data.pali_suffix(problem, trace) == "t"
