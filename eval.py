@@ -119,7 +119,7 @@ def paligemma_write(model, problems, config, tokenizer, features, **how):
     first = budgets[0] if reasons else budgets[-1]
     told = continued(model, examples.values(), tokenizer, config, first, loops, **how)
     if reasons and config["force_answer"]:
-        cue = data.plain_ids(tokenizer, f"\n{CUE}")
+        cue = plain_ids(tokenizer, f"\n{CUE}")
         image = model.config.image_token_index  # has it said one, no picture belongs to it
         cut = {i: before_loop(t["ids"]) for i, t in told.items() if CUE not in t["response"]}
         cut = {i: [x for x in ids if x != image] for i, ids in cut.items()}
@@ -255,10 +255,10 @@ def load_run(folder, device=None):
     check_device(config["device"])
     if config["model"] == "paligemma":
         where = resolve(config["weights"][0])
-        return config, [load_paligemma(config, folder)], data.load_tokenizer(where)
+        return config, [load_paligemma(config, folder)], load_tokenizer(where)
     stages = [folder / name for name in fusion.stage_names(config["recipe"])]
     models = [fusion.MultimodalT5.from_pretrained(s).to(config["device"]) for s in stages]
-    return config, models, data.load_tokenizer(stages[0])
+    return config, models, load_tokenizer(stages[0])
 
 
 def decode_run(folder, out, split, args):
@@ -324,9 +324,9 @@ def ask(folder, args):
     """One question about one picture (or none) in the terminal, the text as it is written. Why it
     stopped is said on stderr, unless it came to its end by itself."""
     choices = tuple(args.choices or ())
-    if len(choices) > len(data.LETTERS):
-        raise ValueError(f"{len(choices)} choices are too many: the letters are {data.LETTERS}.")
-    picture = data.open_image(args.image) if args.image else None
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"{len(choices)} choices are too many: the letters are {LETTERS}.")
+    picture = pictures.open_image(args.image) if args.image else None
     config, models, tokenizer = load_run(folder, args.device)
     model = models[0] if config["model"] == "paligemma" else None
     meta = {"answer_index": 0, "caption": ""}  # unknown: only the unused target has it
@@ -339,7 +339,7 @@ def ask(folder, args):
     if config.get("samples", 1) > 1:  # several texts with a vote each, of which this one was chosen
         print(told["response"], end="")
     read = grade(problem, told["response"]).parsed if choices else None
-    print(f"  ({choices[data.LETTERS.index(read)]})" if read else "", flush=True)
+    print(f"  ({choices[LETTERS.index(read)]})" if read else "", flush=True)
     if told["stop"] == "forced":
         print(f"(stopped: {told['forced_after']}; then made to answer)", file=sys.stderr)
     elif told["stop"] != "eos":

@@ -15,7 +15,7 @@ single-head nn.MultiheadAttention in Eq. 4, with projections of its own. They ar
 released checkpoints need them, under their names. `gate_dense` is [W_l W_v] side by side.
 
 Left out on purpose: heads, key masks and dropout in the fusion (the released code has none); image
-encoders (model.DETR makes the features once, data.py caches them); training (train.py).
+encoders (model.DETR makes the features once, support/features.py caches them); training (train.py).
 
 Axes: B batch, T text length, U target length, D width, P image positions, F their width,
 V vocabulary.

@@ -1479,7 +1479,7 @@ class SigLIP(nn.Module):
         if pixels.shape[-2:] != (side, side):
             raise ValueError(
                 f"These weights see pictures of {side} x {side} pixels, not "
-                f"{pixels.shape[-1]} x {pixels.shape[-2]}: resize them (data.siglip_pixels)."
+                f"{pixels.shape[-1]} x {pixels.shape[-2]}: resize them (pictures.siglip_pixels)."
             )
         x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
         # Eq. positions (SigLIP): a learned vector for each patch

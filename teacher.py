@@ -498,7 +498,7 @@ def checked_args(parser, args):
 
 def prepared(args):
     """The Run of a command line: problems, files, prices. Nothing is connected yet."""
-    if notice := data.training_notice(args.data):
+    if notice := training_notice(args.data):
         print(notice, file=sys.stderr)
     problems, source = data.load(args.data, args.split)[: args.limit], None
     if args.source:
@@ -526,7 +526,7 @@ def prepared(args):
 
 def replies_in(args, problems):
     """(problems, {id: traces}) of --from."""
-    source, by_id, traces = {}, {p.id: p for p in problems}, data.load_traces(args.source)
+    source, by_id, traces = {}, {p.id: p for p in problems}, load_traces(args.source)
     for trace in (trace for trace in traces if trace["id"] in by_id):
         source.setdefault(trace["id"], []).append(trace)
     if not source:

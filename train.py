@@ -378,7 +378,7 @@ def run_paligemma(args):
         features, splits = records.with_pictures(args, splits, skipped, model)
     left, test = {p.id for p in splits["train"]}, splits[args.test_split]
     rows = [row for row in rows if row[0].id in left]
-    if not isinstance(features, data.Pictures):
+    if not isinstance(features, pictures.Pictures):
         model.vision_tower = None  # all pictures were looked at: 0.8 GiB of the 3B's 5.7 in bf16
     folders.begin(args)  # only now: a run that cannot start leaves nothing
     skipped = records.told_skipped(args, skipped)
@@ -500,7 +500,7 @@ def dry_run(args):
     splits, skipped = records.load_splits(args)
     if skipped and (bad := [entry for found in skipped.values() for entry in found]):
         print(f"  {len(set(bad))} bad records would be skipped, the first is {bad[0][0]}")
-    tokenizer = data.load_tokenizer(resolve(args.weights[0]))
+    tokenizer = load_tokenizer(resolve(args.weights[0]))
     if args.model == "paligemma":
         return dry_paligemma(args, splits, tokenizer)
     features = blank_features(args, splits["train"] + splits["val"])

@@ -65,6 +65,9 @@ from model import (
     rotary_angles,
     rotate,
 )
+from support import pictures
+from support.choices import LETTERS
+from support.tokenizing import encode
 
 HERE = Path(__file__).parent
 SIDE = 96  # pixels; scenes are drawn at 128
@@ -81,7 +84,7 @@ def scene(index, draw):
     """Pretraining scene `index`: pixels and objects if `draw`, else a text question as a pair."""
     made = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED, index)
     if draw:
-        return (data.detr_pixels(made.image, SIDE).half(), made.objects) if made.image else None
+        return (pictures.detr_pixels(made.image, SIDE).half(), made.objects) if made.image else None
     record, fmt = made.record, FORMATS[index // len(FAMILIES) % len(FORMATS)]
     problem = data.Problem(
         id=str(index),
@@ -279,7 +282,7 @@ def make_t5(args):
         num_heads=4,
         dropout_rate=0.0,
     )
-    sources, targets = (data.encode(tokenizer, t, 512) for t in zip(*pairs, strict=True))
+    sources, targets = (encode(tokenizer, t, 512) for t in zip(*pairs, strict=True))
     examples = [
         {"id": str(i), "input_ids": s, "labels": t}
         for i, (s, t) in enumerate(zip(sources, targets, strict=True))
@@ -325,7 +328,7 @@ def lesson(task, made, thought):
     if task in ("describe", "caption"):
         return f"{task} en", made.description if task == "describe" else made.caption, True
     record = made.record
-    hint, suffix = record["hint"], data.LETTERS[record["answer"]]
+    hint, suffix = record["hint"], LETTERS[record["answer"]]
     if task == "solve":
         told = f"{hint} {made.description}".strip() if made.image else hint
         hint, suffix = told, f"{thought}\nAnswer: {suffix}"

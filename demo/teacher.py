@@ -25,8 +25,8 @@ from itertools import combinations, pairwise, product
 from math import prod
 from pathlib import Path
 
-from data import read_json
 from demo.scenes import COLOURS, KINDS, NAMES, SPECIES, TOPICS, WORDS, _join, _plural
+from support.files import read_json
 
 NAME = "demo"
 VERSION = 1  # of the wording; a new one makes traces anew (tests/test_demo_teacher.py pins it)

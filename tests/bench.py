@@ -400,11 +400,11 @@ class Questions:
 
     def __init__(self, split, demo=False):
         self.problems = data.load("demo" if demo else REAL / "scienceqa", split)
-        self.tokenizer = data.load_tokenizer(DEMO_T5 if demo else REAL / "tokenizers/t5")
+        self.tokenizer = load_tokenizer(DEMO_T5 if demo else REAL / "tokenizers/t5")
         pictured = [p.id for p in self.problems if p.image is not None]
         random = np.random.default_rng(0).standard_normal((64, *FEATURES), np.float32)
         rows = {id: i % 64 for i, id in enumerate(pictured)}  # 64 pictures are enough to copy from
-        self.features = data.Features(random.astype(np.float16), rows)
+        self.features = Features(random.astype(np.float16), rows)
 
     def examples(self, fmt, generated=None, limit=None):
         how = {"vision": "detr", "faithful_text": False, "max_input": 512, "max_output": [512, 64]}

@@ -22,9 +22,9 @@ torch.set_num_threads(1)  # tiny models; a second thread only waits for a busy c
 @functools.cache
 def gemma():
     """The real PaliGemma's tokenizer: a second to read, so once for all modules."""
-    import data
+    from support.tokenizing import load_tokenizer
 
-    return data.load_tokenizer(Path(os.environ["NANOCOT_DATA"]) / "tokenizers/paligemma")
+    return load_tokenizer(Path(os.environ["NANOCOT_DATA"]) / "tokenizers/paligemma")
 
 
 def scored(problems, predictions, faithful=False, rationale_format="QCM-LE", partial=False):
@@ -42,6 +42,7 @@ def read_once():
     import data
     from support import kinds
 
+    @functools.cache
     def once(read):
         kept = functools.cache(read)
 

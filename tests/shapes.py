@@ -508,7 +508,7 @@ def files(folder):
     import numpy as np
     from PIL import Image
 
-    import data
+    from support import pictures
 
     Image.fromarray(np.arange(35 * 41, dtype=np.uint16).reshape(35, 41)).save(folder / "deep.png")
     data.detr_pixels(data.open_image(folder / "deep.png"))

@@ -7,6 +7,8 @@ from conftest import ROOT
 import data
 from demo import make, scenes
 from model import DETR, T5, PaliGemma
+from support import pictures
+from support.tokenizing import encode, load_tokenizer
 
 T5_FOLDER, DETR_FOLDER, PG_FOLDER = (ROOT / "demo" / x for x in ("t5", "detr", "paligemma"))
 
@@ -22,7 +24,7 @@ def test_the_checkpoints_are_small_and_in_the_hub_layout():
 
 
 def test_the_tokenizer_reads_every_text_of_the_benchmark():
-    tokenizer = data.load_tokenizer(T5_FOLDER)
+    tokenizer = load_tokenizer(T5_FOLDER)
     assert [tokenizer.token_to_id(t) for t in ("<pad>", "</s>", "<unk>")] == [0, 1, 2]
     assert tokenizer.get_vocab_size() <= T5.from_pretrained(T5_FOLDER).config.vocab_size
     for problem in data.load("demo", "test"):
@@ -39,7 +41,7 @@ def test_the_detector_names_what_test_pictures_show():
     detr = DETR.from_pretrained(DETR_FOLDER)
     families = [f for f in scenes.FAMILIES if f != "text"]
     made = [scenes.problem(f, "test", 0, i) for f in families for i in range(8)]
-    pixels = torch.stack([data.detr_pixels(s.image, make.SIDE) for s in made])
+    pixels = torch.stack([pictures.detr_pixels(s.image, make.SIDE) for s in made])
     logits, boxes = detr(pixels)
     targets = [make.detr_targets(s.objects) for s in made]
     classes, wanted = (torch.stack(t) for t in zip(*targets, strict=True))
@@ -50,10 +52,10 @@ def test_the_detector_names_what_test_pictures_show():
 
 def test_the_text_model_finds_the_letter_of_an_answer():
     """It is not worth much on pictures: that is left to learn. But it can read."""
-    t5, tokenizer = T5.from_pretrained(T5_FOLDER), data.load_tokenizer(T5_FOLDER)
+    t5, tokenizer = T5.from_pretrained(T5_FOLDER), load_tokenizer(T5_FOLDER)
     problems = [p for p in data.load("demo", "test") if p.meta["family"] != "position"][:120]
     sources, targets = zip(*(data.prompt(p, "QCMG-A") for p in problems), strict=True)
-    rows = data.encode(tokenizer, list(sources), 256)
+    rows = encode(tokenizer, list(sources), 256)
     batch = data.collate([{"id": "", "input_ids": row} for row in rows])
     told = t5.generate(batch["input_ids"], batch["attention_mask"], 16)
     right = [tokenizer.decode(r) == t for r, t in zip(told.tolist(), targets, strict=True)]
@@ -88,9 +90,9 @@ def test_the_documented_command_makes_all(tmp_path, monkeypatch):
     make.main()
     DETR.from_pretrained(tmp_path / "detr")
     t5 = T5.from_pretrained(tmp_path / "t5")
-    assert data.load_tokenizer(tmp_path / "t5").get_vocab_size() <= t5.config.vocab_size
+    assert load_tokenizer(tmp_path / "t5").get_vocab_size() <= t5.config.vocab_size
     paligemma = PaliGemma.from_pretrained(tmp_path / "paligemma")
-    tokenizer = data.load_tokenizer(tmp_path / "paligemma")
+    tokenizer = load_tokenizer(tmp_path / "paligemma")
     assert tokenizer.token_to_id("<image>") == paligemma.config.image_token_index
 
 
@@ -100,11 +102,11 @@ def test_the_paligemma_sees_and_finds_letters_but_never_thought_about_a_picture(
     lessons = [make.scene_lessons(i) for i in range(80)]
     thoughts = [told for _, rows in lessons for told in rows if "So the answer" in told[1]]
     assert len(thoughts) == 80 and not any(sees for _, _, sees in thoughts)
-    pg, tokenizer = PaliGemma.from_pretrained(PG_FOLDER), data.load_tokenizer(PG_FOLDER)
+    pg, tokenizer = PaliGemma.from_pretrained(PG_FOLDER), load_tokenizer(PG_FOLDER)
     families = [f for f in scenes.FAMILIES if f not in (*scenes.HELD_OUT, "text")]
     right = {"describe": [], "lookup": []}
     for made in (scenes.problem(f, "test", 0, i) for f in families for i in range(6)):
-        pixels = data.siglip_pixels(made.image, make.SIDE)[None]
+        pixels = pictures.siglip_pixels(made.image, make.SIDE)[None]
         answer = made.record["choices"][made.record["answer"]]
         for task, told in right.items():
             prefix, suffix, sees = make.lesson(task, made, f"So. So the answer is {answer}.")

@@ -35,7 +35,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -212,7 +212,7 @@ def spiece(folder):
 
 def charsmap(folder):
     spiece(folder)
-    data.load_tokenizer(folder).save(f"{folder}/tokenizer.json")
+    tokenizing.load_tokenizer(folder).save(f"{folder}/tokenizer.json")
     (folder / "spiece.model").unlink()
 
 
@@ -252,7 +252,7 @@ def extract(pixels):
 def feature_cache(folder):
     folder.mkdir(exist_ok=True)
     problems = image_problems(folder)
-    data.cached_features(problems[:1], extract, "weights", 8, folder / "cache")
+    cached_features(problems[:1], extract, "weights", 8, folder / "cache")
     for path in (folder / "cache").iterdir():
         path.rename(folder / path.name)
 
@@ -365,21 +365,21 @@ def run_folder(folder):
 
 @cache
 def tokenizers():
-    return [data.load_tokenizer(ROOT / "demo" / name) for name in ("t5", "paligemma")]
+    return [tokenizing.load_tokenizer(ROOT / "demo" / name) for name in ("t5", "paligemma")]
 
 
 def read_picture(folder):
     for path in sorted(folder.iterdir()):
-        picture = data.open_image(path)
+        picture = open_image(path)
         assert picture.mode == "RGB"
-        assert data.siglip_pixels(picture, 14).isfinite().all()
+        assert siglip_pixels(picture, 14).isfinite().all()
 
 
 def use(problems, told=()):
     """What is done with problems and traces before a model sees them."""
     t5, gemma = tokenizers()
-    data.unusable(problems, data.open_image)
-    some = [p for p in problems if not data.unusable([data.dataclasses.replace(p, image=None)])][:3]
+    unusable(problems, open_image)
+    some = [p for p in problems if not unusable([replace(p, image=None)])][:3]
     config = {"vision": "caption", "faithful_text": False, "max_input": 64, "max_output": [64, 8]}
     data.examples(some, "QCM-LE", t5, None, None, config)
     rows = [(p, "reason", None, True) for p in some] + [(p, "answer", None, False) for p in some]
@@ -393,8 +393,8 @@ def use(problems, told=()):
 def read_set(folder, where=".", split="test"):
     skipped = []
     problems = data.load(folder / where, split, skipped)
-    data.write_skipped(skipped, folder / "skipped.jsonl")
-    assert len(list(data.json_lines(folder / "skipped.jsonl"))) == len(skipped)
+    files.write_skipped(skipped, folder / "skipped.jsonl")
+    assert len(list(files.json_lines(folder / "skipped.jsonl"))) == len(skipped)
     if skipped:
         with pytest.raises(ValueError) as caught:
             data.load(folder / where, split)
@@ -411,27 +411,27 @@ def read_mathvista(folder):
 
 
 def read_traces(folder, name):
-    told = data.load_traces(folder / name)
+    told = load_traces(folder / name)
     asked = data.Problem("1", "q", ("rope", "belt"), "belt", "", None, "", "", {"answer_index": 1})
-    use([asked] * 2 + [data.dataclasses.replace(asked, choices=(), meta={})], told[:3])
+    use([asked] * 2 + [replace(asked, choices=(), meta={})], told[:3])
     json.dumps(told, ensure_ascii=False).encode()
 
 
 def read_tokenizer(folder):
-    tokenizer = data.load_tokenizer(folder)
-    ids = data.encode(tokenizer, ["the longer rope </s> ½ \0 ", ""], 64)
+    tokenizer = tokenizing.load_tokenizer(folder)
+    ids = tokenizing.encode(tokenizer, ["the longer rope </s> ½ \0 ", ""], 64)
     tokenizer.decode(ids[0])
-    data.plain_ids(tokenizer, "a <loc0001> b")
+    tokenizing.plain_ids(tokenizer, "a <loc0001> b")
 
 
 def read_published(folder, name):
-    features = data.published_features(folder / name, folder / "name_map.json")
+    features = published_features(folder / name, folder / "name_map.json")
     rows = [{"id": id, "input_ids": [1], "image_features": features.stored(id)} for id in "12"]
     data.collate(rows)
 
 
 def read_cache(folder):
-    features = data.cached_features(image_problems(folder), extract, "weights", 8, folder)
+    features = cached_features(image_problems(folder), extract, "weights", 8, folder)
     rows = [{"id": id, "input_ids": [1], "image_features": features.stored(id)} for id in "123"]
     data.collate(rows)
 
@@ -476,17 +476,17 @@ def read_adapter(folder):
 
 def read_zip(folder):
     (folder / "set").mkdir()
-    data.unpack(folder / "train.zip", folder / "set", "train")
+    downloads.unpack(folder / "train.zip", folder / "set", "train")
 
 
 def read_addresses(folder):
-    fetch, data.download_scienceqa = data.download_scienceqa, lambda *_: None
+    fetch, downloads.download_scienceqa = downloads.download_scienceqa, lambda *_: None
     try:
         data.main(["scienceqa", "--addresses", f"{folder}/table.json", "--to", f"{folder}/set"])
     except SystemExit as stop:
         raise ValueError(stop.code) from None
     finally:
-        data.download_scienceqa = fetch
+        downloads.download_scienceqa = fetch
 
 
 def read_predictions(folder):
@@ -822,7 +822,9 @@ def structure_zip(rng, content):
 
 def structure_protobuf(rng, content):
     """Fields of sentencepiece's file in another order, of other kinds and with other content."""
-    made = [field(rng.choice((n, n, n, rng.randrange(20))), v) for n, v in data._protobuf(content)]
+    made = [
+        field(rng.choice((n, n, n, rng.randrange(20))), v) for n, v in tokenizing._protobuf(content)
+    ]
     at = rng.randrange(len(made))
     pieces = [field(1, b"a") + field(2, float("nan")), field(1, b"") + field(2, 1.0), b""]
     others = [b"", made[at] * 3, b"\xff" * 100_000, field(1, 7), field(3, rng.randbytes(99))]

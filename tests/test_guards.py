@@ -60,7 +60,7 @@ def pali():
     """() -> (the demo's PaliGemma with adapters, its settings, examples of unequal lengths)."""
     args = settings("paligemma", "--lora-r", "2", "--threads", "1")
     problems = data.load("demo", "train")[:3]
-    tokenizer = data.load_tokenizer(PALI)
+    tokenizer = load_tokenizer(PALI)
     verdict = dict.fromkeys(("correct", "consistent"), True)
     rows = [
         (p, "reason", {"thought": "It is so. " * i, "answer": p.answer, "verdict": verdict}, True)
@@ -74,7 +74,7 @@ def pali():
         text, seen = model.config.text, model.config.image_tokens
         generator = torch.Generator().manual_seed(0)
         array = torch.randn(3, seen, text.hidden_size, generator=generator).numpy()
-        features = data.Features(array, {p.id: i for i, p in enumerate(problems)})
+        features = Features(array, {p.id: i for i, p in enumerate(problems)})
         return model, args, data.pali_examples(rows, tokenizer, features, vars(args))
 
     return made
@@ -404,9 +404,9 @@ def test_bad_records_are_skipped_and_counted_in_all_splits(name, spoiled, tmp_pa
     with pytest.raises(ValueError, match="train1|whole|line 4"):
         train.main(flags)
     assert not (tmp_path / "run").exists()
-    looked, real = [], data.open_image
+    looked, real = [], pictures.open_image
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "open_image", lambda path: looked.append(path) or real(path))
+        patch.setattr(pictures, "open_image", lambda path: looked.append(path) or real(path))
         patch.setattr(evaluation, "write_report", lambda *given: None)
         patch.setattr(records, "warn_of_overlap", lambda *given: None)
         train.main([*flags, "--on-error", "skip"])
@@ -419,7 +419,7 @@ def test_bad_records_are_skipped_and_counted_in_all_splits(name, spoiled, tmp_pa
         "test1": "test", "line 17": None,
     }  # fmt: skip
     assert all(len(x["reason"]) > 20 for x in told)
-    metrics = data.read_json(tmp_path / "run/metrics.json")
+    metrics = read_json(tmp_path / "run/metrics.json")
     left = 5 - 2 - len(narrow)
     assert metrics["n"] == left and metrics["skipped"]["test"] == 5 - left
     assert metrics["skipped"] | {"test": 0, "traces": 0} == {
@@ -440,9 +440,9 @@ def test_bad_traces_are_skipped(tmp_path):
     file = tmp_path / "traces.jsonl"
     file.write_text("".join(f"{json.dumps(x)}\n" for x in lines) + "{\n")
     with pytest.raises(ValueError, match="line 2"):
-        data.load_traces(file)
+        load_traces(file)
     skipped = []
-    assert len(data.load_traces(file, skipped)) == 1
+    assert len(load_traces(file, skipped)) == 1
     assert [id for id, _ in skipped] == ["line 2", "line 3", "line 4"]
 
 
@@ -493,7 +493,7 @@ def test_the_estimate_counts_what_is_kept(pali, rows, checkpointing):
 def test_an_adapter_that_matches_nothing(pali, tmp_path):
     model = pali()[0]
     lora.save(model, tmp_path, PALI)
-    config = data.read_json(tmp_path / "adapter_config.json")
+    config = read_json(tmp_path / "adapter_config.json")
 
     def loaded(**changed):
         write_json(config | changed, tmp_path / "adapter_config.json")

@@ -37,7 +37,7 @@ needs_tokenizer = needs("tokenizers/paligemma")
 def real(name="training.csv"):
     """[(problem, trace)] of a file of pali_reason."""
     problems = {p.id: p for p in data.load(REAL / "mathvista", "testmini")}
-    traces = data.load_traces(REAL / "pali_reason" / name)
+    traces = load_traces(REAL / "pali_reason" / name)
     return [(problems[trace["id"]], trace) for trace in traces]
 
 
@@ -108,7 +108,7 @@ def test_shape_keeps_of_the_answer_what_it_commits_to(asked, answer, left):
 @pytest.mark.slow
 def test_shape_leaves_the_demos_thoughts_alone():
     folder = data.demo_folder()
-    facts = data.read_json(folder / "scenes.json")
+    facts = read_json(folder / "scenes.json")
     for p in data.load(folder, "train")[:300]:
         record = {"question": p.question, "choices": list(p.choices), "image": p.image}
         record["answer"] = p.meta["answer_index"]

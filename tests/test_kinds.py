@@ -76,7 +76,7 @@ def demo(index, split="test"):
 def gemini():
     """{id: (problem, prediction)} of pali_reason."""
     problems = {p.id: p for p in data.load(REAL / "mathvista", "testmini")}
-    traces = {t["id"]: t for t in data.load_traces(REAL / "pali_reason/training.csv")}
+    traces = {t["id"]: t for t in load_traces(REAL / "pali_reason/training.csv")}
     none = {"thought": "", "answer": ""}  # load_traces leaves the failed calls out
     told = {i: traces.get(i, none) for i in problems if int(i) <= 350}
     parts = {i: {"rationale": t["thought"], "response": t["answer"]} for i, t in told.items()}

@@ -152,7 +152,7 @@ def test_ids_are_those_the_answer_was_written_behind(monkeypatch):
         config=SimpleNamespace(image_token_index=308),
     )
     (told,) = scoring.predict([stub], [asked()], config, tokenizer, None)
-    cue = data.plain_ids(tokenizer, "\nAnswer:")
+    cue = plain_ids(tokenizer, "\nAnswer:")
     assert told["ids"] == [100, 101, 110, 111, 112, *cue, 120]
     assert told["response"].startswith(tokenizer.decode(loop))
 
@@ -166,7 +166,7 @@ ODD = "Die Höhe ist 中文, 😀 é\n\n x²  two  spaces\tتهران हिन�
 def test_tokens_join_to_the_text_and_characters_stay_whole(folder):
     if not folder.is_dir():
         pytest.skip(f"no tokenizer in {folder}; set NANOCOT_DATA")
-    tokenizer = gemma() if folder == REAL / "paligemma" else data.load_tokenizer(folder)
+    tokenizer = gemma() if folder == REAL / "paligemma" else load_tokenizer(folder)
     for text in (ODD, "The answer is (B)."):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         pieces = decoding.spelled(tokenizer, ids)
@@ -200,7 +200,7 @@ def asked(id="1", **other):
 def fused():
     """Two random models of a two-stage run on DETR's 36 x 64, and what two problems were told."""
     torch.manual_seed(0)
-    tokenizer = data.load_tokenizer(T5_FOLDER)
+    tokenizer = load_tokenizer(T5_FOLDER)
     size = {"vocab_size": tokenizer.get_vocab_size(), "d_model": 24, "d_kv": 8, "d_ff": 32}
     models = []
     for _ in range(2):
@@ -211,9 +211,7 @@ def fused():
             p.data.mul_(2).add_(0.1 * torch.randn_like(p))
         models.append(made)
     problems = [asked("1", image="a.png"), asked("2")]
-    features = data.Features(
-        np.random.default_rng(0).normal(size=(1, 36, 64)).astype("f2"), {"1": 0}
-    )
+    features = Features(np.random.default_rng(0).normal(size=(1, 36, 64)).astype("f2"), {"1": 0})
     flags = ["--model", "mmcot", "--device", "cpu", "--vision-weights", str(DETR_FOLDER)]
     told = [
         {"id": p.id, "response": "x", "rationale": f"Solution: number {p.id}."} for p in problems
@@ -316,7 +314,7 @@ def test_text_appears_in_whole_characters_as_it_is_written(monkeypatch):
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=writes.append, flush=lambda: None))
     on_token = scoring.printer(tokenizer, "\nAnswer:")
     emoji = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in "\U0001fae8".encode()]
-    words, end, answer = (data.plain_ids(tokenizer, x) for x in ("Two red dots ", " \n", " B"))
+    words, end, answer = (plain_ids(tokenizer, x) for x in ("Two red dots ", " \n", " B"))
     for ids in (words + emoji + end, answer):
         for t, id in enumerate([*ids, 1]):
             on_token(t, torch.tensor([id]))

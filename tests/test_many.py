@@ -97,7 +97,7 @@ def as_process(patch, rank, world):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_row_of_a_window_is_dealt_once(world, monkeypatch):
     """Seven rows in batches of at most 3; two have pictures, and the image tower is trained."""
-    picture = data.Picture("x.png", 8)
+    picture = Picture("x.png", 8)
     rows = [{"id": i, "labels": [-100, 5]} for i in range(7)]
     rows[2] |= {"image_features": picture}
     rows[5] |= {"image_features": picture}
@@ -180,7 +180,7 @@ def paligemma_and_rows(args):
     features = runs.image_features(vars(args), problems, model)
     traces = [{"thought": "x" * 3 * i, "verdict": {"correct": True}} for i in range(7)]
     rows = [(p, "reason", t, True) for p, t in zip(problems, traces, strict=True)]
-    tokenizer = data.load_tokenizer(args.weights[0])
+    tokenizer = load_tokenizer(args.weights[0])
     return model, data.pali_examples(rows, tokenizer, features, vars(args))
 
 

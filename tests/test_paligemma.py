@@ -729,7 +729,7 @@ def test_fp16_is_refused_and_bf16_is_close(pair):
     batch, _, valid = make_batch()
     pixels = batch.pop("pixel_values")
     with torch.no_grad():
-        features = half.image_features(pixels)  # fp32, as data.siglip_pixels gives them
+        features = half.image_features(pixels)  # fp32, as siglip_pixels gives them
         logits = half(**batch, image_features=features.float())  # as the cache on disk has them
         assert logits.dtype == features.dtype == torch.bfloat16
         exact = pair.pg(**batch, pixel_values=pixels)
@@ -1162,7 +1162,7 @@ def occurrences(ids, n):
 def test_sound_thoughts_are_not_stopped():
     """Gemini's own thoughts restate a formula as often as they need it. By the measure of a loop
     first used here (an 8-gram four times) every fifth of them would have been cut off."""
-    import data
+    from support.traces import load_traces
 
     names = ("pali_reason/training.csv", "tokenizers/paligemma/tokenizer.json")
     files = [DATA / name for name in names]
@@ -1171,7 +1171,7 @@ def test_sound_thoughts_are_not_stopped():
     from tokenizers import Tokenizer
 
     encode = Tokenizer.from_file(str(files[1])).encode
-    thoughts = [trace["thought"] for trace in data.load_traces(files[0])]
+    thoughts = [trace["thought"] for trace in load_traces(files[0])]
     ids = [encode(thought, add_special_tokens=False).ids for thought in thoughts if thought.strip()]
     assert len(ids) == 335
     assert sum(occurrences(row, 8) >= 4 for row in ids) == 68

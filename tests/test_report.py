@@ -488,7 +488,7 @@ def as_many_as_scienceqa_tests_on(folder):
         p = seen[i % len(seen)] if i < 2017 else blind[i % len(blind)]
         if p.image:
             if p.image not in small:
-                small[p.image] = data.open_image(p.image)
+                small[p.image] = pictures.open_image(p.image)
                 small[p.image].thumbnail((384, 384))
             small[p.image].putpixel((0, 0), tuple(i.to_bytes(3, "big")))  # a file of its own
             small[p.image].save(folder / f"{i}.jpg", quality=85)

@@ -53,7 +53,7 @@ def test_a_record_has_what_the_contract_says(ask, server):
     (record,) = ask.records()
     assert set(record) == set(keys.split()) and re.fullmatch("[0-9a-f]{64}", record["key"])
     assert {"correct", "consistent", "by", "why"} <= set(record["verdict"])
-    assert data.load_traces(ask.out)[0]["thought"] == record["thought"]
+    assert load_traces(ask.out)[0]["thought"] == record["thought"]
 
 
 @both_wires
@@ -277,7 +277,7 @@ def test_real_replies_are_judged_by_the_rule(ask):
     traces = str(REAL / "pali_reason" / "training.csv")
     argv = ["--data", str(REAL / "mathvista"), "--split", "trainval", "--from", traces]
     assert (teacher.main([*argv, "--limit", "60", "--out", str(ask.out)]) or 0) == 0
-    records, there = ask.records(), {trace["id"] for trace in data.load_traces(traces)}
+    records, there = ask.records(), {trace["id"] for trace in load_traces(traces)}
     assert {record["id"] for record in records} == there & {str(n) for n in range(1, 61)}
     assert all(r["thought"] and r["verdict"]["by"] == "rule" for r in records)
     assert sum(r["verdict"]["correct"] for r in records) / len(records) > 0.6

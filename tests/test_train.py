@@ -280,7 +280,7 @@ def test_own_rationales_come_from_models_that_did_not_train_on_them(monkeypatch,
     monkeypatch.setattr(train, "run_stage", stage)
     monkeypatch.setattr(fusion, "write", write)
     problems = data.load("demo", "train")[:9]
-    tokenizer = data.load_tokenizer(ROOT / "demo/t5")
+    tokenizer = load_tokenizer(ROOT / "demo/t5")
     made = train.own_rationales(settings(), problems, [], tokenizer, None, None)
     assert made.keys() == {p.id for p in problems} and len(trained_on) == 2
     folds = [sorted(p.id in ids for p in problems[::2]) for ids in trained_on]

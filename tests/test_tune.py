@@ -35,7 +35,7 @@ from support import decoding, guards, optimizing, records, runs
 from support.flags import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION, parse_args
 
 DEMO = str(ROOT / "demo/paligemma")
-CONFIG = data.read_json(f"{DEMO}/config.json")
+CONFIG = read_json(f"{DEMO}/config.json")
 TEXT = CONFIG["text_config"]
 REAL = Path(os.environ["NANOCOT_DATA"])  # see conftest.py
 needs_real_traces = pytest.mark.skipif(
@@ -51,7 +51,7 @@ TINY = [*GIVEN, *"--limit 8 --max-steps 2 --eval-problems 2 --max-output 8 4 --a
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(DEMO)
+    return load_tokenizer(DEMO)
 
 
 def settings(*flags, **changed):
@@ -638,14 +638,14 @@ def test_a_run_folder_has_what_the_design_says(short, tokenizer):
     files = {path.name for path in short.folder.iterdir() if path.is_file()}
     scored = "predictions.jsonl metrics.json looks.json report.html"
     assert files == {*names.split(), *scored.split()}
-    config = data.read_json(short.folder / "config.json")
+    config = read_json(short.folder / "config.json")
     assert config["seed"] == 42 and config["recipe"] == "reason" and config["max_steps"] == 3
     assert {"versions", "commit", "traces", "lora_r", "samples"} <= config.keys()
-    assert data.read_json(short.folder / lora.CONFIG)["base_model_name_or_path"] == DEMO
+    assert read_json(short.folder / lora.CONFIG)["base_model_name_or_path"] == DEMO
     log = lines_of(short.folder / "log.jsonl")
     assert [(x["stage"], x["step"]) for x in log] == [("reason", i) for i in (1, 2, 3)]
     assert {"loss", "lr", "grad_norm", "tokens", "seconds", "val_accuracy"} <= log[-1].keys()
-    again = data.load_tokenizer(short.folder)
+    again = load_tokenizer(short.folder)
     assert again.encode("Answer: B").ids == tokenizer.encode("Answer: B").ids
     assert "<image> x 36" in short.told and "supervised" in short.told
 
@@ -658,7 +658,7 @@ def test_predictions_and_metrics_are_of_the_test_split(short):
     assert all(keys <= x.keys() for x in predictions)
     assert {x["stop"] for x in predictions} <= {"eos", "loop", "length", "forced"}
     assert all(0 < x["tokens"] <= 40 + 8 for x in predictions)
-    metrics = data.read_json(short.folder / "metrics.json")
+    metrics = read_json(short.folder / "metrics.json")
     right = sum(x["correct"] for x in predictions)
     assert metrics["n"] == 24 and metrics["accuracy"]["avg"] == round(100 * right / 24, 2)
     luck = sum(1 / len(p.choices) for p in problems) / 24
@@ -674,14 +674,14 @@ def test_the_baselines_stand_beside_it(short):
     start = rows.index("chance")
     assert rows[start : start + 5] == names
     for name, folder in folders.items():
-        assert data.read_json(folder / "metrics.json")["n"] == 24
-        config, trained = data.read_json(folder / "config.json"), name == "answer-only"
+        assert read_json(folder / "metrics.json")["n"] == 24
+        config, trained = read_json(folder / "config.json"), name == "answer-only"
         assert config["recipe"] == ("reason" if "reason" in name else "answer")
         assert (folder / lora.WEIGHTS).exists() == (folder / "log.jsonl").exists() == trained
         told = lines_of(folder / "predictions.jsonl")
         assert all(("rationale" in x) == ("reason" in name) for x in told)
     learned, theirs = ({k: v for k, v in x.items() if k in ("lora_r", "epochs", "lr", "max_steps")}
-                       for x in (data.read_json(f / "config.json")
+                       for x in (read_json(f / "config.json")
                                  for f in (short.folder, folders["answer-only"])))  # fmt: skip
     assert learned == theirs
 
@@ -739,10 +739,10 @@ def test_an_adapter_can_be_decoded_by_itself(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_training_goes_on_from_an_adapter(tiny, tmp_path):
-    rank = data.read_json(tiny.folder / lora.CONFIG)["r"]
+    rank = read_json(tiny.folder / lora.CONFIG)["r"]
     flags = ["--adapter", str(tiny.folder), "--lora-r", str(rank + 3), "--lr", "1e-8"]
     further = run(tmp_path / "further", *flags).folder
-    assert data.read_json(further / lora.CONFIG)["r"] == rank  # the adapter's, not the flag's
+    assert read_json(further / lora.CONFIG)["r"] == rank  # the adapter's, not the flag's
     for name, tensor in adapter(further).items():
         torch.testing.assert_close(tensor, adapter(tiny.folder)[name], atol=1e-7, rtol=0)
 
@@ -777,7 +777,9 @@ def test_the_adapter_loads_in_peft_and_writes_the_same(short, tokenizer):
     for problem in [p for p in data.load("demo", "test") if p.image][:3]:
         prefix = data.pali_prefix(problem, "reason")
         row = data.sequence(tokenizer, prefix, image_tokens=ours.config.image_tokens)
-        pixels = data.siglip_pixels(data.open_image(problem.image), ours.config.vision.image_size)
+        pixels = pictures.siglip_pixels(
+            pictures.open_image(problem.image), ours.config.vision.image_size
+        )
         ids = torch.tensor([row["input_ids"]])
         kinds = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
         given = {"input_ids": ids, "pixel_values": pixels[None], "max_new_tokens": 24} | kinds
@@ -797,7 +799,7 @@ def test_full_training_moves_the_image_tower_and_is_decoded_from_its_folder(tmp_
     same = {name for name in before if torch.equal(before[name], after[name])}
     idle = {n for n in same if n.endswith("k_proj.bias")}  # shifts all scores alike: no gradient
     assert same == idle and not any("vision_tower.embeddings" in name for name in same)
-    config = data.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     assert config["recipe"] == "reason" and config["model_type"] == "paligemma"
     told = (folder / "predictions.jsonl").read_bytes()
     evaluation.main([str(folder), "--decode", "--limit", "8"])
@@ -844,7 +846,7 @@ def test_dora(tmp_path):
     folder = run(tmp_path / "dora", "--lora-dora").folder
     moved = {k: t for k, t in adapter(folder).items() if "lora_magnitude_vector" in k}
     assert len(moved) == 7 * TEXT["num_hidden_layers"]
-    assert data.read_json(folder / lora.CONFIG)["use_dora"] is True
+    assert read_json(folder / lora.CONFIG)["use_dora"] is True
     (model,) = evaluation.load_run(folder)[1]
     layers = lora.adapters(model).values()
     assert all((x.lora_magnitude_vector != x.weight.norm(dim=1)).any() for x in layers)
@@ -853,7 +855,7 @@ def test_dora(tmp_path):
 def test_lora_settings_reach_the_adapter(tmp_path):
     flags = "--lora-r 3 --lora-alpha 5 --lora-dropout 0.25 --lora-rslora".split()
     folder = run(tmp_path / "lora", *flags, "--lora-targets", "q_proj", "v_proj").folder
-    config = data.read_json(folder / lora.CONFIG)
+    config = read_json(folder / lora.CONFIG)
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5, 0.25)
     assert config["use_rslora"] is True and config["use_dora"] is False
     assert {key.split(".")[-3] for key in adapter(folder)} == {"q_proj", "v_proj"}
@@ -881,7 +883,7 @@ def test_the_final_soft_cap_can_be_off(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("layout", ["paligemma", "seed"])
 def test_the_layout_is_that_of_training_and_of_decoding(layout, spied, tmp_path, tokenizer):
     got = spied(tmp_path / "run", "--layout", layout, "--no-forced-answer")
-    special, newline = data.special_ids(tokenizer), data.plain_ids(tokenizer, "\n")[0]
+    special, newline = special_ids(tokenizer), plain_ids(tokenizer, "\n")[0]
     for row in got.examples + got.prompts:
         start = row["token_type_ids"].count(0)
         seen = [i for i in row["input_ids"][:start] if i != special["image"]]
@@ -1005,7 +1007,7 @@ class Speaker:
         if isinstance(said, list):
             return [*said, 1]
         more = range(100, 200) if said.endswith("...") else [1]  # other words, or <eos>
-        return data.plain_ids(self.tokenizer, said.removesuffix("...")) + [*more]
+        return plain_ids(self.tokenizer, said.removesuffix("...")) + [*more]
 
     def write(self, input_ids, max_new_tokens, attention_mask, token_type_ids, **how):
         rows = []
@@ -1055,7 +1057,7 @@ def heard(tokenizer):
 def test_a_text_that_answers_by_itself_is_left_alone(heard, tokenizer):
     told, calls = heard("Red is most. Answer: A")
     assert told["stop"] == "eos" and len(calls) == 1 and "forced_after" not in told
-    ids = data.plain_ids(tokenizer, "Red is most. Answer: A")
+    ids = plain_ids(tokenizer, "Red is most. Answer: A")
     assert told["tokens"] == len(ids) + 1  # and <eos>
     assert told["response"] == tokenizer.decode(ids)
     assert told["rationale"] == "Red is most." and set(told) == {
@@ -1066,8 +1068,8 @@ def test_a_text_that_answers_by_itself_is_left_alone(heard, tokenizer):
 
 def test_a_rationale_over_its_budget_is_made_to_answer(heard, tokenizer):
     told, calls = heard(lambda prompt, begun: "B" if begun else LONG + "...", "--max-output", "9")
-    ids = data.plain_ids(tokenizer, LONG)[:9]
-    cut, cue = tokenizer.decode(ids), data.plain_ids(tokenizer, "\nAnswer:")
+    ids = plain_ids(tokenizer, LONG)[:9]
+    cut, cue = tokenizer.decode(ids), plain_ids(tokenizer, "\nAnswer:")
     assert told["stop"] == "forced" and told["forced_after"] == "length"
     assert told["response"].startswith(f"{cut.rstrip()}\nAnswer:")
     assert told["response"].splitlines()[-1].removeprefix("Answer:").strip(" :") == "B"
@@ -1135,8 +1137,8 @@ def test_each_recipe_asks_in_its_own_words(tokenizer):
         speaker = Speaker(tokenizer, lambda p, begun, to=prompts: to.append(p) or "Answer: A")
         config = vars(settings("--recipe", recipe))
         evaluation.predict([speaker], [own_problem()], config, tokenizer, None)
-        expected = data.plain_ids(tokenizer, data.pali_prefix(own_problem(), recipe) + "\n")
-        assert data.plain_ids(tokenizer, prompts[0])[-len(expected) :] == expected
+        expected = plain_ids(tokenizer, data.pali_prefix(own_problem(), recipe) + "\n")
+        assert plain_ids(tokenizer, prompts[0])[-len(expected) :] == expected
 
 
 def test_only_cut_rows_are_asked_again_and_each_keeps_its_own(tokenizer):
@@ -1370,7 +1372,7 @@ def test_a_run_that_cannot_start_says_why_and_leaves_nothing(
 
 def test_a_run_of_another_machine_names_the_device(tiny, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(tiny.folder, tmp_path / "run"))
-    config = data.read_json(folder / "config.json") | {"device": "cuda"}
+    config = read_json(folder / "config.json") | {"device": "cuda"}
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no device 'cuda'"):
@@ -1380,7 +1382,7 @@ def test_a_run_of_another_machine_names_the_device(tiny, tmp_path, monkeypatch):
 
 def test_paligemma_1_is_refused(tmp_path):
     shutil.copytree(DEMO, tmp_path / "first")
-    config = data.read_json(f"{DEMO}/config.json")
+    config = read_json(f"{DEMO}/config.json")
     config["text_config"]["model_type"] = "gemma"
     (tmp_path / "first/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="first holds PaliGemma 1"):
@@ -1431,7 +1433,7 @@ def test_a_missing_training_picture_stops_the_run_or_is_skipped(pictured, tmp_pa
     assert line["id"] == "p3" and line["split"] == "train" and "p3.png" in line["reason"]
     lines = lines_of(tmp_path / "run/log.jsonl")
     assert sum(x["examples"] for x in lines) == 4  # p0 is held back, p3 left out
-    assert data.read_json(tmp_path / "run/metrics.json")["n"] == 1
+    assert read_json(tmp_path / "run/metrics.json")["n"] == 1
 
 
 def test_no_picture_at_all_is_no_silent_run_of_the_base(pictured, tmp_path):
@@ -1456,8 +1458,8 @@ def test_the_demo_learns_to_reason(tmp_path, monkeypatch):
     lines = {name: BASELINES[name] for name in ("base", "distilled")}
     monkeypatch.setattr("support.flags.BASELINES", lines)
     train.main(["--model", "paligemma", "--epochs", "3", "--out", str(tmp_path / "run")])
-    metrics = data.read_json(tmp_path / "run/metrics.json")
-    base = data.read_json(tmp_path / "run/base/metrics.json")
+    metrics = read_json(tmp_path / "run/metrics.json")
+    base = read_json(tmp_path / "run/base/metrics.json")
     assert metrics["n"] == base["n"] >= 300
     assert metrics["accuracy"]["avg"] >= base["accuracy"]["avg"] + 15
     assert metrics["parse_failures"] < 5

@@ -1,0 +1,289 @@
+"""support/downloads.py: a server that hangs up, checksums, evil archives, the command."""
+
+import hashlib
+import http.server
+import json
+import os
+import threading
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from samples import SCIENCEQA, annotation, needs_data, picture, record, scienceqa, zipped
+
+import data
+from support import downloads, files, pictures
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `files` with Range; hangs up half-way through names in `drops`, that many times."""
+
+    def do_GET(self):
+        server, name = self.server, self.path.lstrip("/")
+        server.log.append((name, self.headers.get("Range")))
+        if name not in server.files:
+            self.send_error(404)
+            return
+        content, start = server.files[name], 0
+        if server.ranges and self.headers.get("Range"):
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        body = content[start:]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if server.drops[name]:
+            server.drops[name] -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.files, running.drops, running.log, running.ranges = {}, Counter(), [], True
+        running.url = f"http://127.0.0.1:{running.server_port}"
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def host_scienceqa(server, folder):
+    """A ScienceQA of three problems on the server; the table of its addresses."""
+    splits = ("train", "val", "test")
+    records = {str(i): record(split=split, image="image.png") for i, split in enumerate(splits)}
+    scienceqa(folder, records, {split: [str(i)] for i, split in enumerate(splits)}, {"0": "a rope"})
+    for name in ("problems.json", "pid_splits.json", "captions.json"):
+        server.files[name] = (folder / name).read_bytes()
+    png = picture(folder / "a.png").read_bytes()
+    for i, split in enumerate(splits):
+        server.files[f"{split}.zip"] = zipped([(f"{split}/{i}/image.png", png)])
+    sha = hashlib.sha256(server.files["problems.json"]).hexdigest()
+    table = {name: [f"{server.url}/{name}", None] for name in server.files}
+    return table | {"problems.json": [f"{server.url}/problems.json", sha]}
+
+
+def test_download_command(server, tmp_path, capsys):
+    table = host_scienceqa(server, tmp_path / "host")
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    server.drops["train.zip"] = 2
+    argv = ["scienceqa", "--to", str(tmp_path / "to"), "--addresses", str(tmp_path / "table.json")]
+    data.main(argv)
+    said = capsys.readouterr().out
+    assert "train: 1 problems" in said and "test: 1 problems" in said
+    sha = hashlib.sha256(server.files["val.zip"]).hexdigest()
+    assert f"val.zip has sha256 {sha}" in said and "problems.json has" not in said
+    [problem] = data.load(tmp_path / "to", "train")
+    assert (
+        pictures.open_image(problem.image).size == (40, 30) and problem.meta["caption"] == "a rope"
+    )
+    ranges = [asked for name, asked in server.log if name == "train.zip"]
+    assert len(ranges) == 3 and ranges[0] is None
+    starts = [int(asked.removeprefix("bytes=").rstrip("-")) for asked in ranges[1:]]
+    size = len(server.files["train.zip"])
+    assert starts == [size // 2, size // 2 + (size - size // 2) // 2]
+    left = sorted(path.name for path in (tmp_path / "to").iterdir())
+    assert left == ["captions.json", "images", "pid_splits.json", "problems.json"]
+    assert sorted(p.name for p in (tmp_path / "to/images").iterdir()) == ["test", "train", "val"]
+    asked = len(server.log)
+    data.main(argv)
+    assert len(server.log) == asked  # all there: nothing is fetched again
+
+
+def test_download_goes_on_in_a_later_run(server, tmp_path):
+    server.files["big"], path = os.urandom(3_000_000), tmp_path / "big"
+    server.drops["big"] = 99
+    with pytest.raises(ConnectionError, match="connection was lost after .* of 3000000 bytes"):
+        downloads.download(f"{server.url}/big", path, attempts=1)
+    assert not path.exists() and (tmp_path / "big.part").stat().st_size == 1_500_000
+    server.drops.clear()
+    downloads.download(f"{server.url}/big", path)
+    assert path.read_bytes() == server.files["big"] and server.log[-1][1] == "bytes=1500000-"
+    assert not (tmp_path / "big.part").exists()
+
+
+def test_download_from_a_server_without_range(server, tmp_path):
+    server.files["big"], server.ranges = os.urandom(100_000), False
+    server.drops["big"] = 1
+    downloads.download(f"{server.url}/big", tmp_path / "big")
+    assert (tmp_path / "big").read_bytes() == server.files["big"]
+
+
+def test_download_of_a_part_that_is_whole_or_stale(server, tmp_path):
+    server.files["big"] = b"0123456789"
+    for part in (b"0123456789", b"0123456789 and more"):
+        (tmp_path / "big.part").write_bytes(part)
+        downloads.download(f"{server.url}/big", tmp_path / "big")
+        assert (tmp_path / "big").read_bytes() == server.files["big"]
+
+
+def test_download_checksums(server, tmp_path):
+    server.files["a"] = b"hello"
+    right = hashlib.sha1(b"blob 5\0hello").hexdigest()  # what git hash-object says
+    assert right == "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"
+    downloads.download(f"{server.url}/a", tmp_path / "a", right)
+    for wrong in ("0" * 40, "0" * 64):
+        with pytest.raises(ValueError, match=f"/a has checksum .*, not {wrong}"):
+            downloads.download(f"{server.url}/a", tmp_path / "b", wrong)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+@needs_data
+def test_recorded_checksums_are_of_the_original_files():
+    for name, local in (("pid_splits.json", "pid_splits_full.json"), ("captions.json",) * 2):
+        checksum = downloads.SCIENCEQA[name][1]
+        assert files.checksum(SCIENCEQA / local, checksum) == checksum
+
+
+def test_download_errors_are_sentences(server, tmp_path):
+    with pytest.raises(ConnectionError, match="/gone could not be fetched .*404.*--addresses"):
+        downloads.download(f"{server.url}/gone", tmp_path / "gone")
+    assert len(server.log) == 1  # not asked for again
+    table = tmp_path / "table.json"
+    argv = ["scienceqa", "--to", str(tmp_path), "--addresses", str(table)]
+    table.write_text(json.dumps({"val.zip": f"{server.url}/val.zip"}))
+    with pytest.raises(SystemExit, match="table.json: val.zip is not .address, checksum or null."):
+        data.main(argv)
+    free = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    free.server_close()
+    url = f"http://127.0.0.1:{free.server_port}/problems.json"
+    table.write_text(json.dumps({"problems.json": [url, None]}))
+    with pytest.raises(SystemExit, match="problems.json could not be fetched .*refused"):
+        data.main(argv)
+
+
+def link(name):
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = 0o120777 << 16
+    return entry
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "../evil",
+        "train/../../evil",
+        "/tmp/evil",
+        "C:\\evil",
+        "train\\..\\..\\evil",
+        link("train/l"),
+    ],
+)
+def test_evil_zip(tmp_path, entry):
+    archive, folder = tmp_path / "a/train.zip", tmp_path / "a/b"
+    folder.mkdir(parents=True)
+    archive.write_bytes(zipped([("train/1/image.png", b"x"), (entry, b"/etc")]))
+    with pytest.raises(ValueError, match="train.zip .* would leave the folder"):
+        downloads.unpack(archive, folder, "train")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "b", "train.zip"]
+
+
+BAD_ZIPS = {
+    "a bomb": ([("train/a", bytes(10**7))], "over 100 times its size"),
+    "a folder in place of a file": ([("train/a", b"x"), ("train/a/b", b"x")], "not a whole zip"),
+    "a file in place of the folder": ([("train", b"x")], "no folder train"),
+    "a name too long": ([("train/" + "a" * 300, b"x")], "not a whole zip"),
+    "no name": ([("", b"x")], "not a whole zip"),
+}
+
+
+@pytest.mark.parametrize("entries, sentence", BAD_ZIPS.values(), ids=BAD_ZIPS)
+def test_hostile_zip(tmp_path, entries, sentence):
+    archive = tmp_path / "train.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries:
+            file.writestr(name or zipfile.ZipInfo(""), content)
+    with pytest.raises(ValueError, match=f"train.zip .*{sentence}"):
+        downloads.unpack(archive, tmp_path, "train")
+    assert [path.name for path in tmp_path.iterdir()] == ["train.zip"]
+
+
+def test_a_zip_with_a_password(tmp_path):
+    archive = tmp_path / "train.zip"
+    whole = bytearray(zipped([("train/a", b"x")]))
+    for start in (6, whole.index(b"PK\1\2") + 8):  # the flag, in both of its places
+        whole[start] |= 1
+    archive.write_bytes(whole)
+    with pytest.raises(ValueError, match="train.zip is not a whole zip file .*encrypted"):
+        downloads.unpack(archive, tmp_path, "train")
+
+
+TABLES = [[], {"../../x.json": ["http://x", None]}, {"val.zip": [5, None]}, {"val.zip": ["x", 5]}]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_bad_addresses(tmp_path, table):
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps(table))
+    with pytest.raises(SystemExit, match="table.json: "):
+        data.main(["scienceqa", "--to", str(tmp_path / "set"), "--addresses", str(file)])
+    assert not (tmp_path / "set").exists()
+
+
+def test_broken_zip(tmp_path):
+    archive = tmp_path / "train.zip"
+    whole = zipped([("train/1/image.png", b"x" * 1000), ("val/1/image.png", b"x")])
+    archive.write_bytes(whole)
+    with pytest.raises(ValueError, match="train.zip has no folder test"):
+        downloads.unpack(archive, tmp_path, "test")
+    for broken in (whole[:500], whole.replace(b"x" * 1000, b"y" * 1000)):
+        archive.write_bytes(broken)
+        with pytest.raises(ValueError, match="train.zip is not a whole zip file"):
+            downloads.unpack(archive, tmp_path, "train")
+    assert [path.name for path in tmp_path.iterdir()] == ["train.zip"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that has MathVista's two files; `hub.asked` are the names it was asked for."""
+    png = picture(tmp_path / "a.png").read_bytes()
+
+    def fetch(repo, name, *, repo_type, revision, local_dir):
+        assert (repo, repo_type, len(revision)) == ("AI4Math/MathVista", "dataset", 40)
+        fetch.asked.append(name)
+        if name not in fetch.files:
+            raise OSError("no route to host")
+        Path(local_dir).mkdir(parents=True, exist_ok=True)
+        (Path(local_dir) / name).write_bytes(fetch.files[name])
+        return str(Path(local_dir) / name)
+
+    problems = {str(pid): annotation(pid) for pid in (1, 301, 352)}
+    archive = zipped([(f"images/{pid}.jpg", png) for pid in problems])
+    fetch.asked = []
+    fetch.files = {"images.zip": archive, "annot_testmini.json": json.dumps(problems).encode()}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setenv("NANOCOT_CACHE", str(tmp_path / "cache"))
+    return fetch
+
+
+def test_mathvista_download(hub, tmp_path, capsys):
+    annotations = hub.files.pop("annot_testmini.json")
+    with pytest.raises(SystemExit, match="MathVista could not be fetched .no route to host"):
+        data.main(["mathvista"])
+    with pytest.raises(FileNotFoundError, match="python data.py mathvista"):
+        data.load("mathvista", "test")  # half a download is no data set
+    hub.files["annot_testmini.json"] = annotations
+    data.main(["mathvista"])
+    assert "train: 1 problems" in capsys.readouterr().out
+    assert hub.asked == ["images.zip", "annot_testmini.json", "annot_testmini.json"]
+    [problem] = data.load("mathvista", "train")
+    assert pictures.open_image(problem.image).size == (40, 30)
+    left = sorted(path.name for path in (tmp_path / "cache/mathvista").iterdir())
+    assert left == ["annot_testmini.json", "images"]
+    hub.files["images.zip"] = b"not a zip"
+    with pytest.raises(SystemExit, match="images.zip is not a whole zip file"):
+        data.main(["mathvista", "--to", str(tmp_path / "other")])
