@@ -487,55 +487,6 @@ def pali_suffix(problem, trace=None):
     return f"{trace['thought'].strip()}\nAnswer: {answer}" if answer else trace["thought"].strip()
 
 
-_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-# Without ^, which changes no match, a line of n characters without an answer takes n^2 steps.
-_ANSWER = re.compile(r"^.*\banswer(?: is|:)[\s*:]*(.+)", re.IGNORECASE | re.MULTILINE)
-
-
-def final_answer(problem, text):
-    r"""What a teacher's prose ends in; of a problem with choices the letter, if it names one.
-
-    Looked for in the last \boxed{}, else behind the last "answer is", else in the last line. This
-    is for training data that nobody graded; support/grading.py has the grader.
-    """
-    said = _BOXED.findall(text) or _ANSWER.findall(text) or text.strip().splitlines()
-    said = said[-1][:10_000] if said else ""  # the next pattern is quadratic in it
-    said = re.sub(r"\\text\{(.*?)\}", r"\1", said).strip(" .*$")
-    if not problem.choices:
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", said.replace(",", ""))
-        is_number = problem.meta.get("answer_type") in ("integer", "float")
-        return numbers[-1] if is_number and numbers else said
-    letters, choices = LETTERS[: len(problem.choices)], [c.lower() for c in problem.choices]
-    named = re.findall(rf"\(([{letters}])\)|^([{letters}])(?![^).:,])", said)
-    if named:
-        return "".join(named[-1])
-    return LETTERS[choices.index(said.lower())] if said.lower() in choices else said
-
-
-_TAG = re.compile(r"<(?=[^<>\s]+>)|\[(?=@BOS@\])")
-
-
-def plain_ids(tokenizer, text):
-    """Token ids of a text in which nothing is a special token, whatever it looks like.
-
-    Gemma's added tokens (<eos>, <image>, <loc0001>, <seg001>, <b>, [@BOS@] ...) are found in any
-    text, whether they are marked special or not. So the text is cut behind the first character of
-    all that has their form: no piece holds a whole one, and together they decode to the text.
-    """
-    cuts = [0, *(match.end() for match in _TAG.finditer(text)), len(text)]
-    pieces = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
-    return [id for piece in pieces for id in tokenizer.encode(piece, add_special_tokens=False).ids]
-
-
-def special_ids(tokenizer):
-    """{"pad", "eos", "bos", "image"}: ids, looked up by name. ValueError if one is missing."""
-    ids = {name: tokenizer.token_to_id(f"<{name}>") for name in ("pad", "eos", "bos", "image")}
-    missing = ", ".join(f"<{name}>" for name, id in ids.items() if id is None)
-    if missing:
-        raise ValueError(f"This tokenizer has no {missing}: it is not PaliGemma's.")
-    return ids
-
-
 def sequence(tokenizer, prefix, suffix=None, image_tokens=0, layout="paligemma", eos_in_loss=True):
     """One row: {"input_ids", "token_type_ids", "labels"}, lists of T; without suffix no labels.
 
