@@ -30,7 +30,8 @@ import torch
 import data
 import fusion
 from model import of_all_ranks, rank, resolve
-from support import judging, kinds
+from support import judging, kinds, pictures
+from support.choices import LETTERS
 from support.decoding import Part, before_loop, in_batches, paligemma_inputs, prolonged, speller
 from support.grading import CUE, grade
 from support.grading import Grade as Grade  # what `grade` gives, for who imports this file
@@ -54,6 +55,7 @@ from support.tables import (
     table,
     write_graded,
 )
+from support.tokenizing import load_tokenizer, plain_ids
 
 
 # --- decoding a run

@@ -36,6 +36,8 @@ from support.clients import PRICES_OF, Failed, Model, Reply, picture, seen
 from support.judging import JUDGE_OUTPUT, ask_judge, rule_verdict, sure
 from support.shaping import apart, distinct, graded, length, shape
 from support.summary import summary
+from support.tokenizing import load_tokenizer
+from support.traces import load_traces, training_notice
 
 HERE = Path(__file__).parent
 USUAL_OUTPUT = 1500  # tokens a reply, a guess; --dry-run takes the mean of the file if it has any
@@ -511,7 +513,7 @@ def prepared(args):
             raise ValueError(f"--max-cost: no price of {side.name} is known; give {flag} IN OUT.")
     shots = worked_examples(args) if args.shots else ()
     folder = args.tokenizer or (HERE / "demo/paligemma" if args.max_tokens else None)
-    tokenizer = data.load_tokenizer(folder) if folder else None
+    tokenizer = load_tokenizer(folder) if folder else None
     traces, pending = ledger.Ledger(args.out), Path(f"{args.out}.pending")
     judges = judge.provider in clients.PACKAGES and not source
     pending = ledger.Ledger(pending) if judges or pending.is_file() else None

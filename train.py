@@ -43,11 +43,13 @@ from model import rank, resolve, world
 from support import (
     decoding,
     devices,
+    files,
     flags,
     folders,
     guards,
     looking,
     metrics,
+    pictures,
     records,
     report,
     runs,
@@ -56,6 +58,7 @@ from support import (
 from support.dry_run import blank_features, dry_step
 from support.journal import Journal, Stopped, in_use
 from support.optimizing import in_chunks, make_optimizer, trained
+from support.tokenizing import load_tokenizer
 
 # ---- the loss ------------------------------------------------------------------------------------
 
@@ -76,6 +79,7 @@ def cross_entropy(head, weight, states, labels, args):
 
     def chunk_loss(states, labels, rows):
         logits = head(states).float()  # (tokens, V)
+        # Eq. cross-entropy (training): -log p(Y_i | X, Y_<i), summed
         if not by_row:
             return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
@@ -290,7 +294,7 @@ def run_mmcot(args):
     out = Path(args.out)
     print(f"{out}: recipe {args.recipe}, vision {args.vision}", flush=True)
     splits, skipped = records.load_splits(args)
-    tokenizer = data.load_tokenizer(resolve(args.weights[0]))
+    tokenizer = load_tokenizer(resolve(args.weights[0]))
     with devices.in_turn():
         features, splits = records.with_pictures(args, splits, skipped)
     folders.begin(args)  # only now: a run that cannot start leaves nothing
@@ -367,7 +371,7 @@ def run_paligemma(args):
     """Train (unless --epochs 0), decode and score one recipe; returns its metrics."""
     print(f"{Path(args.out)}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
     splits, skipped = records.load_splits(args)
-    tokenizer = data.load_tokenizer(resolve(args.weights[0]))
+    tokenizer = load_tokenizer(resolve(args.weights[0]))
     model = runs.load_paligemma(vars(args))
     if args.epochs[0]:
         free(args, model)
@@ -434,7 +438,7 @@ def save_paligemma(args, model, tokenizer):
     out = Path(args.out)
     if args.full:
         model.save_pretrained(out)
-        config = data.read_json(out / "config.json") | vars(args)  # one file for both
+        config = files.read_json(out / "config.json") | vars(args)  # one file for both
         folders.write_config(config, out)
     else:
         lora.save(model, out, args.weights[0])

@@ -14,7 +14,7 @@ import json
 import os
 from pathlib import Path
 
-import data
+from support import files
 from support.calls import cost
 from support.clients import (
     FATAL,
@@ -108,7 +108,7 @@ class Batches:
 
     def __init__(self, traces, model, calls):
         self.file, self.model, self.calls = Path(f"{traces}.batches.json"), model, calls
-        self.entries = data.read_json(self.file) if self.file.is_file() else []
+        self.entries = files.read_json(self.file) if self.file.is_file() else []
 
     def keys(self):
         return {key for entry in self.entries for key in entry["keys"]}
@@ -196,7 +196,7 @@ class Batches:
                 return [], "the provider has it no longer"
             if ended is None:
                 name = f"batch {entry['id']}"
-                data.progress(name, calls.done, calls.total, calls.start, " (waiting)")
+                files.progress(name, calls.done, calls.total, calls.start, " (waiting)")
                 await calls.pause(delay := min(60, 1.5 * delay))
         return ended
 

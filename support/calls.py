@@ -17,8 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-import data
-from support import clients
+from support import clients, files
 from support.clients import FATAL, UNREADABLE, Failed, Lost, Reply, in_words, status_of
 
 IMAGE_TOKENS = {"anthropic": 4800, "gemini": 1120}  # the most that one picture counts
@@ -109,7 +108,7 @@ class Calls:
     def progress(self, what):
         """One more is done."""
         self.done += 1
-        data.progress(what, self.done, self.total, self.start, f", ${self.spent:.2f}")
+        files.progress(what, self.done, self.total, self.start, f", ${self.spent:.2f}")
 
     def money_left(self):
         return f"--max-cost: ${self.limit - self.spent:.4f} of ${self.limit:g} are left"

@@ -29,6 +29,7 @@ from email.utils import parsedate_to_datetime
 from PIL import Image
 
 import data
+from support import files, pictures
 
 TEACHERS = {"gemini": "gemini-3.8-flash", "anthropic": "claude-opus-5-5", "demo": ""}
 JUDGES = {"gemini": "gemini-3.5-flash-lite", "anthropic": "claude-haiku-5-5"}
@@ -244,7 +245,7 @@ def complete(thought, answer, stop, usage, why):
 def demo_scenes():
     """The demo's (problems, facts) by id, as demo.teacher takes them."""
     folder = data.demo_folder()
-    return data.read_json(folder / "problems.json"), data.read_json(folder / "scenes.json")
+    return files.read_json(folder / "problems.json"), files.read_json(folder / "scenes.json")
 
 
 def ask_demo(problem, seed, attempt):
@@ -336,14 +337,16 @@ def picture(problem):
     if problem.image is None:
         return None
     with contextlib.suppress(Exception):  # what is wrong with it, open_image says below
-        body = data.regular_file(problem.image).read_bytes()
-        with Image.open(io.BytesIO(body), formats=data.FORMATS) as image:
+        body = files.regular_file(problem.image).read_bytes()
+        with Image.open(io.BytesIO(body), formats=pictures.FORMATS) as image:
             fits = len(body) <= MOST_BYTES and max(image.size) <= MOST_SIDE
-            upright = image.getexif().get(0x0112, 1) == 1  # the student's is, see data.open_image
+            upright = (
+                image.getexif().get(0x0112, 1) == 1
+            )  # the student's is, see pictures.open_image
             if fits and upright and image.format in SENT:
                 return body, SENT[image.format]
     try:
-        image = data.open_image(problem.image)
+        image = pictures.open_image(problem.image)
     except (OSError, ValueError) as error:
         raise Failed(str(error)) from None
     if max(image.size) > MOST_SIDE:
@@ -367,8 +370,8 @@ def seen(path):
     if path is None:
         return None, None
     try:
-        body = data.regular_file(path).read_bytes()
-        with Image.open(io.BytesIO(body), formats=data.FORMATS) as image:
+        body = files.regular_file(path).read_bytes()
+        with Image.open(io.BytesIO(body), formats=pictures.FORMATS) as image:
             return hashlib.sha256(body).hexdigest(), image.size
     except Exception as error:  # PIL's can be almost anything
         why = getattr(error, "strerror", None) or "it is no picture"

@@ -19,6 +19,7 @@ import torch
 
 import data
 from model import rank, world
+from support import files
 
 
 def in_batches(examples, batch_size, label, collate=data.collate, dealt=True):
@@ -32,7 +33,7 @@ def in_batches(examples, batch_size, label, collate=data.collate, dealt=True):
         yield collate([examples[i] for i in rows])
         done += len(rows)
         if total > 1:
-            data.progress(label, done, total, start)
+            files.progress(label, done, total, start)
 
 
 def gist(tensor, block=16384):

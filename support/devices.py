@@ -18,8 +18,8 @@ import time
 import torch
 import torch.distributed as dist
 
-import data
 from model import rank, world
+from support import pictures
 from support.optimizing import trained
 
 
@@ -92,7 +92,7 @@ def dealt(window):
 
 
 def trains_on_picture(example):
-    return isinstance(example.get("image_features"), data.Picture)
+    return isinstance(example.get("image_features"), pictures.Picture)
 
 
 def own_dropout(args, done):

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-import data
 import lora
 from model import resolve, stored_tensors
-from support import optimizing, runs
+from support import files, optimizing, runs
+from support.features import Features
 from support.optimizing import trained
 
 GIB = 2**30
@@ -40,9 +40,9 @@ def blank_features(args, problems, model=None):
         folder = resolve(args.vision_weights)
         count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())
         print(f"  {folder}: {count:,} numbers, frozen; it sees each picture once, before training")
-        shape = [data.read_json(folder / "config.json")[key] for key in ("num_queries", "d_model")]
+        shape = [files.read_json(folder / "config.json")[key] for key in ("num_queries", "d_model")]
     rows = {p.id: 0 for p in problems if p.image is not None}
-    return data.Features(torch.zeros(1, *shape).numpy(), rows)
+    return Features(torch.zeros(1, *shape).numpy(), rows)
 
 
 def dry_step(loss_of, optimizer, plan):

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-import data
 import fusion
 from model import rank, world
-from support import tables
+from support import files, tables
 from support.journal import Journal, flush, write_json
 
 HERE = Path(__file__).parent.parent
@@ -37,7 +36,7 @@ def begin(args):
     (out / "last").mkdir(parents=True, exist_ok=True)  # from now on it is not complete
     if anew:
         write_config(vars(args), out)
-    elif (then := data.read_json(out / "config.json")["versions"]) != (now := versions()):
+    elif (then := files.read_json(out / "config.json")["versions"]) != (now := versions()):
         print(f"begun with {then}, goes on with {now}: bits may differ", file=sys.stderr)
 
 
@@ -76,7 +75,7 @@ def complete(out):
 def other_flags(args):
     """The flags that config.json has otherwise, as sentences; None if it has no flags."""
     try:
-        config = data.read_json(Path(args.out) / "config.json")
+        config = files.read_json(Path(args.out) / "config.json")
     except (FileNotFoundError, ValueError):
         return None
     if "recipe" not in config:

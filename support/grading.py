@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-import data
+from support.choices import LETTERS
 
 CUE = "Answer:"  # what PaliGemma's last line begins with
 ANSWER = re.compile(r"The answer is \(([A-Z])\)")
@@ -174,16 +174,16 @@ def right(problem, parsed):
         return parsed == normal(problem, problem.answer)
     index = problem.meta.get("answer_index")
     if index is None or "answer_type" in problem.meta:
-        choices = dict(zip(data.LETTERS, problem.choices, strict=False))
+        choices = dict(zip(LETTERS, problem.choices, strict=False))
         return choices.get(parsed) == problem.answer
-    return parsed == data.LETTERS[index]
+    return parsed == LETTERS[index]
 
 
 # --- what a short text names
 def pick(problem, said, trust=2):
     """(letter or None, how): the choice that a short plain text names. With a trust below 2 it was
     not said as the answer: then a list of letters is none, nor is what a "not" may be about."""
-    letters, why = data.LETTERS[: len(problem.choices)], "no answer found"
+    letters, why = LETTERS[: len(problem.choices)], "no answer found"
     said = said.strip(" \n\t.*\"':⟦⟧")
     named = set(NAMED.findall(said)) & set(letters)
     if trust < 2 and len(named) > 1:
@@ -317,7 +317,7 @@ def implied(problem, sentences):
     for x in sentences[:-3:-1] if sorted(texts) == ["no", "yes"] else ():
         if asked <= set(re.findall(r"\w+", x.casefold())) and "question" not in x.casefold():
             word = ("yes", "no")[len(DENIES.findall(x)) % 2]
-            return data.LETTERS[texts.index(word)], "choice text"
+            return LETTERS[texts.index(word)], "choice text"
     return None, "no answer found"
 
 
@@ -388,7 +388,7 @@ def published(problem, response):
     """(letter or None, how) by ScienceQA's rule: exactly one "The answer is (X)", X among the
     choices. Ours: without one, or with an "Answer:" behind it, what follows the last "Answer:", or
     the whole response, if it is a letter or the text of one choice."""
-    options, letters = data.LETTERS[: len(problem.choices)], ANSWER.findall(response)
+    options, letters = LETTERS[: len(problem.choices)], ANSWER.findall(response)
     if letters and response.rfind(CUE) < [m.start() for m in ANSWER.finditer(response)][-1]:
         if len(letters) == 1 and letters[0] in options:
             return letters[0], "letter"
@@ -417,7 +417,7 @@ def grade(problem, response, guess=None):
             return Grade(read[0] is not None and right(problem, read[0]), *read)
         said = next((x for *_, x in commits(plain(response)) if x), response.strip())
         steps = [distance(said[:200], choice) for choice in problem.choices]
-        drawn, why = data.LETTERS[steps.index(min(steps))], read[1]
+        drawn, why = LETTERS[steps.index(min(steps))], read[1]
     else:
         letters = ANSWER.findall(response)
         if len(letters) == 1 and letters[0] in GUESS_LETTERS:

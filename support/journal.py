@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import data
 from model import of_all_ranks, rank, world, write_safetensors
+from support import files
 from support.devices import agreed, in_turn, on_first, part_like
 from support.optimizing import trained
 
@@ -179,7 +179,7 @@ def newest_state(folder, number, stage, lines):
     paths = sorted(folder.glob(f"{number}-*.json"), reverse=True)
     for path in paths:
         try:
-            state, file = data.read_json(path), path.with_suffix(".safetensors")
+            state, file = files.read_json(path), path.with_suffix(".safetensors")
             if state["sha256"] != checksum(file, state["state"]):
                 raise ValueError("the checksum is another")
             if state["state"]["lines"] > lines and not rank():  # the others have no log

@@ -20,6 +20,7 @@ from collections import Counter
 import data
 from support import grading, ledger
 from support.calls import Calls, Halt, at_most
+from support.choices import LETTERS
 from support.clients import (
     ASK,
     JUDGES,
@@ -113,10 +114,10 @@ def judge_prompt(problem, thought, answer):
     The mark between the texts is a hash of them and stands in none: no rationale can end its part.
     """
     hint, unit = problem.hint, problem.meta.get("unit")
-    choices = "\n".join(f"({x}) {c}" for x, c in zip(data.LETTERS, problem.choices, strict=False))
+    choices = "\n".join(f"({x}) {c}" for x, c in zip(LETTERS, problem.choices, strict=False))
     asked = [problem.question, hint and f"Hint: {hint}", unit and f"Unit: {unit}", choices]
     index = problem.meta.get("answer_index")
-    gold = problem.answer if index is None else f"({data.LETTERS[index]}) {problem.answer}"
+    gold = problem.answer if index is None else f"({LETTERS[index]}) {problem.answer}"
     parts = {"question": "\n".join(filter(None, asked)), "gold answer": gold}
     parts |= {"rationale": thought, "student's answer": answer}
     mark, texts = "", "\n".join(parts.values())
@@ -221,5 +222,6 @@ def agreement(pairs):
     ones, others = (Counter(pair[i] for pair in pairs) for i in (1, 2))
     chance = sum(ones[word] * others[word] for word in ones) / n**2
     share = 1 - len(apart) / n
+    # Eq. kappa (Cohen 1960)
     kappa = (share - chance) / (1 - chance) if chance < 1 else None
     return {"n": n, "agreement": share, "kappa": kappa, "disagreements": apart}

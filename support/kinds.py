@@ -12,9 +12,12 @@ import re
 from pathlib import Path
 
 import data
+from support import files
+from support.choices import LETTERS
 from support.decoding import before_loop
 from support.grading import ANSWER, CUE, SENTENCE, committed, normal, plain, right, squash
 from support.runs import bad_records
+from support.traces import load_traces
 
 KINDS = ("sound", "lucky", "novel", "right", "right thought, wrong answer", "loop", "nonsense",
          "cut off", "no parse", "wrong")  # fmt: skip
@@ -165,7 +168,7 @@ def known_types(config):
         bad, traces = bad_records(config), config.get("traces")
         problems = data.load(config["data"], "train", bad)
         if traces and Path(traces).is_file():
-            ids = {trace["id"] for trace in data.load_traces(traces, bad)}
+            ids = {trace["id"] for trace in load_traces(traces, bad)}
             problems = [p for p in problems if p.id in ids]
     except (OSError, ValueError):
         return None
@@ -175,7 +178,7 @@ def known_types(config):
 def scene_facts(where):
     """{id: facts} of the demo, or of a folder like it; {} of other data."""
     path = (data.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
-    return data.read_json(path) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
 def explained(graded, facts=None, known=None):
@@ -197,7 +200,7 @@ def refine(graded, judge):
             ("loop", "cut off", "no parse")]  # fmt: skip
     graded, items = list(graded), []
     for p, x, g in (graded[i] for i in rows):
-        letter = data.LETTERS.find(g.parsed) if p.choices and g.parsed else -1
+        letter = LETTERS.find(g.parsed) if p.choices and g.parsed else -1
         items.append((p, thought_of(x), x["response"] if letter < 0 else p.choices[letter]))
     for i, verdict in zip(rows, judge(items), strict=True):
         p, x, g = graded[i]

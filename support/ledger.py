@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-import data
+from support import files
 from support.clients import hide
 
 VERSION = 1  # of the prompts, in every key: another one asks everything anew
@@ -38,7 +38,7 @@ class Ledger:
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} for {self.path.name}: make it.")
         if os.path.lexists(path):
-            data.regular_file(path)  # a pipe would be waited for
+            files.regular_file(path)  # a pipe would be waited for
         self.file = open(path, "a+b")  # noqa: SIM115 (held until close)
         lock(self.file, path)
         self.file.seek(0)

@@ -22,6 +22,7 @@ import torch
 import data
 import fusion
 from model import DETR, resolve
+from support import files
 from support.decoding import in_batches, paligemma_inputs, prolonged, spelled
 from support.grading import CUE
 
@@ -115,7 +116,7 @@ def paligemma_looks(model, problems, predictions, config, tokenizer, features):
     start, found = time.monotonic(), {}
     for done, example in enumerate(examples, 1):
         found[example["id"]] = paligemma_look(model, example, written[example["id"]], tokenizer)
-        data.progress("looked at", done, len(examples), start)
+        files.progress("looked at", done, len(examples), start)
     return found
 
 

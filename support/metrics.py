@@ -48,6 +48,7 @@ def percent(share):
 def wilson(hits, n, z=1.959963984540054):
     """95 % Wilson score interval of hits / n, in percent: it stays inside 0..100, and does not
     shrink to nothing when all answers, or none, are right."""
+    # Eq. interval (Wilson 1927)
     centre = (hits + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
     return [percent(max(0.0, centre - half)), percent(min(1.0, centre + half))]
@@ -228,6 +229,7 @@ def compare(graded_a, graded_b, resamples=10_000, seed=0):
     better = sum(b and not a for _, a, _, b in common)
     worse = sum(a and not b for _, a, _, b in common)
     shares = [better / n, worse / n, (n - better - worse) / n]
+    # Eq. bootstrap (Efron 1979): percentiles of the difference over resampled problems
     drawn = np.random.default_rng(seed).multinomial(n, shares, resamples)  # (resamples, 3)
     ends = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5]).tolist()
     said = {"difference": percent((better - worse) / n), "ci95": [percent(x) for x in ends]}
@@ -236,6 +238,7 @@ def compare(graded_a, graded_b, resamples=10_000, seed=0):
 
 def mcnemar(better, worse):
     """Two-sided: how often a fair coin thrown so many times is at least as lopsided."""
+    # Eq. exact test (McNemar 1947): 2 sum of C(n, k) / 2^n, k up to min(better, worse)
     throws, ways, total = better + worse, 1, 0
     for k in range(min(better, worse) + 1):  # ways: throws over k. Integers: exact, no overflow
         total += ways

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import data
 from model import rank
-from support import grading, runs
+from support import files, grading, pictures, runs
+from support.traces import load_traces, overlap, training_notice
 
 # ---- bad records ---------------------------------------------------------------------------------
 
@@ -32,7 +33,7 @@ def load_splits(args):
     if args.on_error == "stop":
         return splits, None
     for name in names:
-        skipped[name] += data.unusable(splits[name], lambda path: None)  # too many choices
+        skipped[name] += pictures.unusable(splits[name], lambda path: None)  # too many choices
     return left_of(splits, skipped), skipped
 
 
@@ -75,7 +76,7 @@ def told_skipped(args, skipped):
     if unknown := sum(row[2] is None for row in rows):
         counts["split unknown"] = unknown
     if rows and not rank():
-        data.write_skipped(rows, file)
+        files.write_skipped(rows, file)
         told = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
         print(f"  skipped: {told}; {file} says why", flush=True)
     return counts
@@ -86,7 +87,7 @@ def told_skipped(args, skipped):
 
 def training_rows(args, problems, skipped=None):
     """(problem, task, trace, True) per training row, as `data.pali_examples` takes them."""
-    if notice := data.training_notice(args.data):
+    if notice := training_notice(args.data):
         print(notice, file=sys.stderr)
     by_id = {p.id: p for p in problems}
     traces = kept_traces(args, by_id, skipped)[: args.limit_traces]
@@ -113,7 +114,7 @@ def kept_traces(args, by_id, skipped=None):
             for p in told
         ]
     bad = None if skipped is None else skipped.setdefault("traces", [])
-    traces = data.load_traces(demo_traces() if args.traces == "demo" else args.traces, bad)
+    traces = load_traces(demo_traces() if args.traces == "demo" else args.traces, bad)
     known = [t for t in traces if t["id"] in by_id]
     wanted = {"all": (), "correct": ("correct",), "consistent": ("correct", "consistent")}
     kept = [t for t in known if all(holds(t, by_id[t["id"]], key) for key in wanted[args.keep])]
@@ -144,7 +145,7 @@ def demo_traces():
 
 def warn_of_overlap(train, test):
     """Say how many test pictures were trained on. Not refused: ScienceQA shares many by design."""
-    shared = {pair[1] for pair in data.overlap(train, test)}
+    shared = {pair[1] for pair in overlap(train, test)}
     if shared:
         some = ", ".join(sorted(shared)[:5])
         share = f"{len(shared)} of {len(test)}"

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-import data
+from support import files, pictures
 from support.metrics import axes
 from support.runs import run_config
 from support.tables import differences, heading, report_tables
@@ -72,7 +72,7 @@ def report_problems(columns):
     shown, blocks = {}, {}
     for number, column in enumerate(columns.values()):
         file = column.folder and column.folder / "looks.json"
-        looked = data.read_json(file) if file and os.path.lexists(file) else {}
+        looked = files.read_json(file) if file and os.path.lexists(file) else {}
         if not isinstance(looked, dict):
             raise ValueError(f"{file} has no looks by problem id. Delete it, or decode again.")
         for p, x, g in column.graded or ():
@@ -101,7 +101,7 @@ def report_pictures(shown):
 
     def small(path):
         try:
-            picture = data.open_image(path)
+            picture = pictures.open_image(path)
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
             picture.save(file := io.BytesIO(), "WEBP", quality=80, method=2)
             return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -117,7 +117,7 @@ def report_pictures(shown):
     with ThreadPoolExecutor() as threads:  # Pillow lets go of the lock while it computes
         for key, picture in zip(first, threads.map(small, first.values()), strict=True):
             made[key] = picture
-            data.progress("pictures of the report", len(made), len(first), start)
+            files.progress("pictures of the report", len(made), len(first), start)
     places = {key: i for i, key in enumerate(k for k, x in made.items() if isinstance(x, str))}
     for facts in shown:
         if key := paths.get(facts["image"]):
@@ -149,7 +149,7 @@ def loss_curves(file):
     """[{"stage", "loss", "val_loss", "val_accuracy"}], each a list of [step, value]; the training
     loss as means over a window of steps. A stage that starts again is another curve."""
     stages, before = [], (None, 0)
-    for where, entry in data.json_lines(file, may_be_torn=True):
+    for where, entry in files.json_lines(file, may_be_torn=True):
         told = entry.items() if isinstance(entry, dict) else ()
         numbers = {k for k, v in told if isinstance(v, int | float) and not isinstance(v, bool)}
         named = ("stage", str) in [(k, type(v)) for k, v in told]

@@ -28,6 +28,7 @@ def bleu(candidate, reference, n):
         if not hits and order == 1:
             return 0.0
         logs.append(math.log(hits / ours.total() if hits else sys.float_info.min))
+    # Eq. BLEU (Papineni et al. 2002): BP exp(sum of log p_n / N)
     brevity = 1.0 if len(said) > len(gold) else math.exp(1 - len(gold) / len(said))
     return brevity * math.exp(math.fsum(x / n for x in logs))
 
@@ -74,5 +75,6 @@ def rouge_l(candidate, reference):
         for ours, distinct in zip(said, words, strict=True):
             if not common >= places.keys() & distinct:  # else it cannot add a word
                 common |= lcs_words(ours, places)
+    # Eq. ROUGE-L (Lin 2004): 2 P R / (P + R)
     precision, recall = (len(common) / len(set().union(*x)) for x in (said, gold))
     return 2.0 * precision * recall / (precision + recall + 1e-8)

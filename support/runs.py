@@ -22,6 +22,8 @@ import data
 import fusion
 import lora
 from model import DETR, PaliGemma, resolve, stored_tensors
+from support import files, pictures
+from support.features import Features, cached_features, published_features
 
 RUN_FLAGS = {  # of a run's config.json, what is read here
     "model": str, "recipe": str, "data": str, "test_split": str, "device": str, "weights": list,
@@ -37,7 +39,7 @@ def run_config(folder):
     file = Path(folder) / "config.json"
     if not os.path.lexists(file):
         return {}
-    config = data.read_json(file)
+    config = files.read_json(file)
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{folder} is no run folder: its config.json is none of train.py's.")
     for key in RUN_FLAGS.keys() & config.keys():
@@ -84,7 +86,7 @@ def load_paligemma(config, folder=None):
 
 # --- what its models see
 def image_features(config, problems, model=None, skipped=None):
-    """The run's `data.Features` for these problems, or None if it looks at no pictures.
+    """The run's `Features` for these problems, or None if it looks at no pictures.
 
     Published feature files are used as they are. Otherwise DETR is loaded only if a picture is not
     in the cache, and sees one size at a time: padding would change its output. A PaliGemma `model`
@@ -95,26 +97,26 @@ def image_features(config, problems, model=None, skipped=None):
         inside = [path.startswith("language_model.") for path in lora.adapters(model)]
         if config["full"] or not all(inside):
             if skipped is not None:
-                skipped += data.unusable(problems, data.open_image)
+                skipped += pictures.unusable(problems, pictures.open_image)
             side, tokens = model.config.vision.image_size, model.config.image_tokens
-            return data.Pictures(problems, side, tokens)
+            return pictures.Pictures(problems, side, tokens)
     elif config["vision"] != "detr":
         return None
     elif config["features"]:
-        return data.published_features(config["features"], config["name_map"])
+        return published_features(config["features"], config["name_map"])
     folder = resolve(config["weights"][0] if model else config["vision_weights"])
     fingerprint = checkpoint_hash(folder) + (f"-{dtype_name(model)}" if model else "")
     extract, pixels, size = eyes(config, model)
-    cache = config["features_cache"] or data.cache_folder() / "features" / f"{fingerprint}-{size}"
-    return data.cached_features(problems, extract, fingerprint, size, cache, pixels, skipped)
+    cache = config["features_cache"] or files.cache_folder() / "features" / f"{fingerprint}-{size}"
+    return cached_features(problems, extract, fingerprint, size, cache, pixels, skipped)
 
 
 def eyes(config, model=None):
     """(list of pixels -> list of features, picture -> pixels, size): PaliGemma's own, or DETR's."""
     if model is not None:
-        return paligemma_extractor(model), data.siglip_pixels, model.config.vision.image_size
+        return paligemma_extractor(model), pictures.siglip_pixels, model.config.vision.image_size
     extract = feature_extractor(resolve(config["vision_weights"]), config["device"])
-    return extract, data.detr_pixels, config["image_size"]
+    return extract, pictures.detr_pixels, config["image_size"]
 
 
 def dtype_name(model):
@@ -164,12 +166,12 @@ def feature_extractor(folder, device):
 
 
 def asked_features(config, models, picture):
-    """`data.Features` of the problem "asked"; None for a model that sees no picture."""
+    """`Features` of the problem "asked"; None for a model that sees no picture."""
     paligemma = config["model"] == "paligemma"
     if picture is None:
         seen = None if paligemma else models[-1].fusion
         width = seen and seen.image_dense.in_features
-        return width and data.Features(np.zeros((1, 1, width), np.float16), {})
+        return width and Features(np.zeros((1, 1, width), np.float16), {})
     if not paligemma and config["vision"] != "detr":
         return None
     if not paligemma and config["features"]:
@@ -179,4 +181,4 @@ def asked_features(config, models, picture):
         )
     extract, pixels, size = eyes(config, models[0] if paligemma else None)
     made = extract([pixels(picture, size)])[0][None].half().numpy()  # (1, P, F), as cached
-    return data.Features(made, {"asked": 0})
+    return Features(made, {"asked": 0})

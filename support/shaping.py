@@ -15,6 +15,7 @@ from dataclasses import replace
 import data
 import eval as evaluation
 from support import grading
+from support.tokenizing import plain_ids
 
 EMPTY_WORDS = set(  # a heading of nothing but these says nothing about the problem
     "a about all alternative an analysis analyze analyzing and answer approach by calculation "
@@ -117,7 +118,7 @@ def length(problem, thought, tokenizer=None):
     train.py's --max-suffix counts them; without a tokenizer its words."""
     trace = {"thought": thought, "verdict": {"correct": True}}
     text = data.pali_suffix(problem, trace)
-    return len(data.plain_ids(tokenizer, text)) + 1 if tokenizer else len(text.split())
+    return len(plain_ids(tokenizer, text)) + 1 if tokenizer else len(text.split())
 
 
 def word_grams(text, n=3):

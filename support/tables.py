@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import data
+from support import files
 from support.grading import ANSWER, grade
 from support.kinds import KINDS
 from support.metrics import DETAILS, compare, grade_all, percent
@@ -28,9 +28,9 @@ OTHER_ROWS = {  # key of the metrics, or the way to it: what its row is called
 def read_predictions(path, problems=()):
     """Predictions of a JSONL file, of MathVista's {pid: {"response"}} or of the released code's
     predictions_ans_*.json. Raises ValueError naming the line, the problem or the position."""
-    content = data.regular_file(path).read_bytes()
+    content = files.regular_file(path).read_bytes()
     try:
-        whole = data.parsed(content)
+        whole = files.parsed(content)
     except ValueError:  # several lines, as it should be
         whole = None
     if isinstance(whole, dict) and "preds" in whole:
@@ -38,7 +38,7 @@ def read_predictions(path, problems=()):
     if isinstance(whole, dict) and whole and all(isinstance(x, dict) for x in whole.values()):
         told = [(f"problem {pid}", {"id": pid} | picked(x)) for pid, x in whole.items()]
     else:
-        told = [(where.removeprefix(f"{path}, "), x) for where, x in data.json_lines(path)]
+        told = [(where.removeprefix(f"{path}, "), x) for where, x in files.json_lines(path)]
     for where, x in told:
         if isinstance(x, dict) and type(x.get("id")) is int:
             x["id"] = str(x["id"])
@@ -103,7 +103,7 @@ def metrics_then(folder, whole=True):
     """What metrics.json says; {} if there is none, or none that can be read: it is made anew; if
     `whole`, also where no table can be made of it. If not, it may only say what it is about."""
     try:
-        then = data.read_json(folder / "metrics.json")
+        then = files.read_json(folder / "metrics.json")
         named = all(isinstance(then.get(key, ""), str) for key in ("data", "split"))
         if whole:
             table({"": then}, all_rows=True), summary({"": then}), report_tables({"": then})

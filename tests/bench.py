@@ -53,6 +53,8 @@ import model as nano  # noqa: E402
 import support.flags  # noqa: E402
 import train  # noqa: E402
 from support import guards, optimizing  # noqa: E402
+from support.features import Features  # noqa: E402
+from support.tokenizing import load_tokenizer  # noqa: E402
 
 GIB = 2**30
 SHORTEST = 0.3  # seconds of a turn
@@ -970,7 +972,7 @@ folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 flags = ["--model", "paligemma", "--data", "none", "--lr", "0.001", "--device", "cpu"]
 flags = parse_args(flags)
-pg, tokenizer = model.PaliGemma.from_pretrained(folder), data.load_tokenizer(folder)
+pg, tokenizer = model.PaliGemma.from_pretrained(folder), load_tokenizer(folder)
 lora.inject(pg, r=8, alpha=16)
 example = data.sequence(tokenizer, "answer What is it?", "A cat.", pg.config.image_tokens)
 side = pg.config.vision.image_size

@@ -40,7 +40,7 @@ def read_once():
     """Most runs look at a few of the demo's 8,600 problems: these, their traces and their facts
     are read once for all tests of a module. Files that a test writes are read each time."""
     import data
-    from support import kinds
+    from support import kinds, records
 
     @functools.cache
     def once(read):
@@ -54,8 +54,10 @@ def read_once():
         return reading
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((data, "load"), (data, "load_traces"), (kinds, "scene_facts")):
-            patch.setattr(module, name, once(getattr(module, name)))
+        patch.setattr(data, "load", once(data.load))
+        patch.setattr(kinds, "scene_facts", once(kinds.scene_facts))
+        for module in (kinds, records):
+            patch.setattr(module, "load_traces", once(module.load_traces))
         yield
 
 

@@ -511,7 +511,7 @@ def files(folder):
     from support import pictures
 
     Image.fromarray(np.arange(35 * 41, dtype=np.uint16).reshape(35, 41)).save(folder / "deep.png")
-    data.detr_pixels(data.open_image(folder / "deep.png"))
+    pictures.detr_pixels(pictures.open_image(folder / "deep.png"))
 
 
 def runs(folder):

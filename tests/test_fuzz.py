@@ -62,13 +62,19 @@ from model import (  # noqa: E402
     T5Config,
 )
 from support import (  # noqa: E402
-    folders,  # noqa: E402
+    downloads,
+    files,
+    folders,
     metrics,
     report,
     tables,
+    tokenizing,
 )
+from support.features import cached_features, published_features  # noqa: E402
 from support.flags import parse_args  # noqa: E402
 from support.ledger import Ledger  # noqa: E402
+from support.pictures import open_image, siglip_pixels, unusable  # noqa: E402
+from support.traces import load_traces  # noqa: E402
 
 SAID = (  # the kinds of error that may leave a reader; a subclass (JSONDecodeError) may not
     ValueError,

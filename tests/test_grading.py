@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
 from support import grading  # noqa: E402
+from support.choices import LETTERS  # noqa: E402
 
 REAL = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data"))
 BARD = REAL / "mathvista/results/bard/output_bard.json"
@@ -260,7 +261,7 @@ def test_no_text_raises_and_every_how_is_of_the_vocabulary(text, dice):
             assert got.parsed is not None or not got.correct or "guessed" in got.how
         read = grading.committed(problem, text)
         if read and problem.choices:
-            assert read[0] in data.LETTERS[: len(problem.choices)]
+            assert read[0] in LETTERS[: len(problem.choices)]
         assert grading.agrees(problem, text, text) in (True, None)
 
 

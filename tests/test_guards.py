@@ -22,9 +22,13 @@ import lora
 import model as backbones
 import train
 from model import T5, T5Config
-from support import decoding, dry_run, folders, guards, optimizing, records, runs
+from support import decoding, dry_run, folders, guards, optimizing, pictures, records, runs
+from support.features import Features
+from support.files import read_json
 from support.flags import parse_args
 from support.journal import Journal, Stopped, in_use, write_json
+from support.tokenizing import load_tokenizer
+from support.traces import load_traces
 
 TINY = T5Config(
     vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, dropout_rate=0.1

@@ -19,6 +19,8 @@ import data
 import eval as evaluation
 from demo import teacher as demo_teacher
 from support import grading, judging, shaping, summary, tables
+from support.files import read_json
+from support.traces import load_traces
 
 REAL = Path(os.environ["NANOCOT_DATA"])
 LIMITS = (384, 256)

@@ -50,6 +50,7 @@ from support import (  # noqa: E402
     metrics,
 )
 from support.tables import align  # noqa: E402
+from support.traces import load_traces  # noqa: E402
 
 REAL = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data"))
 needs_data = pytest.mark.skipif(

@@ -25,8 +25,10 @@ import eval as scoring
 from fusion import GatedFusion, MultimodalT5
 from model import DETR, T5, PaliGemma, T5Config, decode
 from support import decoding, looking
+from support.features import Features
 from support.flags import parse_args
 from support.runs import image_features
+from support.tokenizing import load_tokenizer, plain_ids
 
 T5_FOLDER, DETR_FOLDER, PALIGEMMA = (ROOT / "demo" / n for n in ("t5", "detr", "paligemma"))
 REAL = Path(os.environ["NANOCOT_DATA"]) / "tokenizers"
@@ -135,7 +137,7 @@ def test_which_tokens_get_a_map():
 
 def test_ids_are_those_the_answer_was_written_behind(monkeypatch):
     """Of a loop one round, then the cue, then the answer: as the model had them."""
-    tokenizer = data.load_tokenizer(PALIGEMMA)
+    tokenizer = load_tokenizer(PALIGEMMA)
     config = vars(parse_args(["--model", "paligemma", "--device", "cpu"]))
     loop = [100, 101] + [110, 111, 112] * 9
     texts = iter([("loop", loop), ("eos", [120])])

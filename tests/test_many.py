@@ -30,6 +30,8 @@ from model import T5, write_safetensors
 from support import decoding, devices, optimizing, runs
 from support.flags import parse_args
 from support.journal import Stopped
+from support.pictures import Picture
+from support.tokenizing import load_tokenizer
 
 GIVEN = "--device cpu --limit 9 --epochs 2 --eval-batch-size 2 --max-output 6 4 --lr 3e-5".split()
 MMCOT = """--model mmcot --batch-size 5 --stage2-rationales generated --teacher-forced""".split()

@@ -20,7 +20,12 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
-from support import metrics, report, tables  # noqa: E402
+from support import (  # noqa: E402
+    metrics,
+    pictures,  # noqa: E402
+    report,
+    tables,
+)
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -25,6 +25,8 @@ from support import decoding, folders, guards, journal, kinds, records, runs
 from support.flags import BASELINES, lines_of, parse_args
 from support.journal import Journal, Stopped, in_use, write_json
 from support.runs import image_features
+from support.tokenizing import load_tokenizer
+from support.traces import load_traces
 
 TINY = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
 MMCOT = """--model mmcot --device cpu --limit 12 --epochs 3 --batch-size 6 --max-output 6 4
@@ -301,7 +303,7 @@ def talker():
             p.data.normal_(0, 0.15, generator=generator)
     problems = data.load("demo", "test")[:7]
     features = image_features(vars(args), problems, model)
-    tokenizer = data.load_tokenizer(args.weights[0])
+    tokenizer = load_tokenizer(args.weights[0])
 
     def told(folder=None, **changed):
         config = vars(args) | changed
@@ -479,7 +481,7 @@ def demo(read_once):
     """Read before processes are forked: they have it."""
     for split in ("train", "val", "test"):
         data.load("demo", split)
-    data.load_traces(records.demo_traces())
+    load_traces(records.demo_traces())
     kinds.scene_facts("demo")
 
 

@@ -14,6 +14,7 @@ from loopback import gold
 import data
 import teacher
 from support import clients, judging
+from support.traces import load_traces
 
 REAL = Path(os.environ["NANOCOT_DATA"])
 

@@ -21,6 +21,7 @@ import train
 from model import T5, T5Config
 from support import optimizing
 from support.flags import MMCOT_DEMO, parse_args
+from support.tokenizing import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("read_once")
 TINY = T5Config(

@@ -31,8 +31,12 @@ import lora
 import model as backbones
 import train
 from demo import teacher
-from support import decoding, guards, optimizing, records, runs
+from support import decoding, guards, optimizing, pictures, records, runs
+from support.features import Features
+from support.files import read_json
 from support.flags import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION, parse_args
+from support.tokenizing import load_tokenizer, plain_ids, special_ids
+from support.traces import load_traces
 
 DEMO = str(ROOT / "demo/paligemma")
 CONFIG = read_json(f"{DEMO}/config.json")
@@ -79,7 +83,7 @@ def write_lines(path, records):
 
 @functools.cache
 def demo_traces():
-    return data.load_traces(records.demo_traces())
+    return load_traces(records.demo_traces())
 
 
 @pytest.fixture(scope="module")
@@ -814,7 +818,7 @@ def test_full_training_sees_pictures_not_a_cache():
     model = runs.load_paligemma(vars(args))
     problem = next(p for p in data.load("demo", "train") if p.image)
     features = runs.image_features(vars(args), [problem], model)
-    assert isinstance(features, data.Pictures)
+    assert isinstance(features, pictures.Pictures)
 
 
 @pytest.mark.slow
@@ -827,9 +831,9 @@ def test_adapters_on_the_image_tower_see_pictures_too(tmp_path):
     config, (model,), _ = evaluation.load_run(run_.folder)
     problems = [p for p in data.load("demo", "test") if p.image][:2]
     seen = runs.image_features(config, problems, model)
-    assert isinstance(seen, data.Pictures)
+    assert isinstance(seen, pictures.Pictures)
     plain = runs.load_paligemma(config)
-    assert isinstance(runs.image_features(config, problems, plain), data.Features)
+    assert isinstance(runs.image_features(config, problems, plain), Features)
 
 
 # ---- one flag each -----------------------------------------------------------------------------
