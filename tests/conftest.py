@@ -61,6 +61,27 @@ def read_once():
         yield
 
 
+@pytest.fixture(scope="session")
+def spiece(tmp_path_factory):
+    """A sentencepiece model with T5's special ids, trained here."""
+    import sentencepiece
+    from samples import SENTENCES, STRINGS
+
+    folder = tmp_path_factory.mktemp("spiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES + STRINGS[:1]),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=120,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return folder
+
+
 @pytest.fixture(scope="module")
 def running():
     """A server that speaks both providers' wire formats, and its url."""

@@ -276,7 +276,7 @@ def run(folder, flags, world=1, stop=None):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def work():
-        train.report = report
+        train.show_step = report
         train.main([*flags, "--out", str(folder / "run")])
 
     return forked(world, work, folder)

@@ -72,7 +72,7 @@ def fitted(folder, kill=None, resume=True, examples=EXAMPLES, every=2):
             pytest.MonkeyPatch.context() as patch,
             open(log, "r+" if resume and log.exists() else "w+") as file,
         ):
-            patch.setattr(train, "report", report)
+            patch.setattr(train, "show_step", report)
             journal = Journal(file, folder / "last", args.save_every)
             for stage in ("one", "two"):
                 torch.manual_seed(7)
