@@ -13,7 +13,6 @@ import re
 from dataclasses import replace
 
 import data
-import eval as evaluation
 from support import grading
 from support.tokenizing import plain_ids
 
@@ -137,7 +136,7 @@ def distinct(thought, others, share=0.6):
 
 def graded(problem, answer):
     """eval.py's Grade. Where it reads one form only (ScienceQA), a teacher may use any other."""
-    grade, said = evaluation.grade(problem, answer), grading.committed(problem, answer)
+    grade, said = grading.grade(problem, answer), grading.committed(problem, answer)
     if grade.parsed is None and said:
-        return replace(evaluation.grade(problem, said[0]), how=said[1])
+        return replace(grading.grade(problem, said[0]), how=said[1])
     return grade

@@ -25,8 +25,18 @@ PRODUCT = [
     if p.name != "__init__.py"
 ]
 PACKAGES = "torch safetensors tokenizers PIL numpy huggingface_hub anthropic google".split()
+PACKAGES.append("httpx2")  # google-genai's own, as both SDKs bring it
 MOST = 450  # lines of a file
-LONGER = {"model.py": "five architectures, in sections"}
+LONGER = {  # and why
+    "model.py": 2200,  # five architectures, their weight tables, loading, decoding
+    "data.py": 600,  # two systems' sequences
+    "eval.py": 500,
+    "lora.py": 550,  # PEFT's files, both ways
+    "teacher.py": 600,
+    "train.py": 600,  # two systems' runs
+    "demo/make.py": 500,
+    "demo/scenes.py": 650,  # nine families of pictures
+}
 
 
 @cache
@@ -80,7 +90,7 @@ def module(path):
 @pytest.mark.parametrize("path", PRODUCT, ids=str)
 def test_a_file_can_be_read_in_one_sitting(path):
     lines, _, _, longest, *_ = counts(path)
-    assert lines <= MOST or str(path) in LONGER
+    assert lines <= LONGER.get(str(path), MOST)
     assert longest <= 60
 
 
@@ -138,6 +148,8 @@ def test_every_flag_is_used():
     for path, text in texts.items():
         for flag in re.findall(r'"--([a-z][a-z-]+)"', text):
             name = flag.replace("-", "_")
+            kept = rf'"--{flag}", dest="(\w+)"'
+            name = (re.findall(kept, text) or [name])[0]
             used = re.findall(rf'\.{name}\b|"{name}"|\b{name}=', every)
             assert used, f"{path}: --{flag} is parsed and never used"
 
