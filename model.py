@@ -294,7 +294,8 @@ class T5Block(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x, bias, memory=None, memory_bias=None):
-        """x (B, T, D) -> (B, T, D)."""
+        """x (B, T, D) -> (B, T, D). `bias` and `memory_bias` are added to the scores of the two
+        attentions; `memory` are the encoder's states, which a decoder's block reads."""
         h = self.self_attn_norm(x)
         x = x + self.dropout(self.self_attn(h, *self.self_attn.keys_values(h), bias))
         if self.is_decoder:
@@ -492,7 +493,7 @@ class T5(nn.Module):
 
     def encode(self, input_ids, attention_mask):
         """(B, T) ids and mask -> encoder states (B, T, D)."""
-        with onednn(self.encoder.modules()):
+        with onednn(self.encoder.modules()):  # the same on a CPU, sooner
             return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
 
     def mask_bias(self, attention_mask):
@@ -857,7 +858,7 @@ class DETR(nn.Module):
         positions = sine_positions(valid, self.config.d_model).to(c5.dtype)  # (B, P, D)
         mask = valid.flatten(1)[:, None, None, :]  # (B, 1, 1, P)
         x = self.input_projection(c5).flatten(2).transpose(1, 2)  # (B, P, D), row by row
-        with onednn(self.modules()):
+        with onednn(self.modules()):  # the same on a CPU, sooner
             for layer in self.encoder.layers:
                 x = layer(x, positions, mask)
             queries = self.query_position_embeddings.weight.expand(len(x), -1, -1)  # (B, Q, D)

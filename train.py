@@ -15,7 +15,7 @@ table has what that must be compared with: chance, the model as it was, and the 
 as long on the same answers without the thoughts.
 
 Here are the loss, the loop and a run of each system. What a first reading may skip is in support/:
-flags.py (flags and defaults), many.py (tables of many runs), records.py (which problems and
+flags.py (flags and defaults), ablations.py (tables of many runs), records.py (which problems and
 traces), optimizing.py (the loss in chunks, AdamW), guards.py (what stops a training that goes wrong
 without a word), journal.py and folders.py (a run that was killed goes on with --resume, on a CPU to
 the same bits), devices.py (`torchrun --nproc-per-node N train.py ...` takes N devices), dry_run.py
@@ -25,8 +25,8 @@ Left out on purpose: trainer classes, callbacks, autocast (weights that are trai
 ones bf16 where the device is good at it), loggers other than log.jsonl.
 
 Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss.
-A row is one example; a batch is a list of rows until `LossOf.batch` collates it; a window is the
-list of batches of one optimizer step.
+In the loop a row is one example, a batch is a list of rows until `LossOf.batch` collates it, and a
+window is the list of batches of one optimizer step.
 """
 
 import argparse
@@ -44,6 +44,7 @@ import fusion
 import lora
 from model import rank, resolve, world
 from support import (
+    ablations,
     decoding,
     devices,
     files,
@@ -51,7 +52,6 @@ from support import (
     folders,
     guards,
     looking,
-    many,
     metrics,
     pictures,
     records,
@@ -181,8 +181,8 @@ def steps_per_epoch(examples, args):
 
 
 def schedule(step, steps, args):
-    """The share of the peak learning rate at a step: linear decay to 0 (mmcot, as published), or
-    linear warm-up and a cosine to 0 (paligemma)."""
+    """The share of the peak learning rate at a step, counted from 0: linear decay to 0 (mmcot, as
+    published), or linear warm-up and a cosine to 0 (paligemma)."""
     if args.model == "mmcot":
         return 1 - step / max(1, steps)
     warm = max(1, round(args.warmup * steps))
@@ -526,8 +526,8 @@ def main(argv=None):
     runs.check_device(args.device)
     torch.set_num_threads(args.threads)
     start = time.monotonic()
-    table = many.table_of(args)
-    lines = many.lines_of(args, table) if table else {args.out: args}
+    table = ablations.table_of(args)
+    lines = ablations.lines_of(args, table) if table else {args.out: args}
     if args.dry_run and devices.under_torchrun():
         raise ValueError("--dry-run measures a single process: give it without torchrun.")
     if args.dry_run:
@@ -540,7 +540,7 @@ def main(argv=None):
             rows = run_many(lines)
             if not args.ablation:
                 print(f"\n{tables.table(rows)}")
-            many.show(args, lines, rows)
+            ablations.show(args, lines, rows)
         elif scores := run_one(args):
             print(f"\n{tables.table({args.out: scores})}")
         print(f"\n{args.out}: done in {time.monotonic() - start:.0f} s")

@@ -3,7 +3,7 @@
 The values are those of the papers and of big_vision's configs, as far as they say; the demo's are
 what a few minutes on a core allow.
 
-Left out: configuration files, and tables of many runs (support/many.py).
+Left out: configuration files, and tables of many runs (support/ablations.py).
 """
 
 import argparse

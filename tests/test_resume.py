@@ -22,9 +22,9 @@ import fusion
 import train
 from model import T5, T5Config
 from support import decoding, folders, guards, journal, kinds, records, runs
+from support.ablations import BASELINES, lines_of
 from support.flags import parse_args
 from support.journal import Journal, Stopped, in_use, write_json
-from support.many import BASELINES, lines_of
 from support.runs import image_features
 from support.tokenizing import load_tokenizer
 from support.traces import load_traces

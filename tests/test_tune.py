@@ -32,11 +32,11 @@ import model as backbones
 import train
 from demo import teacher
 from support import decoding, guards, optimizing, pictures, records, runs
+from support.ablations import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION
 from support.features import Features
 from support.files import read_json
 from support.flags import parse_args
 from support.journal import Journal
-from support.many import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION
 from support.tokenizing import load_tokenizer, plain_ids, special_ids
 from support.traces import load_traces
 
@@ -1462,7 +1462,7 @@ def test_the_demo_learns_to_reason(tmp_path, monkeypatch):
     """The default run, in three of its four epochs and with one of its baselines: `short` above
     has all of them."""
     lines = {name: BASELINES[name] for name in ("base", "distilled")}
-    monkeypatch.setattr("support.many.BASELINES", lines)
+    monkeypatch.setattr("support.ablations.BASELINES", lines)
     train.main(["--model", "paligemma", "--epochs", "3", "--out", str(tmp_path / "run")])
     metrics = read_json(tmp_path / "run/metrics.json")
     base = read_json(tmp_path / "run/base/metrics.json")
