@@ -134,8 +134,8 @@ class Adapted(torch.autograd.Function):
         of_A = of_low.T @ x.to(A.dtype)  # (r, I)
         of_x = plus(given @ weight, of_low.view(*given.shape[:-1], -1), A) if wanted[0] else None
         # The base is frozen, unless somebody unfreezes it.
-        of_weight = flat.T @ x if wanted[1] else None  # (O, I)
-        of_bias = flat.sum(0) if wanted[2] else None  # (O,)
+        of_weight = flat.T @ x if wanted[1] else None
+        of_bias = flat.sum(0) if wanted[2] else None
         return of_x, of_weight, of_bias, of_A, of_B, None
 
 
