@@ -45,37 +45,11 @@ from model import (
     stored_tensors,
 )
 
-FUSION_ROWS = {
-    f"encoder.{name}": f"fusion.{name}"
-    for name in (
-        "image_dense.weight",
-        "image_dense.bias",
-        "mha_layer.in_proj_weight",
-        "mha_layer.in_proj_bias",
-        "mha_layer.out_proj.weight",
-        "mha_layer.out_proj.bias",
-        "gate_dense.weight",
-        "gate_dense.bias",
-    )
-}
-MULTIMODAL_KEYS = KeyTable(
-    {theirs: ours and f"t5.{ours}" for theirs, ours in T5_KEYS.rows.items()} | FUSION_ROWS,
-    spellings=((r"^(image_dense|mha_layer|gate_dense)\.", r"encoder.\1."),),  # Feb 2023 checkpoints
-)
+# ----------------------------------------------------------------------------------------------
+# The fusion: equations 3 to 6
+# ----------------------------------------------------------------------------------------------
+
 NO_IMAGE = ("zero", "mask")
-# Prompt formats of the stages: Q question, C context, M choices, G generated rationale, A answer,
-# L lecture, E solution (paper, Table 2).
-RECIPES = {
-    "two-stage": ("QCM-LE", "QCMG-A"),
-    "answer": ("QCM-A",),
-    "reason": ("QCM-LEA",),
-    "explain": ("QCM-ALE",),
-}
-
-
-def stage_names(recipe):
-    """The folders of a run's models, in order."""
-    return ("rationale", "answer")[-len(RECIPES[recipe]) :]
 
 
 class SingleHeadAttention(nn.Module):
@@ -134,6 +108,29 @@ class GatedFusion(nn.Module):
         # Eq. 6 (Multimodal-CoT)
         H_fuse = (1 - gate) * H_language + gate * H_attn  # (B, T, D)
         return H_fuse, gate, attention
+
+
+# ----------------------------------------------------------------------------------------------
+# A T5 that sees: equations 1 and 2
+# ----------------------------------------------------------------------------------------------
+
+FUSION_ROWS = {
+    f"encoder.{name}": f"fusion.{name}"
+    for name in (
+        "image_dense.weight",
+        "image_dense.bias",
+        "mha_layer.in_proj_weight",
+        "mha_layer.in_proj_bias",
+        "mha_layer.out_proj.weight",
+        "mha_layer.out_proj.bias",
+        "gate_dense.weight",
+        "gate_dense.bias",
+    )
+}
+MULTIMODAL_KEYS = KeyTable(
+    {theirs: ours and f"t5.{ours}" for theirs, ours in T5_KEYS.rows.items()} | FUSION_ROWS,
+    spellings=((r"^(image_dense|mha_layer|gate_dense)\.", r"encoder.\1."),),  # Feb 2023 checkpoints
+)
 
 
 class MultimodalT5(nn.Module):
@@ -225,6 +222,20 @@ class MultimodalT5(nn.Module):
 # ----------------------------------------------------------------------------------------------
 # The two-stage loop
 # ----------------------------------------------------------------------------------------------
+
+# Prompt formats of the stages: Q question, C context, M choices, G generated rationale, A answer,
+# L lecture, E solution (paper, Table 2).
+RECIPES = {
+    "two-stage": ("QCM-LE", "QCMG-A"),
+    "answer": ("QCM-A",),
+    "reason": ("QCM-LEA",),
+    "explain": ("QCM-ALE",),
+}
+
+
+def stage_names(recipe):
+    """The folders of a run's models, in order."""
+    return ("rationale", "answer")[-len(RECIPES[recipe]) :]
 
 
 @torch.inference_mode()

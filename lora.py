@@ -33,9 +33,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-GEMMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-T5_TARGETS = ("q_proj", "v_proj")  # of every attention block; PEFT's choice for T5
+# ----------------------------------------------------------------------------------------------
+# One layer
+# ----------------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
@@ -83,6 +83,7 @@ class LoRALinear(nn.Linear):
             return super().forward(x)
         drops = self.training and self.dropout
         if torch.is_grad_enabled() and not drops and self.lora_magnitude_vector is None:
+            # As the plain LoRA below, with less kept for the way back.
             A, B = self.lora_A.weight, self.lora_B.weight
             return Adapted.apply(x, self.weight, self.bias, A, B, self.scaling)  # (..., O)
         out = super().forward(x)  # (..., O)
@@ -132,8 +133,9 @@ class Adapted(torch.autograd.Function):
         x = x.reshape(-1, x.shape[-1])  # (n, I)
         of_A = of_low.T @ x.to(A.dtype)  # (r, I)
         of_x = plus(given @ weight, of_low.view(*given.shape[:-1], -1), A) if wanted[0] else None
-        of_weight = flat.T @ x if wanted[1] else None  # frozen, but for whoever
-        of_bias = flat.sum(0) if wanted[2] else None  # unfreezes it
+        # The base is frozen, unless somebody unfreezes it.
+        of_weight = flat.T @ x if wanted[1] else None
+        of_bias = flat.sum(0) if wanted[2] else None
         return of_x, of_weight, of_bias, of_A, of_B, None
 
 
@@ -146,12 +148,13 @@ def plus(out, a, b):
 
 
 def adopt(new, old):
-    """Give the Linear `new` the parameters of `old`, and its mode; returns `new`."""
+    """Give the Linear `new` the parameters of `old`, the same tensors, and its mode; `new`."""
     new.weight, new.bias = old.weight, old.bias
     return new.train(old.training)
 
 
 def swap(model, path, new):
+    """Put the module `new` at this path of the model."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
 
@@ -159,6 +162,9 @@ def swap(model, path, new):
 # ----------------------------------------------------------------------------------------------
 # A whole model
 # ----------------------------------------------------------------------------------------------
+
+GEMMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+T5_TARGETS = ("q_proj", "v_proj")  # of every attention block; PEFT's choice for T5
 
 
 def adapters(model):
@@ -283,6 +289,7 @@ def in_state(model, merged=None):
 # Files, as PEFT writes and reads them
 # ----------------------------------------------------------------------------------------------
 
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Settings of adapter_config.json that load() obeys, and (from peft_type on) those that change
 # nothing. Any other that is set (not null, false or empty) may change the outputs: refused.
 KNOWN = """r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules
@@ -486,6 +493,7 @@ def names_in_file(model, stored):
 
 
 def matches(pattern, name):
+    """As PEFT matches the keys of rank_pattern and alpha_pattern: to the end of a name."""
     return re.match(rf"(.*\.)?({pattern})$", name)
 
 

@@ -15,6 +15,10 @@ What is worth knowing before reading:
     causal. Picture features are not scaled, word embeddings are (by the root of D).
   * Weight names are data: one table per architecture, file name <-> our name, for both ways.
 
+First come the architectures, each with its sizes, weight names and formulas, then the loop they
+decode with. A first reading may stop there: what follows is the same formulas again where the plain
+way costs too much, files, many processes and the command line.
+
 `python model.py --keys DIR_OR_HUB_ID` prints the weight table that loading goes by; `--summary`
 the architecture, with shapes and parameter counts (fusion.py does both for a T5 with a fusion).
 
@@ -27,7 +31,7 @@ Axes:
   H head width   F ffn width       V vocabulary      Q object queries P feature pixels (h*w)
   C channels     L classes         K key-value heads I image tokens    G = N / K
   Y X pixels of a picture, down and across; h w the same of a feature map; n pictures
-  `new` tokens of this call; `live` rows still written; `...` any axes
+  `new` tokens of this call; `live` rows still written; `length` tokens compared; `...` any axes
 """
 
 import argparse
@@ -54,212 +58,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------
-# Files: finding a checkpoint, reading its config, moving tensors by table
+# Weight names: those of the files <-> ours, as data that loading and saving both go by
 # ----------------------------------------------------------------------------------------------
-
-
-def resolve(where):
-    """A local folder for a directory or a Hub id ("allenai/unifiedqa-t5-base").
-
-    Weights are fetched as safetensors; only a repository without any gives its pytorch_model.bin.
-    Raises FileNotFoundError for a missing path or repository, PermissionError for a gated one,
-    ConnectionError without network; each says what to do.
-    """
-    if Path(where).is_dir():
-        return Path(where)
-    if Path(where).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
-        raise FileNotFoundError(
-            f"{where} is neither a folder with config.json and weights nor a Hub id like org/name."
-        )
-    from huggingface_hub import errors, snapshot_download
-
-    small = ["*.json", "spiece.model"]
-    try:
-        folder = Path(snapshot_download(where, allow_patterns=[*small, "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):
-            snapshot_download(where, allow_patterns=[*small, "pytorch_model.bin"])
-        return folder
-    except errors.GatedRepoError as e:
-        raise PermissionError(
-            f"The Hub repository {where} is gated: accept its licence on its page, then log in "
-            "with `hf auth login` or set HF_TOKEN."
-        ) from e
-    except errors.RepositoryNotFoundError as e:
-        raise FileNotFoundError(
-            f"The Hub has no repository {where}, or it is private and no token is set."
-        ) from e
-    except Exception as e:  # the client raises its HTTP library's own errors when offline
-        raise ConnectionError(
-            f"{where} is not a local folder and the Hub could not be reached "
-            f"({type(e).__name__}). Download it elsewhere and pass the folder instead."
-        ) from e
-
-
-def read_config(folder, *model_types):
-    """config.json of `folder` as a dict; ValueError unless its model_type is one of these."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a checkpoint folder needs its config.json."
-        )
-    config = json_object(path)
-    if config.get("model_type") not in model_types:
-        raise ValueError(
-            f"{path} says model_type {config.get('model_type')!r:.60}, but "
-            f"{' or '.join(map(repr, model_types))} is needed here: these weights belong to "
-            "another architecture."
-        )
-    return config
-
-
-def json_object(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}). Download it again.") from e
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
-    return value
-
-
-def from_config(cls, config):
-    """Dataclass `cls` from a config dict; absent and null fields keep the family's default.
-    ValueError for a value of another type, or a size no model has: it would take hours to build."""
-    made = {}
-    for field in fields(cls):
-        value = config.get(field.name)
-        if value is None:
-            continue
-        kind = {float: (int, float), tuple: (list, tuple)}.get(field.type, field.type)
-        fits = isinstance(value, kind) and (field.type is bool or not isinstance(value, bool))
-        if fits and isinstance(value, int | float) and not isinstance(value, bool):
-            least = 0 if field.type is float or "token" in field.name else 1
-            least = -1 if field.name == "eos_token_id" else least  # -1: there is none
-            fits = least <= value <= (256 if "layers" in field.name else 10**7)  # False for NaN
-        if not fits:
-            raise ValueError(f"{field.name} is {value!r:.60}, which no {cls.__name__} has.")
-        made[field.name] = value
-    return cls(**made)
-
-
-class Undrawn(TorchFunctionMode):
-    """Leaves out what `torch.nn.init` would do to weights that are read from a file next. On the
-    meta device that draws nothing, but its first call imports torch's compiler: 2 seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def described(folder):
-    """The meta device, where a module takes no memory, to build what config.json describes."""
-    try:
-        with torch.device("meta"), Undrawn():
-            yield
-    except ValueError as e:
-        raise ValueError(f"{folder}/config.json: {str(e).rstrip('.')}.") from e
-    except Exception as e:  # torch's and Python's own, for sizes that do not go together
-        raise ValueError(
-            f"{folder}/config.json describes no model that can be built ({type(e).__name__}: {e})."
-        ) from e
-
-
-def convert_pickle(path):
-    """Convert pytorch_model.bin once to model.safetensors beside it; returns the new path.
-
-    Only tensors are unpickled (`weights_only=True`); a file that holds code is refused. Several
-    names of one tensor (T5's tied embeddings) are stored once, as safetensors wants it.
-    """
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a broken pickle makes its reader raise almost anything
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path} is not a plain file of tensors and was not loaded ({reason}). Pickles that "
-            "hold code are refused: use a safetensors version of these weights."
-        ) from e
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and is_plain(t) for name, t in tensors.items()
-    ):
-        raise ValueError(f"{path} does not hold a dict of tensors, so it is no model's weights.")
-    kept = {}
-    for name in sorted(tensors, key=len):  # of several names the shortest: "shared.weight"
-        t = tensors[name]
-        kept.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else name, name)
-    target = path.with_name("model.safetensors")
-    try:
-        write_safetensors({name: tensors[name] for name in kept.values()}, target)
-    except (RuntimeError, ValueError, SafetensorError) as e:  # tensors that overlap in memory
-        raise ValueError(f"{path} could not be converted to {target.name} beside it ({e}).") from e
-    return target
-
-
-def is_plain(t):
-    """Whether a tensor from a pickle has its numbers in memory. A view that says more of them than
-    its storage holds would be written out in full: a few bytes that become terabytes."""
-    if not torch.is_tensor(t) or t.layout != torch.strided or t.device.type != "cpu":
-        return False
-    return t.numel() * t.element_size() <= t.untyped_storage().nbytes()
-
-
-def write_safetensors(tensors, path):
-    """Write beside `path`, then rename: whoever has the old file mapped keeps a whole one."""
-    temporary, plain = path.with_name(f".{path.name}.{os.getpid()}.tmp"), {"format": "pt"}
-    try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, plain)
-        temporary.chmod(0o644)  # the library writes for the owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def stored_tensors(folder):
-    """{name in the file: (path, shape)} over every weight file of a checkpoint folder."""
-    return {name: (path, shape) for name, (path, shape, _) in headers(folder).items()}
-
-
-def headers(folder):
-    """As `stored_tensors`, with each tensor's dtype as safetensors calls it ("F32", "BF16")."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        names = json_object(index).get("weight_map")
-        names = list(names.values()) if isinstance(names, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(
-                f"{index} has no weight_map from tensors to files of its own folder. Get it again."
-            )
-        paths = {folder / name for name in names}
-    elif single.is_file():
-        paths = {single}
-    elif (folder / "pytorch_model.bin").is_file():
-        paths = {convert_pickle(folder / "pytorch_model.bin")}
-    else:
-        raise FileNotFoundError(
-            f"{folder} has neither model.safetensors, model.safetensors.index.json nor "
-            "pytorch_model.bin."
-        )
-    found = {}
-    for path in sorted(paths):
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                header = file.get_slice(name)
-                found[name] = (path, tuple(header.get_shape()), header.get_dtype())
-    return found
-
-
-@contextlib.contextmanager
-def opened(path):
-    """A safetensors file; whatever its reader finds wrong with it is a ValueError that names it."""
-    try:
-        if not path.is_file():
-            raise FileNotFoundError("there is no such file")  # a pipe would be waited for
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError, AttributeError, TypeError, RuntimeError) as e:
-        raise ValueError(f"{path} cannot be read as safetensors ({e}). Get it again.") from e
 
 
 class KeyTable:
@@ -319,282 +119,6 @@ class KeyTable:
     def to_file(self, name):
         """The file's name (Hub layout) for one of our tensors."""
         return self.translate(name, self.found_inverse)
-
-
-class Weight(NamedTuple):
-    """A tensor of the files, or one of ours that they lack, and what becomes of it."""
-
-    fate: str  # "matched", "skipped" or one of UNFIT
-    theirs: str  # its name in the file, or the one it should have there
-    ours: str = None
-    shape: tuple = None  # in the file
-    dtype: str = None
-    path: Path = None
-    wanted: tuple = None  # the shape of ours
-
-    def __str__(self):
-        if self.fate != "of another shape":
-            return self.theirs
-        return f"{self.theirs}: file {list(self.shape)}, model {list(self.wanted)}"
-
-
-UNFIT = ("missing", "unexpected", "of another shape")
-
-
-def weight_rows(module, folder, table, skip=()):
-    """A `Weight` for each tensor in `folder` and for each of the module that is not there."""
-    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    rows = []
-    for theirs, (path, shape, dtype) in headers(folder).items():
-        ours = table.to_ours(theirs)
-        if ours is None or ours in skip:
-            fate, ours, expected = "skipped", None, None
-        elif ours not in wanted:  # or known by another spelling already
-            fate, ours, expected = "unexpected", None, None
-        else:
-            expected = wanted.pop(ours)
-            fate = "matched" if expected == shape else "of another shape"
-        rows.append(Weight(fate, theirs, ours, shape, dtype, path, expected))
-    lacking = ((table.to_file(ours), ours, shape) for ours, shape in wanted.items())
-    return rows + [Weight("missing", theirs, ours, wanted=shape) for theirs, ours, shape in lacking]
-
-
-def unfit(rows):
-    """What the rows say does not fit, listed by fate; empty if all is well."""
-    found = {fate: sorted(str(row) for row in rows if row.fate == fate) for fate in UNFIT}
-    return "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in found.items() if v)
-
-
-def load_weights(module, folder, table, dtype=torch.float32, skip=()):
-    """Fill `module`, built on the meta device, from the checkpoint in `folder`; strict.
-
-    Tensors are memory-mapped into place and copied only where `dtype` differs from the file's.
-    `skip` names (ours) that the caller knows to be copies of another tensor.
-    Raises ValueError that names each missing, unexpected and misshaped tensor as the file calls it,
-    and each that is not of finite floating-point numbers.
-    """
-    check_dtype(dtype)
-    rows, by_file = weight_rows(module, folder, table, skip), {}
-    if listed := unfit(rows):
-        raise ValueError(
-            f"The weights in {folder} do not fit {type(module).__name__} as its config.json "
-            f"describes it. Tensors {listed}."
-        )
-    for row in rows:
-        if row.fate == "matched":
-            by_file.setdefault(row.path, []).append((row.theirs, row.ours))
-    tensors, bad = {}, []
-    for path, names in by_file.items():
-        with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            found = pool.map(lambda pair: checked(file.get_tensor(pair[0]), dtype), names)
-            for (theirs, ours), (tensor, fine) in zip(names, found, strict=True):
-                tensors[ours] = tensor
-                if not fine:
-                    bad.append(theirs)
-    if bad:
-        raise ValueError(
-            f"The weights in {folder} are no finite numbers of type {dtype} in {len(bad)} tensors: "
-            f"{', '.join(sorted(bad))}. They were stored in integers, or by a run that diverged."
-        )
-    module.load_state_dict(tensors, assign=True)
-    return module
-
-
-def checked(t, dtype):
-    """A tensor in this dtype, and whether it is one of finite floating-point numbers."""
-    made = t.to(dtype)
-    return made, t.is_floating_point() and finite(made)
-
-
-def finite(t):
-    """Whether a tensor has neither NaN nor infinity. Either shows in its sum, which runs at the
-    memory's speed; a sum that has merely overflown is settled by the extremes."""
-    return math.isfinite(t.sum()) or all(math.isfinite(x) for x in t.aminmax())
-
-
-def save_weights(module, folder, table, config):
-    """Write config.json and model.safetensors in the Hub's layout."""
-    folder = Path(folder)
-    tensors = {table.to_file(name): t for name, t in module.state_dict().items()}
-    if strange := sorted(name for name in tensors if name.startswith("?")):
-        raise ValueError(
-            f"{type(module).__name__} has tensors that its file format has no name for: "
-            f"{', '.join(strange)}. Adapters are saved with lora.save, or put into the weights "
-            "first with lora.merge(model, remove=True)."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def has_weights(folder):
-    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
-    return any((Path(folder) / name).exists() for name in names)
-
-
-def head_is_tied(folder):
-    """Untied iff the files hold an lm_head that differs from the input embedding.
-
-    The config cannot tell: transformers 5 writes tie_word_embeddings=true for FLAN-T5 as well, and
-    PaliGemma2's says false of a text model whose head is the embedding.
-    """
-    names = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
-    stored = {n: path for n, (path, _) in stored_tensors(folder).items() if n.endswith(names)}
-    heads = [n for n in stored if n.endswith("lm_head.weight")]
-    inputs = sorted((n for n in stored if n not in heads), key=len)  # T5's copies are longer names
-    if not heads or not inputs:
-        return True
-    tensors = []
-    for name in (heads[0], inputs[0]):
-        with opened(stored[name]) as file:
-            tensors.append(file.get_tensor(name))
-    return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
-
-
-def check_dtype(dtype):
-    if dtype == torch.float16:
-        raise ValueError(
-            "float16 is refused: T5 and Gemma overflow in it and small gradients vanish. Use "
-            "bfloat16 where the device is good at it, else float32."
-        )
-
-
-# ----------------------------------------------------------------------------------------------
-# Many processes, one a device; train.py starts them
-# ----------------------------------------------------------------------------------------------
-
-
-def world():
-    """How many processes train and decode together; 1 but under torchrun."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    """Which of them this is."""
-    return dist.get_rank() if world() > 1 else 0
-
-
-def of_all_ranks(told):
-    """One dict of what was told of every batch. Batches were dealt like cards: this process has
-    a list of dicts, of batches rank, rank + world ...; every process gets all, in that order."""
-    every = [told]
-    if world() > 1:
-        every = [None] * world()
-        dist.all_gather_object(every, told)
-    turns = itertools.zip_longest(*every, fillvalue={})
-    return {key: value for turn in turns for batch in turn for key, value in batch.items()}
-
-
-# ----------------------------------------------------------------------------------------------
-# Decoding: one loop for every model that generates
-# ----------------------------------------------------------------------------------------------
-
-ONEDNN = 2**18  # weights of a layer from which on it is worth its 12 us a call
-
-
-def pick(logits, temperature=0.0, generator=None):
-    """The next ids (B,) from logits (B, V): arg-max, or a sample at `temperature`."""
-    if temperature == 0:
-        return logits.argmax(-1)  # (B,)
-    probabilities = torch.softmax(logits.float() / temperature, -1)  # (B, V)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
-
-
-def looping(ids, times=4, least=24):
-    """(B, U) ids -> (B,): whether a row ends in one chunk said `times` times over.
-
-    Together they are `least` tokens or more. Counting n-grams anywhere in the text (8 tokens, four
-    times) would cut every fifth of Gemini's own thoughts, which restate a formula as often as they
-    need it; this cuts none of 335 (tests/test_paligemma.py)."""
-    found = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
-    for period in range(1, ids.shape[1] // times + 1):
-        length = max(times * period, least)
-        if length <= ids.shape[1]:
-            tail = ids[:, -length:]  # (B, length)
-            found |= (tail[:, period:] == tail[:, :-period]).all(1)  # (B,)
-    return found
-
-
-@torch.inference_mode()
-def decode(
-    logits,
-    step,
-    cache,
-    max_new_tokens,
-    eos_id,
-    pad_id=0,
-    temperature=0.0,
-    generator=None,
-    stop_loops=False,
-    on_token=None,
-):
-    """Generate up to `max_new_tokens` ids per row; rows that have finished leave the batch.
-
-    logits (B, V) choose the first id; `step(ids (B, 1), cache) -> logits (B, V)` runs the model on
-    one more token per live row; `cache.keep(alive)` drops the rows where the boolean (B,) is False.
-    With `stop_loops` a row that repeats itself (see `looping`) ends as well. `on_token(t, ids)`
-    hears the ids of the live rows at step t as soon as they are chosen: t = 0 begins a text.
-    Returns (B, <= max_new_tokens) ids, EOS included, `pad_id` after the end of a row; and why each
-    row stopped, a list of "eos", "loop" or "length".
-    """
-    B = len(logits)
-    out = torch.full((B, max_new_tokens), pad_id, device=logits.device)  # (B, U)
-    rows = torch.arange(B, device=logits.device)  # (live,), their places in `out`
-    stops, t = ["length"] * B, -1
-    for t in range(max_new_tokens):
-        ids = pick(logits, temperature, generator)  # (live,)
-        out[rows, t] = ids
-        if on_token:
-            on_token(t, ids)
-        stopped = ended = ids == eos_id  # (live,)
-        if stop_loops:
-            stopped = ended | looping(out[rows, : t + 1])
-        if stopped.any():
-            for row, end in zip(rows[stopped].tolist(), ended[stopped].tolist(), strict=True):
-                stops[row] = "eos" if end else "loop"
-            alive = ~stopped
-            rows, ids = rows[alive], ids[alive]  # (live,)
-            if not len(rows):
-                break
-            cache.keep(alive)
-        if t + 1 < max_new_tokens:
-            logits = step(ids[:, None], cache)  # (live, V)
-    return out[:, : t + 1], stops
-
-
-def has_onednn(t):
-    """Whether oneDNN's operators, which have no public name, do for what is computed from `t`."""
-    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    fits = t.device.type == "cpu" and t.dtype == torch.float32
-    return usable and fits and not torch.is_grad_enabled()
-
-
-@contextlib.contextmanager
-def onednn(layers, rows=None):
-    """Inside, a CPU multiplies by those of `layers` that are plain, big and fp32 with oneDNN, which
-    torch keeps for compiled models: 1.1 times as fast as its BLAS, and 1.1 to 2.3 times for the few
-    `rows` of a decoding step (an int), if the weights are laid out for them, which costs a copy.
-    Without gradients only."""
-    ops, ours = torch.ops.mkldnn, []
-    for m in layers:
-        w = m.weight if type(m) is nn.Linear else torch.empty(0)
-        if w.numel() >= ONEDNN and has_onednn(w):
-            if (rows or 1) > 1:  # one row is bound by reading the weights, whatever their layout
-                w = ops._reorder_linear_weight(w, rows)
-            m.forward = lambda x, w=w, b=m.bias: ops._linear_pointwise(x, w, b, "none", [], "")
-            ours.append(m)
-    try:
-        yield
-    finally:
-        for m in ours:
-            del m.forward  # the class's own is seen again
-
-
-def linear_of(weight):
-    """A Linear around a weight that is an embedding's."""
-    layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    layer.weight = weight
-    return layer
 
 
 # ----------------------------------------------------------------------------------------------
@@ -692,23 +216,6 @@ class T5Norm(nn.Module):
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # (..., D)
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout that is quick on a CPU too, where torch draws one uniform number after the other:
-    a quarter of a training step. Here each 64 bits drawn are four numbers, so that p is a multiple
-    of 2^-16; the mean stays exact, as what is kept is scaled by the p that was had."""
-
-    def forward(self, x):
-        if not self.training:
-            return x
-        if not 0 < self.p < 1 or x.device.type != "cpu":
-            return super().forward(x)
-        drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        drawn = drawn.view(torch.int16)[: x.numel()].view(x.shape)  # -2^15 to 2^15 - 1
-        dropped = round(self.p * 2**16)  # of 2^16 numbers
-        kept = torch.ge(drawn, dropped - 2**15, out=torch.empty(x.shape, dtype=x.dtype))
-        return x * kept.mul_(1 / (1 - dropped / 2**16))
-
-
 class T5Attention(nn.Module):
     """Multi-head attention without biases and without H^-0.5: T5 folds that into its init."""
 
@@ -787,7 +294,8 @@ class T5Block(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x, bias, memory=None, memory_bias=None):
-        """x (B, T, D) -> (B, T, D)."""
+        """x (B, T, D) -> (B, T, D). `bias` and `memory_bias` are added to the scores of the two
+        attentions; `memory` are the encoder's states, which a decoder's block reads."""
         h = self.self_attn_norm(x)
         x = x + self.dropout(self.self_attn(h, *self.self_attn.keys_values(h), bias))
         if self.is_decoder:
@@ -985,7 +493,7 @@ class T5(nn.Module):
 
     def encode(self, input_ids, attention_mask):
         """(B, T) ids and mask -> encoder states (B, T, D)."""
-        with onednn(self.encoder.modules()):
+        with onednn(self.encoder.modules()):  # the same on a CPU, sooner
             return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
 
     def mask_bias(self, attention_mask):
@@ -1156,34 +664,12 @@ class FrozenBatchNorm(nn.Module):
 
 
 def normed(x, conv, norm, plus=None, relu=True):
-    """relu(norm(conv(x)) + plus): (B, C, h, w) as the convolution makes it.
-
-    Without gradients a CPU does it in one pass over memory, channels last: the norm is put into
-    the weights, and oneDNN, which torch keeps for compiled models, adds and clamps what it has just
-    summed up. 1.2 times as fast as one after the other."""
+    """relu(norm(conv(x)) + plus): (B, C, h, w) as the convolution makes it."""
     if isinstance(norm, FrozenBatchNorm) and has_onednn(x) and not conv.weight.is_inference():
-        how = (*folded(conv, norm), conv.padding, conv.stride, conv.dilation, conv.groups)
-        ops, last = torch.ops.mkldnn, "relu" if relu else "none"
-        x = x.contiguous(memory_format=torch.channels_last)
-        if plus is None:
-            return ops._convolution_pointwise(x, *how, last, [], "")
-        return ops._convolution_pointwise.binary(x, plus, *how, "add", 1.0, last, [], "")
+        return normed_at_once(x, conv, norm, plus, relu)
     y = norm(conv(x))
     y = y if plus is None else y + plus
     return F.relu(y) if relu else y
-
-
-def folded(conv, norm):
-    """Weight and bias of `norm` after `conv` as one convolution, channels last. Both are kept with
-    the layer until one of the five tensors they are made of is written to or replaced."""
-    parts = [t.detach() for t in (conv.weight, *norm.buffers())]
-    state = [(t.data_ptr(), t._version) for t in parts]
-    if getattr(conv, "folded", (None,))[0] != state:
-        scale, shift = norm.scale_shift()
-        weight = conv.weight * scale[:, None, None, None]
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        conv.folded = state, weight, shift, parts  # whose memory is not given to others meanwhile
-    return conv.folded[1:3]
 
 
 class Bottleneck(nn.Module):
@@ -1372,7 +858,7 @@ class DETR(nn.Module):
         positions = sine_positions(valid, self.config.d_model).to(c5.dtype)  # (B, P, D)
         mask = valid.flatten(1)[:, None, None, :]  # (B, 1, 1, P)
         x = self.input_projection(c5).flatten(2).transpose(1, 2)  # (B, P, D), row by row
-        with onednn(self.modules()):
+        with onednn(self.modules()):  # the same on a CPU, sooner
             for layer in self.encoder.layers:
                 x = layer(x, positions, mask)
             queries = self.query_position_embeddings.weight.expand(len(x), -1, -1)  # (B, Q, D)
@@ -1549,34 +1035,11 @@ class GemmaNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
 
     def forward(self, x):  # (B, T, D)
-        if torch.is_grad_enabled():
-            return Normed.apply(x, self.weight, self.eps)
-        # Eq. RMSNorm (Gemma): (1 + w) x / sqrt(mean(x^2) + eps)
-        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
-
-
-class Normed(torch.autograd.Function):
-    """The same for training: y = x r (1 + w), r = (mean x^2 + eps)^-0.5. Keeps x as it is, and r,
-    where autograd would keep two or three copies of x in fp32."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        y = x.float()
-        r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)  # (B, T, 1)
-        ctx.save_for_backward(x, r, weight)
-        return (y * r * (1 + weight.float())).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, given):
-        """dx = r (g - n mean(g n)), with n = x r and g = dy (1 + w); dw = sum dy n."""
-        x, r, weight = ctx.saved_tensors
-        n, g = x.float() * r, given.float()  # (B, T, D)
-        learns = ctx.needs_input_grad[1]
-        of_weight = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if learns else None  # (D,)
-        g = g * (1 + weight.float())
-        g = (g - n * (g * n).mean(-1, keepdim=True)) * r
-        return g.to(x.dtype), of_weight, None
+        if not torch.is_grad_enabled():
+            # Eq. RMSNorm (Gemma): (1 + w) x / sqrt(mean(x^2) + eps)
+            y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+            return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
+        return Normed.apply(x, self.weight, self.eps)  # (B, T, D), the same for training
 
 
 def rotary_angles(positions, width, theta, dtype):
@@ -1597,7 +1060,7 @@ def rotate(x, cos, sin):
 
 def soft_cap(x, cap):
     """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap.
-    Attention has its own version of this line."""
+    `GemmaAttention` has its own version of this line."""
     # Eq. soft-cap (Gemma 2)
     return torch.tanh(x / cap) * cap if cap else x
 
@@ -1647,65 +1110,28 @@ class GemmaAttention(nn.Module):
 
         The T queries are all of the `new` tokens, or the `last` of them."""
         c, asking = self.config, x if last is None else x[:, -last:]  # (B, T, D)
-        T = asking.shape[1]
+        T, K = asking.shape[1], c.num_key_value_heads
         projected = self.q_proj(asking), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in projected)
         k, bias = rotate(k, cos, sin), bias[:, :, -T:]  # (B, K, new, H), (B, 1, T, S)
         q = rotate(q, cos[:, :, -T:], sin[:, :, -T:])  # (B, N, T, H)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, H)
-        K = c.num_key_value_heads
         scale, cap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
         q = q.unflatten(1, (K, -1)).flatten(2, 3) * (scale / (cap or 1))  # (B, K, G*T, H)
-        if torch.is_grad_enabled() and q.requires_grad:
-            out = CappedAttention.apply(q, k, v, bias, cap).unflatten(2, (-1, T)).flatten(1, 2)
-            return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
-        # Eq. GQA (Gemma 2): softmax(cap tanh(q k^T s / cap) + bias) v
-        scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T))  # (B, K, G, T, S)
-        if cap:  # cap * tanh(scores / cap): the division was done on q, which is smaller
-            scores = torch.add(bias[:, :, None], scores.tanh(), alpha=cap)
-        else:
-            scores = scores + bias[:, :, None]
-        weights = self.softmax(scores.float()).to(v.dtype).flatten(2, 3)  # (B, K, G*T, S)
-        out = (weights @ v).unflatten(2, (-1, T)).flatten(1, 2)  # (B, N, T, H)
+        if not (torch.is_grad_enabled() and q.requires_grad):
+            # Eq. GQA (Gemma 2): softmax(cap tanh(q k^T s / cap) + bias) v
+            scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T))  # (B, K, G, T, S)
+            if cap:  # cap * tanh(scores / cap): the division was done on q, which is smaller
+                scores = torch.add(bias[:, :, None], scores.tanh(), alpha=cap)
+            else:
+                scores = scores + bias[:, :, None]
+            weights = self.softmax(scores.float()).to(v.dtype).flatten(2, 3)  # (B, K, G*T, S)
+            out = weights @ v  # (B, K, G*T, H)
+        else:  # the same for training
+            out = CappedAttention.apply(q, k, v, bias, cap)  # (B, K, G*T, H)
+        out = out.unflatten(2, (-1, T)).flatten(1, 2)  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
-
-
-class CappedAttention(torch.autograd.Function):
-    """The same for training: keeps q, k and v and computes the scores again on the way back, those
-    of one key-value head at a time, where autograd would keep three tensors of N * T * S."""
-
-    @staticmethod
-    def weights(q, k, bias, cap):
-        """One head's q (B, G*T, H) and k (B, S, H) -> capped scores / cap, weights (B, G*T, S)."""
-        scores = q @ k.transpose(1, 2)  # (B, G*T, S)
-        scores = scores.tanh_() if cap else scores
-        groups = scores.unflatten(1, (-1, bias.shape[2]))  # (B, G, T, S)
-        biased = torch.add(bias, groups, alpha=cap or 1)
-        return scores, biased.softmax(-1, dtype=torch.float32).flatten(1, 2)
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias, cap):
-        """q (B, K, G*T, H), already over its scale and the cap; k, v (B, K, S, H) -> as q."""
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.cap, heads = cap, zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
-        weigh = CappedAttention.weights
-        return torch.stack([weigh(q, k, bias, cap)[1].to(v.dtype) @ v for q, k, v in heads], 1)
-
-    @staticmethod
-    def backward(ctx, given):
-        *saved, bias = ctx.saved_tensors
-        heads, gradients = zip(*(x.unbind(1) for x in (*saved, given)), strict=True), []
-        for q, k, v, g in heads:
-            capped, weights = CappedAttention.weights(q, k, bias, ctx.cap)  # (B, G*T, S)
-            of_v = weights.to(v.dtype).transpose(1, 2) @ g  # (B, S, H)
-            g = (g @ v.transpose(1, 2)).float()  # (B, G*T, S)
-            g = torch.ops.aten._softmax_backward_data(g, weights, -1, torch.float32).to(q.dtype)
-            del weights
-            if ctx.cap:
-                g = torch.ops.aten.tanh_backward(g, capped).mul_(ctx.cap)
-            gradients.append((g @ k, g.transpose(1, 2) @ q, of_v))
-        return *(torch.stack(parts, 1) for parts in zip(*gradients, strict=True)), None, None
 
 
 class GemmaMLP(nn.Module):
@@ -1717,25 +1143,10 @@ class GemmaMLP(nn.Module):
 
     def forward(self, x):  # (B, T, D)
         gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, F)
-        if torch.is_grad_enabled():
-            return self.down_proj(GatedGELU.apply(gate, up))  # (B, T, D)
-        # Eq. GEGLU (Gemma): GELU(x W_gate) * (x W_up)
-        return self.down_proj(F.gelu(gate, approximate="tanh") * up)  # (B, T, D)
-
-
-class GatedGELU(torch.autograd.Function):
-    """GELU(gate) * up, which keeps gate and up but not GELU(gate)."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh").mul_(up)
-
-    @staticmethod
-    def backward(ctx, given):
-        gate, up = ctx.saved_tensors
-        of_up = F.gelu(gate, approximate="tanh").mul_(given)
-        return torch.ops.aten.gelu_backward(given * up, gate, approximate="tanh"), of_up
+        if not torch.is_grad_enabled():
+            # Eq. GEGLU (Gemma): GELU(x W_gate) * (x W_up)
+            return self.down_proj(F.gelu(gate, approximate="tanh") * up)  # (B, T, D)
+        return self.down_proj(GatedGELU.apply(gate, up))  # (B, T, D), the same for training
 
 
 class GemmaLayer(nn.Module):
@@ -1817,9 +1228,8 @@ class Gemma2(nn.Module):
         c, T = self.config, x.shape[1]
         if cache is not None:
             valid, suffix = cache.extend(valid, suffix)  # (B, S)
-        window = (
-            c.sliding_window if valid.shape[1] > c.sliding_window else None
-        )  # else it cuts none
+        # A window as long as the text cuts nothing.
+        window = c.sliding_window if valid.shape[1] > c.sliding_window else None
         full = mask_bias(prefix_lm_mask(valid, suffix, T), x.dtype)  # (B, 1, T, S)
         sliding = mask_bias(prefix_lm_mask(valid, suffix, T, window), x.dtype) if window else full
         positions = valid.cumsum(1)[:, -T:] - 1  # (B, T)
@@ -2078,6 +1488,620 @@ class PaliGemma(nn.Module):
             states = self.states(*given)  # (B, U, D), U = last
             first = logits(states[torch.arange(len(pads), device=pads.device), -1 - pads])  # (B, V)
             return decode(first, step, cache, max_new_tokens, *ends, **how)
+
+
+# ----------------------------------------------------------------------------------------------
+# Decoding: one loop for every model that generates
+# ----------------------------------------------------------------------------------------------
+
+
+def pick(logits, temperature=0.0, generator=None):
+    """The next ids (B,) from logits (B, V): arg-max, or a sample at `temperature`."""
+    if temperature == 0:
+        return logits.argmax(-1)  # (B,)
+    probabilities = torch.softmax(logits.float() / temperature, -1)  # (B, V)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
+
+
+def looping(ids, times=4, least=24):
+    """(B, U) ids -> (B,): whether a row ends in one chunk said `times` times over.
+
+    Together they are `least` tokens or more. Counting n-grams anywhere in the text (8 tokens, four
+    times) would cut every fifth of Gemini's own thoughts, which restate a formula as often as they
+    need it; this cuts none of 335 (tests/test_paligemma.py)."""
+    found = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
+    for period in range(1, ids.shape[1] // times + 1):
+        length = max(times * period, least)
+        if length <= ids.shape[1]:
+            tail = ids[:, -length:]  # (B, length)
+            found |= (tail[:, period:] == tail[:, :-period]).all(1)  # (B,)
+    return found
+
+
+@torch.inference_mode()
+def decode(
+    logits,
+    step,
+    cache,
+    max_new_tokens,
+    eos_id,
+    pad_id=0,
+    temperature=0.0,
+    generator=None,
+    stop_loops=False,
+    on_token=None,
+):
+    """Generate up to `max_new_tokens` ids per row; rows that have finished leave the batch.
+
+    logits (B, V) choose the first id; `step(ids (B, 1), cache) -> logits (B, V)` runs the model on
+    one more token per live row; `cache.keep(alive)` drops the rows where the boolean (B,) is False.
+    With `stop_loops` a row that repeats itself (see `looping`) ends as well. `on_token(t, ids)`
+    hears the ids of the live rows at step t as soon as they are chosen: t = 0 begins a text.
+    Returns (B, <= max_new_tokens) ids, EOS included, `pad_id` after the end of a row; and why each
+    row stopped, a list of "eos", "loop" or "length".
+    """
+    B = len(logits)
+    out = torch.full((B, max_new_tokens), pad_id, device=logits.device)  # (B, U)
+    rows = torch.arange(B, device=logits.device)  # (live,), their places in `out`
+    stops, t = ["length"] * B, -1
+    for t in range(max_new_tokens):
+        ids = pick(logits, temperature, generator)  # (live,)
+        out[rows, t] = ids
+        if on_token:
+            on_token(t, ids)
+        stopped = ended = ids == eos_id  # (live,)
+        if stop_loops:
+            stopped = ended | looping(out[rows, : t + 1])
+        if stopped.any():
+            for row, end in zip(rows[stopped].tolist(), ended[stopped].tolist(), strict=True):
+                stops[row] = "eos" if end else "loop"
+            alive = ~stopped
+            rows, ids = rows[alive], ids[alive]  # (live,)
+            if not len(rows):
+                break
+            cache.keep(alive)
+        if t + 1 < max_new_tokens:
+            logits = step(ids[:, None], cache)  # (live, V)
+    return out[:, : t + 1], stops
+
+
+# ----------------------------------------------------------------------------------------------
+# Quick and small: the formulas above again, for where the plain way costs too much
+#
+# In training, autograd keeps every step of a formula; the three functions here keep what it starts
+# from and compute the rest again. Random numbers, and oneDNN's kernels, are for CPUs. All give what
+# the plain formula gives, up to rounding (dropout: other numbers of the same law).
+# ----------------------------------------------------------------------------------------------
+
+
+class Normed(torch.autograd.Function):
+    """`GemmaNorm` for training: y = x r (1 + w), r = (mean x^2 + eps)^-0.5. Keeps x as it is, and
+    r, where autograd would keep two or three copies of x in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y = x.float()
+        r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)  # (B, T, 1)
+        ctx.save_for_backward(x, r, weight)
+        return (y * r * (1 + weight.float())).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, given):
+        """dx = r (g - n mean(g n)), with n = x r and g = dy (1 + w); dw = sum dy n."""
+        x, r, weight = ctx.saved_tensors
+        n, g = x.float() * r, given.float()  # (B, T, D)
+        learns = ctx.needs_input_grad[1]
+        of_weight = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if learns else None  # (D,)
+        g = g * (1 + weight.float())
+        g = (g - n * (g * n).mean(-1, keepdim=True)) * r
+        return g.to(x.dtype), of_weight, None
+
+
+class GatedGELU(torch.autograd.Function):
+    """`GemmaMLP`'s middle for training: GELU(gate) * up, which keeps gate and up, and computes
+    GELU(gate), as large as they are, again on the way back."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx, given):
+        gate, up = ctx.saved_tensors
+        of_up = F.gelu(gate, approximate="tanh").mul_(given)
+        return torch.ops.aten.gelu_backward(given * up, gate, approximate="tanh"), of_up
+
+
+class CappedAttention(torch.autograd.Function):
+    """`GemmaAttention`'s middle for training: keeps q, k and v and computes the scores again on the
+    way back, those of one key-value head at a time, where autograd would keep three tensors of
+    N * T * S."""
+
+    @staticmethod
+    def weights(q, k, bias, cap):
+        """One head's q (B, G*T, H) and k (B, S, H) -> capped scores / cap, weights (B, G*T, S)."""
+        scores = q @ k.transpose(1, 2)  # (B, G*T, S)
+        scores = scores.tanh_() if cap else scores
+        groups = scores.unflatten(1, (-1, bias.shape[2]))  # (B, G, T, S)
+        biased = torch.add(bias, groups, alpha=cap or 1)
+        return scores, biased.softmax(-1, dtype=torch.float32).flatten(1, 2)
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, cap):
+        """q (B, K, G*T, H), already over its scale and the cap; k, v (B, K, S, H) -> as q."""
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.cap, heads = cap, zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
+        weigh = CappedAttention.weights
+        return torch.stack([weigh(q, k, bias, cap)[1].to(v.dtype) @ v for q, k, v in heads], 1)
+
+    @staticmethod
+    def backward(ctx, given):
+        *saved, bias = ctx.saved_tensors
+        heads, gradients = zip(*(x.unbind(1) for x in (*saved, given)), strict=True), []
+        for q, k, v, g in heads:
+            capped, weights = CappedAttention.weights(q, k, bias, ctx.cap)  # (B, G*T, S)
+            of_v = weights.to(v.dtype).transpose(1, 2) @ g  # (B, S, H)
+            g = (g @ v.transpose(1, 2)).float()  # (B, G*T, S)
+            g = torch.ops.aten._softmax_backward_data(g, weights, -1, torch.float32).to(q.dtype)
+            del weights
+            if ctx.cap:
+                g = torch.ops.aten.tanh_backward(g, capped).mul_(ctx.cap)
+            gradients.append((g @ k, g.transpose(1, 2) @ q, of_v))
+        return *(torch.stack(parts, 1) for parts in zip(*gradients, strict=True)), None, None
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout that is quick on a CPU too, where torch draws one uniform number after the other:
+    a quarter of a training step. Here each 64 bits drawn are four numbers, so that p is a multiple
+    of 2^-16; the mean stays exact, as what is kept is scaled by the p that was had."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        if not 0 < self.p < 1 or x.device.type != "cpu":
+            return super().forward(x)
+        drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        drawn = drawn.view(torch.int16)[: x.numel()].view(x.shape)  # -2^15 to 2^15 - 1
+        dropped = round(self.p * 2**16)  # of 2^16 numbers
+        kept = torch.ge(drawn, dropped - 2**15, out=torch.empty(x.shape, dtype=x.dtype))
+        return x * kept.mul_(1 / (1 - dropped / 2**16))
+
+
+ONEDNN = 2**18  # weights of a layer from which on it is worth its 12 us a call
+
+
+def has_onednn(t):
+    """Whether oneDNN's operators, which have no public name, do for what is computed from `t`."""
+    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    fits = t.device.type == "cpu" and t.dtype == torch.float32
+    return usable and fits and not torch.is_grad_enabled()
+
+
+@contextlib.contextmanager
+def onednn(layers, rows=None):
+    """Inside, a CPU multiplies by those of `layers` that are plain, big and fp32 with oneDNN, which
+    torch keeps for compiled models: 1.1 times as fast as its BLAS, and 1.1 to 2.3 times for the few
+    `rows` of a decoding step (an int), if the weights are laid out for them, which costs a copy.
+    Without gradients only."""
+    ops, ours = torch.ops.mkldnn, []
+    for m in layers:
+        w = m.weight if type(m) is nn.Linear else torch.empty(0)
+        if w.numel() >= ONEDNN and has_onednn(w):
+            if (rows or 1) > 1:  # one row is bound by reading the weights, whatever their layout
+                w = ops._reorder_linear_weight(w, rows)
+            m.forward = lambda x, w=w, b=m.bias: ops._linear_pointwise(x, w, b, "none", [], "")
+            ours.append(m)
+    try:
+        yield
+    finally:
+        for m in ours:
+            del m.forward  # the class's own is seen again
+
+
+def linear_of(weight):
+    """A Linear around a weight that is an embedding's."""
+    layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    layer.weight = weight
+    return layer
+
+
+def normed_at_once(x, conv, norm, plus, relu):
+    """`normed` on a CPU without gradients, in one pass over memory, channels last: the norm is put
+    into the weights, and oneDNN adds and clamps what it has just summed up. 1.2 times as fast as
+    one after the other."""
+    how = (*folded(conv, norm), conv.padding, conv.stride, conv.dilation, conv.groups)
+    ops, last = torch.ops.mkldnn, "relu" if relu else "none"
+    x = x.contiguous(memory_format=torch.channels_last)
+    if plus is None:
+        return ops._convolution_pointwise(x, *how, last, [], "")
+    return ops._convolution_pointwise.binary(x, plus, *how, "add", 1.0, last, [], "")
+
+
+def folded(conv, norm):
+    """Weight and bias of `norm` after `conv` as one convolution, channels last. Both are kept with
+    the layer until one of the five tensors they are made of is written to or replaced."""
+    parts = [t.detach() for t in (conv.weight, *norm.buffers())]
+    state = [(t.data_ptr(), t._version) for t in parts]
+    if getattr(conv, "folded", (None,))[0] != state:
+        scale, shift = norm.scale_shift()
+        weight = conv.weight * scale[:, None, None, None]
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        conv.folded = state, weight, shift, parts  # whose memory is not given to others meanwhile
+    return conv.folded[1:3]
+
+
+# ----------------------------------------------------------------------------------------------
+# Files: finding a checkpoint, reading its config, moving tensors by the tables of names
+# ----------------------------------------------------------------------------------------------
+
+
+def resolve(where):
+    """A local folder for a directory or a Hub id ("allenai/unifiedqa-t5-base").
+
+    Weights are fetched as safetensors; only a repository without any gives its pytorch_model.bin.
+    Raises FileNotFoundError for a missing path or repository, PermissionError for a gated one,
+    ConnectionError without network; each says what to do.
+    """
+    if Path(where).is_dir():
+        return Path(where)
+    if Path(where).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
+        raise FileNotFoundError(
+            f"{where} is neither a folder with config.json and weights nor a Hub id like org/name."
+        )
+    from huggingface_hub import errors, snapshot_download
+
+    small = ["*.json", "spiece.model"]
+    try:
+        folder = Path(snapshot_download(where, allow_patterns=[*small, "*.safetensors"]))
+        if not list(folder.glob("*.safetensors")):
+            snapshot_download(where, allow_patterns=[*small, "pytorch_model.bin"])
+        return folder
+    except errors.GatedRepoError as e:
+        raise PermissionError(
+            f"The Hub repository {where} is gated: accept its licence on its page, then log in "
+            "with `hf auth login` or set HF_TOKEN."
+        ) from e
+    except errors.RepositoryNotFoundError as e:
+        raise FileNotFoundError(
+            f"The Hub has no repository {where}, or it is private and no token is set."
+        ) from e
+    except Exception as e:  # the client raises its HTTP library's own errors when offline
+        raise ConnectionError(
+            f"{where} is not a local folder and the Hub could not be reached "
+            f"({type(e).__name__}). Download it elsewhere and pass the folder instead."
+        ) from e
+
+
+def read_config(folder, *model_types):
+    """config.json of `folder` as a dict; ValueError unless its model_type is one of these."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: a checkpoint folder needs its config.json."
+        )
+    config = json_object(path)
+    if config.get("model_type") not in model_types:
+        raise ValueError(
+            f"{path} says model_type {config.get('model_type')!r:.60}, but "
+            f"{' or '.join(map(repr, model_types))} is needed here: these weights belong to "
+            "another architecture."
+        )
+    return config
+
+
+def json_object(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON ({e}). Download it again.") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
+    return value
+
+
+def from_config(cls, config):
+    """Dataclass `cls` from a config dict; absent and null fields keep the family's default.
+    ValueError for a value of another type, or a size no model has: it would take hours to build."""
+    made = {}
+    for field in fields(cls):
+        value = config.get(field.name)
+        if value is None:
+            continue
+        kind = {float: (int, float), tuple: (list, tuple)}.get(field.type, field.type)
+        fits = isinstance(value, kind) and (field.type is bool or not isinstance(value, bool))
+        if fits and isinstance(value, int | float) and not isinstance(value, bool):
+            least = 0 if field.type is float or "token" in field.name else 1
+            least = -1 if field.name == "eos_token_id" else least  # -1: there is none
+            fits = least <= value <= (256 if "layers" in field.name else 10**7)  # False for NaN
+        if not fits:
+            raise ValueError(f"{field.name} is {value!r:.60}, which no {cls.__name__} has.")
+        made[field.name] = value
+    return cls(**made)
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves out what `torch.nn.init` would do to weights that are read from a file next. On the
+    meta device that draws nothing, but its first call imports torch's compiler: 2 seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def described(folder):
+    """The meta device, where a module takes no memory, to build what config.json describes."""
+    try:
+        with torch.device("meta"), Undrawn():
+            yield
+    except ValueError as e:
+        raise ValueError(f"{folder}/config.json: {str(e).rstrip('.')}.") from e
+    except Exception as e:  # torch's and Python's own, for sizes that do not go together
+        raise ValueError(
+            f"{folder}/config.json describes no model that can be built ({type(e).__name__}: {e})."
+        ) from e
+
+
+def convert_pickle(path):
+    """Convert pytorch_model.bin once to model.safetensors beside it; returns the new path.
+
+    Only tensors are unpickled (`weights_only=True`); a file that holds code is refused. Several
+    names of one tensor (T5's tied embeddings) are stored once, as safetensors wants it.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a broken pickle makes its reader raise almost anything
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} is not a plain file of tensors and was not loaded ({reason}). Pickles that "
+            "hold code are refused: use a safetensors version of these weights."
+        ) from e
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and is_plain(t) for name, t in tensors.items()
+    ):
+        raise ValueError(f"{path} does not hold a dict of tensors, so it is no model's weights.")
+    kept = {}
+    for name in sorted(tensors, key=len):  # of several names the shortest: "shared.weight"
+        t = tensors[name]
+        kept.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else name, name)
+    target = path.with_name("model.safetensors")
+    try:
+        write_safetensors({name: tensors[name] for name in kept.values()}, target)
+    except (RuntimeError, ValueError, SafetensorError) as e:  # tensors that overlap in memory
+        raise ValueError(f"{path} could not be converted to {target.name} beside it ({e}).") from e
+    return target
+
+
+def is_plain(t):
+    """Whether a tensor from a pickle has its numbers in memory. A view that says more of them than
+    its storage holds would be written out in full: a few bytes that become terabytes."""
+    if not torch.is_tensor(t) or t.layout != torch.strided or t.device.type != "cpu":
+        return False
+    return t.numel() * t.element_size() <= t.untyped_storage().nbytes()
+
+
+def write_safetensors(tensors, path):
+    """Write beside `path`, then rename: whoever has the old file mapped keeps a whole one."""
+    temporary, plain = path.with_name(f".{path.name}.{os.getpid()}.tmp"), {"format": "pt"}
+    try:
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, plain)
+        temporary.chmod(0o644)  # the library writes for the owner alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def stored_tensors(folder):
+    """{name in the file: (path, shape)} over every weight file of a checkpoint folder."""
+    return {name: (path, shape) for name, (path, shape, _) in headers(folder).items()}
+
+
+def headers(folder):
+    """As `stored_tensors`, with each tensor's dtype as safetensors calls it ("F32", "BF16")."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        names = json_object(index).get("weight_map")
+        names = list(names.values()) if isinstance(names, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(
+                f"{index} has no weight_map from tensors to files of its own folder. Get it again."
+            )
+        paths = {folder / name for name in names}
+    elif single.is_file():
+        paths = {single}
+    elif (folder / "pytorch_model.bin").is_file():
+        paths = {convert_pickle(folder / "pytorch_model.bin")}
+    else:
+        raise FileNotFoundError(
+            f"{folder} has neither model.safetensors, model.safetensors.index.json nor "
+            "pytorch_model.bin."
+        )
+    found = {}
+    for path in sorted(paths):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                header = file.get_slice(name)
+                found[name] = (path, tuple(header.get_shape()), header.get_dtype())
+    return found
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A safetensors file; whatever its reader finds wrong with it is a ValueError that names it."""
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")  # a pipe would be waited for
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError, AttributeError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path} cannot be read as safetensors ({e}). Get it again.") from e
+
+
+class Weight(NamedTuple):
+    """A tensor of the files, or one of ours that they lack, and what becomes of it."""
+
+    fate: str  # "matched", "skipped" or one of UNFIT
+    theirs: str  # its name in the file, or the one it should have there
+    ours: str = None
+    shape: tuple = None  # in the file
+    dtype: str = None
+    path: Path = None
+    wanted: tuple = None  # the shape of ours
+
+    def __str__(self):
+        if self.fate != "of another shape":
+            return self.theirs
+        return f"{self.theirs}: file {list(self.shape)}, model {list(self.wanted)}"
+
+
+UNFIT = ("missing", "unexpected", "of another shape")
+
+
+def weight_rows(module, folder, table, skip=()):
+    """A `Weight` for each tensor in `folder` and for each of the module that is not there."""
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    rows = []
+    for theirs, (path, shape, dtype) in headers(folder).items():
+        ours = table.to_ours(theirs)
+        if ours is None or ours in skip:
+            fate, ours, expected = "skipped", None, None
+        elif ours not in wanted:  # or known by another spelling already
+            fate, ours, expected = "unexpected", None, None
+        else:
+            expected = wanted.pop(ours)
+            fate = "matched" if expected == shape else "of another shape"
+        rows.append(Weight(fate, theirs, ours, shape, dtype, path, expected))
+    lacking = ((table.to_file(ours), ours, shape) for ours, shape in wanted.items())
+    return rows + [Weight("missing", theirs, ours, wanted=shape) for theirs, ours, shape in lacking]
+
+
+def unfit(rows):
+    """What the rows say does not fit, listed by fate; empty if all is well."""
+    found = {fate: sorted(str(row) for row in rows if row.fate == fate) for fate in UNFIT}
+    return "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in found.items() if v)
+
+
+def load_weights(module, folder, table, dtype=torch.float32, skip=()):
+    """Fill `module`, built on the meta device, from the checkpoint in `folder`; strict.
+
+    Tensors are memory-mapped into place and copied only where `dtype` differs from the file's.
+    `skip` names (ours) that the caller knows to be copies of another tensor.
+    Raises ValueError that names each missing, unexpected and misshaped tensor as the file calls it,
+    and each that is not of finite floating-point numbers.
+    """
+    check_dtype(dtype)
+    rows, by_file = weight_rows(module, folder, table, skip), {}
+    if listed := unfit(rows):
+        raise ValueError(
+            f"The weights in {folder} do not fit {type(module).__name__} as its config.json "
+            f"describes it. Tensors {listed}."
+        )
+    for row in rows:
+        if row.fate == "matched":
+            by_file.setdefault(row.path, []).append((row.theirs, row.ours))
+    tensors, bad = {}, []
+    for path, names in by_file.items():
+        with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            found = pool.map(lambda pair: checked(file.get_tensor(pair[0]), dtype), names)
+            for (theirs, ours), (tensor, fine) in zip(names, found, strict=True):
+                tensors[ours] = tensor
+                if not fine:
+                    bad.append(theirs)
+    if bad:
+        raise ValueError(
+            f"The weights in {folder} are no finite numbers of type {dtype} in {len(bad)} tensors: "
+            f"{', '.join(sorted(bad))}. They were stored in integers, or by a run that diverged."
+        )
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def checked(t, dtype):
+    """A tensor in this dtype, and whether it is one of finite floating-point numbers."""
+    made = t.to(dtype)
+    return made, t.is_floating_point() and finite(made)
+
+
+def finite(t):
+    """Whether a tensor has neither NaN nor infinity. Either shows in its sum, which runs at the
+    memory's speed; a sum that has merely overflown is settled by the extremes."""
+    return math.isfinite(t.sum()) or all(math.isfinite(x) for x in t.aminmax())
+
+
+def save_weights(module, folder, table, config):
+    """Write config.json and model.safetensors in the Hub's layout."""
+    folder = Path(folder)
+    tensors = {table.to_file(name): t for name, t in module.state_dict().items()}
+    if strange := sorted(name for name in tensors if name.startswith("?")):
+        raise ValueError(
+            f"{type(module).__name__} has tensors that its file format has no name for: "
+            f"{', '.join(strange)}. Adapters are saved with lora.save, or put into the weights "
+            "first with lora.merge(model, remove=True)."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def has_weights(folder):
+    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+    return any((Path(folder) / name).exists() for name in names)
+
+
+def head_is_tied(folder):
+    """Untied iff the files hold an lm_head that differs from the input embedding.
+
+    The config cannot tell: transformers 5 writes tie_word_embeddings=true for FLAN-T5 as well, and
+    PaliGemma2's says false of a text model whose head is the embedding.
+    """
+    names = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
+    stored = {n: path for n, (path, _) in stored_tensors(folder).items() if n.endswith(names)}
+    heads = [n for n in stored if n.endswith("lm_head.weight")]
+    inputs = sorted((n for n in stored if n not in heads), key=len)  # T5's copies are longer names
+    if not heads or not inputs:
+        return True
+    tensors = []
+    for name in (heads[0], inputs[0]):
+        with opened(stored[name]) as file:
+            tensors.append(file.get_tensor(name))
+    return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
+
+
+def check_dtype(dtype):
+    if dtype == torch.float16:
+        raise ValueError(
+            "float16 is refused: T5 and Gemma overflow in it and small gradients vanish. Use "
+            "bfloat16 where the device is good at it, else float32."
+        )
+
+
+# ----------------------------------------------------------------------------------------------
+# Many processes, one a device; train.py starts them
+# ----------------------------------------------------------------------------------------------
+
+
+def world():
+    """How many processes train and decode together; 1 but under torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Which of them this is."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def of_all_ranks(told):
+    """One dict of what was told of every batch. Batches were dealt like cards: this process has
+    a list of dicts, of batches rank, rank + world ...; every process gets all, in that order."""
+    every = [told]
+    if world() > 1:
+        every = [None] * world()
+        dist.all_gather_object(every, told)
+    turns = itertools.zip_longest(*every, fillvalue={})
+    return {key: value for turn in turns for batch in turn for key, value in batch.items()}
 
 
 # ----------------------------------------------------------------------------------------------

@@ -15,15 +15,18 @@ table has what that must be compared with: chance, the model as it was, and the 
 as long on the same answers without the thoughts.
 
 Here are the loss, the loop and a run of each system. What a first reading may skip is in support/:
-flags.py (flags, defaults, the ablations' lines), records.py (which problems and traces),
-optimizing.py (the loss in chunks, AdamW), guards.py (what stops a training that goes wrong without
-a word), journal.py and folders.py (a run that was killed goes on with --resume, on a CPU to the
-same bits), devices.py (`torchrun --nproc-per-node N train.py ...` takes N devices), dry_run.py.
+flags.py (flags and defaults), ablations.py (tables of many runs), records.py (which problems and
+traces), optimizing.py (the loss in chunks, AdamW), guards.py (what stops a training that goes wrong
+without a word), journal.py and folders.py (a run that was killed goes on with --resume, on a CPU to
+the same bits), devices.py (`torchrun --nproc-per-node N train.py ...` takes N devices), dry_run.py
+(what a training would take).
 
 Left out on purpose: trainer classes, callbacks, autocast (weights that are trained are fp32, frozen
 ones bf16 where the device is good at it), loggers other than log.jsonl.
 
-Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` in the loss.
+Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss.
+In the loop a row is one example, a batch is a list of rows until `LossOf.batch` collates it, and a
+window is the list of batches of one optimizer step.
 """
 
 import argparse
@@ -41,6 +44,7 @@ import fusion
 import lora
 from model import rank, resolve, world
 from support import (
+    ablations,
     decoding,
     devices,
     files,
@@ -51,12 +55,11 @@ from support import (
     metrics,
     pictures,
     records,
-    report,
     runs,
     tables,
 )
 from support.dry_run import blank_features, dry_step
-from support.journal import Journal, Stopped, in_use
+from support.journal import Stopped, in_use
 from support.optimizing import in_chunks, make_optimizer, trained
 from support.tokenizing import load_tokenizer
 
@@ -90,6 +93,7 @@ def cross_entropy(head, weight, states, labels, args):
 
 
 def t5_loss(model, batch, args):
+    """As `cross_entropy`: the loss of p(Y | X), the decoder having read the gold Y_<i."""
     states = model.states(
         batch["input_ids"],
         batch["attention_mask"],
@@ -102,7 +106,8 @@ def t5_loss(model, batch, args):
 
 
 def paligemma_loss(model, batch, args):
-    """The states before the first token that is learned are not computed in the top layer."""
+    """As `cross_entropy`; token t is predicted by the state at t - 1. The states before the first
+    token that is learned are not computed in the top layer."""
     labels = batch["labels"][:, 1:]  # (B, T-1)
     U = labels.shape[1] - int((labels != -100).any(0).int().argmax())
     inputs = decoding.paligemma_inputs(model, batch)
@@ -147,8 +152,8 @@ def mean_loss(model, examples, args):
     """Cross-entropy in nats per supervised token (or of the mean example, see --weighting)."""
     loss_of, total, count = LossOf(model.eval(), args), 0, 0
     order = data.batches([len(e["input_ids"]) for e in examples], args.batch_size)
-    for rows in order[rank() :: world()]:
-        loss, n = loss_of(loss_of.batch([examples[i] for i in rows]))
+    for chosen in order[rank() :: world()]:
+        loss, n = loss_of(loss_of.batch([examples[i] for i in chosen]))
         total, count = total + loss.item(), count + n
     total, count = devices.summed(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / count
@@ -158,16 +163,16 @@ def mean_loss(model, examples, args):
 
 
 def windows(examples, args, epochs, generator):
-    """Lists of `args.accumulate` batches, `epochs` times through the examples, freshly shuffled."""
+    """Windows of `args.accumulate` batches, `epochs` times through the examples, each time freshly
+    shuffled; an epoch's last window may have fewer."""
     lengths = [len(e["input_ids"]) + len(e["labels"]) for e in examples]
     left = math.ceil(steps_per_epoch(examples, args) * epochs)
     while left > 0:
         order = data.batches(lengths, args.batch_size, generator)
-        for start in range(0, len(order), args.accumulate):
+        made = [[examples[i] for i in chosen] for chosen in order]
+        for start in range(0, len(made), args.accumulate):
             if left > 0:
-                yield [
-                    [examples[i] for i in rows] for rows in order[start : start + args.accumulate]
-                ]
+                yield made[start : start + args.accumulate]
             left -= 1
 
 
@@ -176,8 +181,8 @@ def steps_per_epoch(examples, args):
 
 
 def schedule(step, steps, args):
-    """The share of the peak learning rate at a step: linear decay to 0 (mmcot, as published), or
-    linear warm-up and a cosine to 0 (paligemma)."""
+    """The share of the peak learning rate at a step, counted from 0: linear decay to 0 (mmcot, as
+    published), or linear warm-up and a cosine to 0 (paligemma)."""
     if args.model == "mmcot":
         return 1 - step / max(1, steps)
     warm = max(1, round(args.warmup * steps))
@@ -186,12 +191,13 @@ def schedule(step, steps, args):
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def fit(model, examples, validate, args, stage, epochs, log):
-    """Train in place (of FSDP's parts it makes a new model) and return the model; `validate(model)`
-    gives what is logged after each epoch. `log` is a `Journal`, which goes on from the last saved
-    step, or any text file.
+def fit(model, examples, validate, args, stage, epochs, journal):
+    """Train in place (of FSDP's parts it makes a new model) and return the model, in eval mode.
 
-    If that has "val_accuracy", the weights of the best epoch are what is left in the end.
+    validate  validate(model) gives what is logged after each epoch. If that has "val_accuracy",
+              the weights of the best epoch are what is left in the end.
+    stage     what this training is called in the log and in errors.
+    journal   a `Journal`, which goes on from the last saved step; None in a dry run.
     What can go wrong without a word stops it with one: see support/guards.py.
     """
     model.to(args.device)
@@ -206,7 +212,6 @@ def fit(model, examples, validate, args, stage, epochs, log):
         dry_step(loss_of, optimizer, plan)
         return model
     per_epoch = steps_per_epoch(examples, args)
-    journal = log if isinstance(log, Journal) else Journal(log)
     done, best, seconds = journal.begin(stage, model, optimizer, examples)
     devices.own_dropout(args, done)
     start = time.monotonic() - seconds
@@ -245,7 +250,7 @@ def take_step(loss_of, forward, optimizer, window, lr, stage, step):
         guards.stop_unless_learning(model)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    before = guards.steepest(model) if step <= 2 and lr else {}  # at the end lr rounds to nothing
+    before = guards.steepest(model) if step <= 2 and lr else {}  # --lr 0 moves none
     optimizer.step()
     guards.stop_unless_moved(model, before, lr, window, stage, step)
     optimizer.zero_grad()
@@ -298,12 +303,12 @@ def run_mmcot(args):
     with devices.in_turn():
         features, splits = records.with_pictures(args, splits, skipped)
     folders.begin(args)  # only now: a run that cannot start leaves nothing
-    skipped = records.told_skipped(args, skipped)
+    counts = records.told_skipped(args, skipped)
     names, models = fusion.stage_names(args.recipe), []
-    with folders.opened_journal(args) as log:
+    with folders.opened_journal(args) as journal:
         for stage, name in enumerate(names):
             if args.stage in ("both", name):
-                models.append(run_stage(args, stage, splits, tokenizer, features, log))
+                models.append(run_stage(args, stage, splits, tokenizer, features, journal))
                 if not rank():
                     models[-1].save_pretrained(out / name)
                     tokenizer.save(str(out / name / "tokenizer.json"))
@@ -311,15 +316,15 @@ def run_mmcot(args):
                 models.append(fusion.MultimodalT5.from_pretrained(out / name).to(args.device))
             if args.stage == name != names[-1]:
                 return folders.complete(out)  # the rationale stage alone has nothing to score yet
-    return scored(args, models, splits[args.test_split], tokenizer, features, skipped)
+    return scored(args, models, splits[args.test_split], tokenizer, features, counts)
 
 
-def run_stage(args, stage, splits, tokenizer, features, log):
-    """Train stage 0 or 1 of the recipe; returns the model."""
+def run_stage(args, stage, splits, tokenizer, features, journal):
+    """Train stage 0 or 1 of the recipe; returns the model. `journal` as in `fit`."""
     fmt, name = fusion.RECIPES[args.recipe][stage], fusion.stage_names(args.recipe)[stage]
     generated = None
     if stage == 1 and args.stage2_rationales == "generated":
-        generated = own_rationales(args, splits["train"], splits["val"], tokenizer, features, log)
+        generated = own_rationales(args, splits, tokenizer, features, journal)
     train = data.examples(splits["train"], fmt, tokenizer, features, generated, vars(args))
     val = data.examples(splits["val"], fmt, tokenizer, features, None, vars(args))
     records.show_example(train[0], tokenizer, fmt)
@@ -329,7 +334,7 @@ def run_stage(args, stage, splits, tokenizer, features, log):
     def validate(model):
         return {"val_loss": round(mean_loss(model, val, args), 6)}
 
-    return fit(model, train, validate, args, name, epochs, log)
+    return fit(model, train, validate, args, name, epochs, journal)
 
 
 def start_model(args, features, stage):
@@ -344,21 +349,20 @@ def start_model(args, features, stage):
     return model
 
 
-def own_rationales(args, problems, val, tokenizer, features, log, folds=2):
+def own_rationales(args, splits, tokenizer, features, journal):
     """{id: rationale} of the training problems, each written by a stage-1 model that did not train
     on it. Training stage 2 on these closes the gap to what it reads at test time."""
-    generated = {}
+    problems, folds, generated = splits["train"], 2, {}
     # Shuffled: every second problem of a file may be of the same kind (in the demo it is).
     order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(args.seed))
     for fold in range(folds):
         held = set(order[fold::folds].tolist())
         seen = [p for i, p in enumerate(problems) if i not in held]
         unseen = [p for i, p in enumerate(problems) if i in held]
-        splits = {"train": seen, "val": val}
-        model = run_stage(args, 0, splits, tokenizer, features, log)
+        model = run_stage(args, 0, splits | {"train": seen}, tokenizer, features, journal)
         examples = data.examples(unseen, "QCM-LE", tokenizer, features, None, vars(args))
         batches = decoding.in_batches(examples, args.eval_batch_size, "own rationales")
-        part = log and decoding.Part(args.out, [model])
+        part = decoding.Part(args.out, [model])
         texts = fusion.write(model, batches, tokenizer, args.max_output[0], part)
         generated |= {problem_id: told["text"] for problem_id, told in texts.items()}
     return generated
@@ -374,7 +378,7 @@ def run_paligemma(args):
     tokenizer = load_tokenizer(resolve(args.weights[0]))
     model = runs.load_paligemma(vars(args))
     if args.epochs[0]:
-        free(args, model)
+        make_trainable(args, model)
     rows = records.training_rows(args, splits["train"], skipped) if args.epochs[0] else []
     learned = {row[0].id: row[0] for row in rows}
     splits |= {"train": [*learned.values()], "val": splits["val"][: args.eval_problems]}
@@ -385,20 +389,21 @@ def run_paligemma(args):
     if not isinstance(features, pictures.Pictures):
         model.vision_tower = None  # all pictures were looked at: 0.8 GiB of the 3B's 5.7 in bf16
     folders.begin(args)  # only now: a run that cannot start leaves nothing
-    skipped = records.told_skipped(args, skipped)
+    counts = records.told_skipped(args, skipped)
     if rows and args.data != "demo":  # its splits are disjoint by construction
         records.warn_of_overlap([row[0] for row in rows], test)
     if args.epochs[0]:
-        with folders.opened_journal(args) as log:
-            model = tune(args, model, rows, splits["val"], tokenizer, features, log)
+        with folders.opened_journal(args) as journal:
+            model = tune(args, model, rows, splits["val"], tokenizer, features, journal)
         if not rank():
             save_paligemma(args, model, tokenizer)
-    return scored(args, [model], test, tokenizer, features, skipped)
+    return scored(args, [model], test, tokenizer, features, counts)
 
 
-def free(args, model):
-    """What shall be trained: new adapters, those of --adapter or, with --full, everything. Before
-    the picture features are computed: they are not cached if the image tower is adapted too."""
+def make_trainable(args, model):
+    """What shall be trained gets gradients: new adapters, those of --adapter or, with --full, all
+    weights. Comes before the picture features, which are not cached if the image tower is adapted
+    too."""
     torch.manual_seed(args.seed)
     if args.full:
         model.requires_grad_(True)
@@ -410,8 +415,10 @@ def free(args, model):
     model.language_model.checkpointing = args.checkpointing
 
 
-def tune(args, model, rows, val, tokenizer, features, log):
-    """Fit what `free` left trainable to these rows, validated on real answers; the model."""
+def tune(args, model, rows, val, tokenizer, features, journal):
+    """Fit what `make_trainable` chose to these rows, as `records.training_rows` gives them,
+    validated on real answers to the problems `val`; returns the model. ValueError if --max-suffix
+    leaves no row to train on. `journal` as in `fit`."""
     config, val = vars(args), val[: args.eval_problems]
     examples = data.pali_examples(rows, tokenizer, features, config)
     ids = list(dict.fromkeys(example["id"] for example in examples))
@@ -431,7 +438,7 @@ def tune(args, model, rows, val, tokenizer, features, log):
         accuracy = {"val_accuracy": round(100 * right / len(val), 2)} if val else {}
         return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
 
-    return fit(model, train, validate, args, args.recipe, args.epochs[0], log)
+    return fit(model, train, validate, args, args.recipe, args.epochs[0], journal)
 
 
 def save_paligemma(args, model, tokenizer):
@@ -456,14 +463,15 @@ def run_one(args):
     return {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model](args)
 
 
-def scored(args, models, problems, tokenizer, features, skipped):
-    """The metrics of a run, whose models decode these problems now; it is complete then."""
+def scored(args, models, problems, tokenizer, features, counts):
+    """The metrics of a run, whose models decode these problems now; it is complete then. `counts`
+    of skipped records by split, or None, go into the table."""
     how = argparse.Namespace(
         faithful_parse=False,
         teacher_forced=args.model == "mmcot" and args.teacher_forced,
         looks=looking.LOOKS,
         report=True,
-        skipped=skipped,
+        skipped=counts,
     )
     out, config = Path(args.out), vars(args)
     scores = evaluation.evaluate(out, models, problems, config, tokenizer, features, how)
@@ -472,29 +480,12 @@ def scored(args, models, problems, tokenizer, features, skipped):
 
 
 def run_many(lines):
-    """{name: metrics} of such lines, each shown as it is there."""
+    """{name: metrics} of these lines, {name: flags}; the table is shown as it grows."""
     rows = {}
     for name, args in lines.items():
         rows[name] = run_one(args)
         print(tables.summary(rows), flush=True)
     return rows
-
-
-def show_many(args, lines, rows):
-    """The summary of such a table, and each line's paired difference to the run itself."""
-    if rank():
-        return
-    print(f"\n{tables.summary(rows)}")
-    bad, columns = runs.bad_records(vars(args)), {}
-    problems = data.load(args.data, args.test_split, bad)[: args.limit]
-    places = {name: Path(line.out) for name, line in lines.items()}
-    for name in sorted(places, key=lambda name: places[name] != Path(args.out)):  # itself first
-        if (places[name] / "predictions.jsonl").is_file():
-            graded = tables.graded_folder(places[name], problems)
-            columns[name] = tables.Column(rows[name], graded, places[name])
-    if len(columns) > 1:
-        print(f"\n{tables.differences(columns)[1]}")
-        report.write_report(args.out, columns)
 
 
 def dry_run(args):
@@ -508,18 +499,20 @@ def dry_run(args):
     if args.model == "paligemma":
         return dry_paligemma(args, splits, tokenizer)
     features = blank_features(args, splits["train"] + splits["val"])
+    # Own rationales would have to be decoded first: the gold ones stand for them.
     args = argparse.Namespace(**vars(args) | {"stage2_rationales": "gold"})
-    models = []  # they stay, as in a run
+    models = []  # they stay in memory, as in a run
     for stage, name in enumerate(fusion.stage_names(args.recipe)):
         if args.stage in ("both", name):
             models.append(run_stage(args, stage, splits, tokenizer, features, None))
 
 
 def dry_paligemma(args, splits, tokenizer):
+    """`dry_run` of a paligemma run, whose splits and tokenizer are loaded."""
     if not args.epochs[0]:
         return print("  nothing is trained: it only decodes")
     model = runs.load_paligemma(vars(args))
-    free(args, model)
+    make_trainable(args, model)
     rows = records.training_rows(args, splits["train"])
     features = blank_features(args, [row[0] for row in rows], model)
     tune(args, model, rows, splits["val"], tokenizer, features, None)
@@ -533,8 +526,8 @@ def main(argv=None):
     runs.check_device(args.device)
     torch.set_num_threads(args.threads)
     start = time.monotonic()
-    many = flags.table_of(args)
-    lines = flags.lines_of(args, many) if many else {args.out: args}
+    table = ablations.table_of(args)
+    lines = ablations.lines_of(args, table) if table else {args.out: args}
     if args.dry_run and devices.under_torchrun():
         raise ValueError("--dry-run measures a single process: give it without torchrun.")
     if args.dry_run:
@@ -543,11 +536,11 @@ def main(argv=None):
         return
     with devices.together(args), in_use(Path(args.out)):
         folders.check_resume([*lines.values()])
-        if many:
+        if table:
             rows = run_many(lines)
             if not args.ablation:
                 print(f"\n{tables.table(rows)}")
-            show_many(args, lines, rows)
+            ablations.show(args, lines, rows)
         elif scores := run_one(args):
             print(f"\n{tables.table({args.out: scores})}")
         print(f"\n{args.out}: done in {time.monotonic() - start:.0f} s")

@@ -5,8 +5,10 @@ differs is which rows it is dealt, and that only the first one (rank 0) writes a
 steps are those of one device: N of them change the time, the last bits of sums, and dropout.
 Adapters and mmcot train under DDP, --full under FSDP2 (arXiv 2304.11277).
 
-All must see one disk. (How the texts of all are put together: `model.of_all_ranks`.) Left out:
-tensor and pipeline parallelism, offloading, elastic restarts (--resume goes on with any number).
+All must see one disk. How the texts of all are put together: `model.of_all_ranks`.
+
+Left out: tensor and pipeline parallelism, offloading, elastic restarts (--resume goes on with any
+number).
 """
 
 import contextlib
@@ -24,6 +26,7 @@ from support.optimizing import trained
 
 
 def under_torchrun():
+    """Whether torchrun started this process; its group may not be there yet, see `together`."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
@@ -68,7 +71,8 @@ def on_devices(loss_of):
             fully_shard(layer, mesh=mesh)
         return fully_shard(loss_of, mesh=mesh)
     ids = [torch.cuda.current_device()] if args.device == "cuda" else None
-    unseen = any("vision_tower" in n or "projector" in n for n in trained(model))  # no picture
+    # A batch without pictures gives the image tower and the projector no gradient.
+    unseen = any("vision_tower" in n or "projector" in n for n in trained(model))
     ddp = torch.nn.parallel.DistributedDataParallel
     return ddp(loss_of, device_ids=ids, find_unused_parameters=unseen)
 
@@ -148,7 +152,7 @@ def own_part(tensor):
 
 
 def on_first(tensor):
-    """The same for a state file: in the memory of the first process, and nowhere else."""
+    """As `whole`, for a state file: in the memory of the first process; None in all others."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     tensor = tensor.full_tensor()

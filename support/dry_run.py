@@ -5,7 +5,8 @@ on two rows of the longest batch (unique storages of the saved tensors) and goes
 batch: nothing is tried that may not fit. Pictures are not looked at: features of zeros stand for
 them.
 
-Not counted: what a kernel needs while it runs, validation and decoding, many devices.
+Left out, and so not in the sum: what a kernel needs while it runs, validation and decoding, many
+devices.
 """
 
 import contextlib
@@ -86,7 +87,7 @@ def dry_step(loss_of, optimizer, plan):
 
 
 def tokens(rows):
-    """Of a batch, with its pads."""
+    """How many tokens a batch has, with its pads."""
     return len(rows) * sum(longest_row(rows))
 
 
@@ -170,7 +171,7 @@ def cache_size(model, source, args):
 
 
 def timed_step(loss_of, optimizer, window):
-    """(seconds, peak bytes) of a step as in `fit`."""
+    """(seconds, peak bytes) of a step as train.py's `take_step` does it, without its guards."""
     model, device = loss_of.model, loss_of.args.device
     cuda = device.startswith("cuda")
     if cuda:

@@ -1,8 +1,9 @@
-"""train.py's command line: the flags, the defaults of each system, and the tables of many runs.
+"""train.py's command line: the flags, and the defaults of each system.
 
-A table's line is a name and the flags that it changes (`MMCOT_ABLATION`, `BASELINES`,
-`PALIGEMMA_ABLATION`). The values are those of the papers and of big_vision's configs, as far as
-they say; the demo's are what a few minutes on a core allow. Left out: configuration files.
+The values are those of the papers and of big_vision's configs, as far as they say; the demo's are
+what a few minutes on a core allow.
+
+Left out: configuration files, and tables of many runs (support/ablations.py).
 """
 
 import argparse
@@ -15,31 +16,31 @@ import fusion
 HERE = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_THREADS = torch.get_num_threads()
-MMCOT_DEMO = {  # three minutes on one core
-    "weights": [str(HERE / "demo/t5")],
-    "vision_weights": str(HERE / "demo/detr"),
-    "recipe": "two-stage",
-    "image_size": 96,
-    "epochs": [8.0, 2.0],
-    "lr": 3e-3,
-    "weight_decay": 0.01,
-    "batch_size": 32,
-    "accumulate": 1,
-    "weighting": "token",
-    "max_input": 256,
-    "max_output": [64, 16],
-    "threads": 1,  # the result depends on it; two are 1.5 times as fast on an idle machine
-}
-MMCOT = MMCOT_DEMO | {  # arXiv 2302.00923, base model
+MMCOT = {  # arXiv 2302.00923, base model
     "weights": ["allenai/unifiedqa-t5-base"],
     "vision_weights": "facebook/detr-resnet-101-dc5",
+    "recipe": "two-stage",
     "image_size": 224,
     "epochs": [20.0],
     "lr": 5e-5,
+    "weight_decay": 0.01,
     "batch_size": 8,
+    "accumulate": 1,
+    "weighting": "token",
     "max_input": 512,
     "max_output": [512, 64],
     "threads": ALL_THREADS,
+}
+MMCOT_DEMO = MMCOT | {  # three minutes on one core
+    "weights": [str(HERE / "demo/t5")],
+    "vision_weights": str(HERE / "demo/detr"),
+    "image_size": 96,
+    "epochs": [8.0, 2.0],
+    "lr": 3e-3,
+    "batch_size": 32,
+    "max_input": 256,
+    "max_output": [64, 16],
+    "threads": 1,  # the result depends on it; two are 1.5 times as fast on an idle machine
 }
 PALIGEMMA = {  # none of it was tried at full size; the sources are papers and big_vision's configs
     "weights": ["google/paligemma2-3b-mix-448"],  # mix has answered questions, pt has not
@@ -78,7 +79,7 @@ PALIGEMMA_DEMO = PALIGEMMA | {  # four minutes on one core
     "eval_problems": 200,
     "threads": 1,
 }
-DEFAULTS = {
+DEFAULTS = {  # by --model, and whether --data is the demo
     ("mmcot", True): MMCOT_DEMO,
     ("mmcot", False): MMCOT,
     ("paligemma", True): PALIGEMMA_DEMO,
@@ -110,9 +111,9 @@ def parse_args(argv=None):
         parser.error("--full trains all weights, --adapter starts from an adapter: not both")
     if args.samples > 1 and args.temperature == 0:
         parser.error("--samples needs a --temperature above 0: greedy texts are all the same")
-    half = args.model == "paligemma" and args.device.startswith("cuda") and not args.full
     if args.full and args.dtype == "bfloat16":
         parser.error("--full trains in float32: steps of 1e-5 are lost in bfloat16's 8 bits")
+    half = args.model == "paligemma" and args.device.startswith("cuda") and not args.full
     args.dtype = args.dtype or ("bfloat16" if half else "float32")
     what = args.vision if args.model == "mmcot" else "paligemma"
     args.out = args.out or f"runs/{Path(args.data).stem}-{args.recipe}-{what}"
@@ -262,58 +263,3 @@ def add_decoding(parser):
     how.add_argument("--no-loop-stop", dest="loop_stop", action="store_false", help=loops)
     cut = 'do not give a cut rationale its "Answer:"'
     how.add_argument("--no-forced-answer", dest="force_answer", action="store_false", help=cut)
-
-
-# ---- tables of many runs -------------------------------------------------------------------------
-
-
-MMCOT_ABLATION = {  # name: changed flags; the paper's Tables 2, 3 and 6
-    "QCM->A": {"recipe": "answer", "vision": "none"},
-    "QCM->RA": {"recipe": "reason", "vision": "none"},
-    "QCM->AR": {"recipe": "explain", "vision": "none"},
-    "two-stage, text only": {"vision": "none"},
-    "two-stage, captions": {"vision": "caption"},
-    "two-stage, vision": {},
-    "two-stage, vision, no picture masked": {"no_image": "mask"},
-    "two-stage, vision, own rationales": {"stage2_rationales": "generated"},
-    "one-stage QCM->RA, vision": {"recipe": "reason"},
-    "QCM->A, vision": {"recipe": "answer"},
-}
-BASELINES = {  # what a distilled PaliGemma is compared with; the last is the run itself
-    "base": {"recipe": "answer", "epochs": [0.0]},
-    "base, asked to reason": {"epochs": [0.0]},
-    "answer-only": {"recipe": "answer"},
-    "distilled": {},
-}
-PALIGEMMA_ABLATION = BASELINES | {  # one part changed in each
-    "unfiltered traces": {"keep": "all"},
-    "judged traces": {"keep": "correct"},
-    "EOS not in the loss": {"eos_in_loss": False},
-    "BOS after the question": {"layout": "seed"},
-    "32 traces": {"limit_traces": 32},
-    "no loop stop, no forced answer": {"loop_stop": False, "force_answer": False, "epochs": [0.0]},
-    "vote of 5": {"samples": 5, "temperature": 0.7, "epochs": [0.0]},
-}
-DECODED_AGAIN = ("no loop stop, no forced answer", "vote of 5")  # the weights of the run itself
-
-
-def table_of(args):
-    """{name: changed flags} of the table that a command makes; None for a run alone."""
-    if args.ablation:
-        return {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}[args.model]
-    distilled = args.model == "paligemma" and args.recipe == "reason" and args.epochs[0]
-    return BASELINES if distilled and not args.alone else None
-
-
-def lines_of(args, table):
-    """{name: flags} of every line of a table like the above. The line that changes nothing is the
-    run itself, in `args.out`; the others have folders in it."""
-    lines = {}
-    for name, changed in table.items():
-        plain = "".join(c if c.isalnum() else "-" for c in name.replace("->", "-"))
-        out = Path(args.out) / plain if changed else Path(args.out)
-        changed = changed | {"out": str(out)}
-        if name in DECODED_AGAIN:
-            changed |= {"weights": [args.out]} if args.full else {"adapter": args.out}
-        lines[name] = argparse.Namespace(**vars(args) | changed)
-    return lines

@@ -56,6 +56,7 @@ def write_config(config, out):
 
 @contextlib.contextmanager
 def opened_journal(args):
+    """The run's `Journal`; without --resume log.jsonl begins anew. Only rank 0 writes it."""
     path = Path(args.out) / "log.jsonl"
     mode = "r+" if args.resume and path.is_file() else "w+"
     with open(os.devnull if rank() else path, mode, encoding="utf-8") as file:
@@ -63,7 +64,7 @@ def opened_journal(args):
 
 
 def complete(out):
-    """last/ goes when all files of the run are on the disk."""
+    """last/ goes, and so the run is complete, when all its files are on the disk."""
     if rank():
         return
     for path in out.iterdir():
@@ -90,7 +91,7 @@ def other_flags(args):
 
 def check_resume(runs):
     """Before anything is done: --resume goes with the flags that an unfinished run of these was
-    started with, and without it nothing that was saved is written over."""
+    started with, and without it nothing that was saved is written over; else a ValueError."""
     if rank():
         return
     unfinished = [args for args in runs if (Path(args.out) / "last").is_dir()]

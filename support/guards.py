@@ -1,9 +1,10 @@
 """What stops a training that goes wrong without a word, with the reason and the records.
 
-Each stops it before a step is taken, or behind the first. A mask leak could be seen by a loss far
-below the base model's, but how far is a guess; so the first batch is asked directly whether a
-prediction changes with what it must not see. `loss_of` is train.py's `LossOf` everywhere: it makes
-a batch of rows and gives the summed loss of one.
+All but one stop it before the step is taken; whether weights move is seen after the first two. A
+mask leak could be seen by a loss far below the base model's, but how far is a guess; so the first
+batch is asked directly whether a prediction changes with what it must not see. `loss_of` is
+train.py's `LossOf` everywhere: it makes a batch of rows and gives the summed loss of one. A window
+is the list of batches, lists of rows, of one step.
 
 Left out: loss spikes, slow learning, overfitting. They are seen in log.jsonl, and no threshold is
 right for all runs.
@@ -44,12 +45,12 @@ def changed_from(example, first, ids):
     return example | {"labels": labels, "input_ids": source}
 
 
-def stop_if_it_leaks(loss_of, rows, stage, most=4):
-    """On some rows of the first batch: the loss of a target must be the same, whatever this target
+def stop_if_it_leaks(loss_of, rows, stage):
+    """On four rows of the first batch: the loss of a target must be the same, whatever this target
     and those behind it are, and whatever is at the pads; and every target of a row is in the loss.
     A decoder that sees ahead, labels that are not shifted, a suffix that counts as prefix and pads
     that are attended to or learned all change it. RuntimeError names the rows."""
-    rows = rows[:most]
+    rows = rows[:4]
     labels = [[i for i in e["labels"] if i != -100] for e in rows]
     ids = sorted({0}.union(*labels))
     said = f"{stage}, before the first step, in {', '.join(e['id'] for e in rows)}: "
@@ -77,6 +78,7 @@ def stop_if_it_leaks(loss_of, rows, stage, most=4):
 
 
 def stop_unless_supervised(window, stage, step):
+    """ValueError names the rows of a batch in which no token is in the loss."""
     for rows in window:
         if not any(label != -100 for e in rows for label in e["labels"]):
             raise ValueError(
@@ -87,7 +89,8 @@ def stop_unless_supervised(window, stage, step):
 
 
 def stop_at_what_is_not_finite(loss_of, loss, norm, window, stage, step):
-    """Of the step's records those are named whose own loss is not finite, or all if none is."""
+    """FloatingPointError, always. Of the step's records those are named whose own loss is not
+    finite; all, if each is finite alone."""
     rows = [e for rows in window for e in rows]
     bad = [e for e in rows if not math.isfinite(evaluated_loss(loss_of, [e]))] or rows
     raise FloatingPointError(
@@ -99,7 +102,8 @@ def stop_at_what_is_not_finite(loss_of, loss, norm, window, stage, step):
 
 def stop_unless_learning(model):
     """After the first backward pass every lora_B must have a gradient (A has none yet: B is 0).
-    Checkpointing behind frozen embeddings is a known way to lose them without a word."""
+    Checkpointing behind frozen embeddings is a known way to lose them without a word. RuntimeError
+    names one of those that have none."""
     dead = [
         name
         for name, p in model.named_parameters()
@@ -112,14 +116,14 @@ def stop_unless_learning(model):
         )
 
 
-def steepest(model, most=64):
-    """{name: (places, values)} of the trained weights with the largest gradients of each tensor. A
-    gradient below AdamW's epsilon may move nothing; lora_A has none before the second step."""
+def steepest(model):
+    """{name: (places, values)} of the 64 weights with the largest gradients of each trained tensor.
+    A gradient below AdamW's epsilon may move nothing; lora_A has none before the second step."""
     found = {}
     for name, p in trained(model).items():
         grad = torch.zeros(0) if p.grad is None else own_part(p.grad).abs().flatten()
         if grad.numel() and grad.max() >= 1e-8:
-            places = grad.topk(min(most, len(grad))).indices
+            places = grad.topk(min(64, len(grad))).indices
             found[name] = places, own_part(p.detach()).flatten()[places].clone()
     return found
 
@@ -127,7 +131,7 @@ def steepest(model, most=64):
 def stop_unless_moved(model, before, lr, window, stage, step):
     """Every tensor of `steepest` must have changed, unless each number in it is so large that a
     step of `lr` rounds to nothing beside it; and one at least. An optimizer of other tensors, a
-    rate too small for all of them and frozen copies learn without a word."""
+    rate too small for all of them and frozen copies learn nothing without a word. RuntimeError."""
     now = trained(model)
     still = {
         name: (values.abs() * torch.finfo(values.dtype).eps < lr).any()

@@ -55,7 +55,8 @@ class Journal:
 
     def begin(self, stage, model, optimizer, examples):
         """Put the newest whole state of the run's next training into model, optimizer and
-        generators; (steps done, best, seconds spent), see `fit`. The log is cut to it."""
+        generators; (steps done, best, seconds spent), as train.py's `fit` has them. The log is
+        cut to it. ValueError if the rows are others, or the processes see other files."""
         self.trainings += 1
         self.model, self.optimizer, self.due = model, optimizer, time.monotonic() + 60
         if self.folder is None:
@@ -140,7 +141,8 @@ def snapshot(model, optimizer, best):
 
 
 def restore(tensors, model, optimizer):
-    """Undo `snapshot`; returns the best weights. Clones: memory is aligned as it always is."""
+    """Undo `snapshot`; returns the best weights. All are cloned: a mapped file's tensors may be
+    aligned otherwise than torch's own, and the last bits of a sum can depend on that."""
     parts, moments = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}, {}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     theirs = trained(model) | {str(i): p for i, p in enumerate(params)}

@@ -1,4 +1,4 @@
-"""What training does so that a step is small and a start is quick; the mathematics is as without.
+"""What makes a training step small and its start quick, with the mathematics unchanged.
 
 The loss in chunks: the logits of all supervised tokens are never there at once, in neither
 direction (`in_chunks`). AdamW (Loshchilov and Hutter, arXiv 1711.05101) without the two seconds
@@ -27,7 +27,8 @@ def trained(model):
 def in_chunks(loss, weight, states, labels, rows):
     """The sum of loss(states, labels, rows) over chunks that have `LOGITS` logits at most.
 
-    states (tokens, D), labels and rows (tokens,); `weight` (V, D) is what the loss multiplies by.
+    states (tokens, D), labels and rows (tokens,), which go through `loss` as they are; `weight`
+    (V, D) is what it multiplies states by, and gets its gradient here.
     """
     size, given = max(1, LOGITS // len(weight)), (states, labels, rows)
     if len(states) > size and torch.is_grad_enabled():
@@ -66,7 +67,8 @@ class InChunks(torch.autograd.Function):
 
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW with the published decay groups; prints what is in them."""
+    """AdamW with the published decay groups: no decay on vectors (norms, DoRA's magnitudes), and on
+    what has "bias" in its name, T5's relative-position tables among it. Prints how much decays."""
     groups = {True: [], False: []}
     for name, p in trained(model).items():
         groups[not (p.dim() == 1 or "bias" in name)].append(p)
@@ -86,8 +88,11 @@ def make_optimizer(model, lr, weight_decay):
 
 
 class AdamW:
-    """Loshchilov and Hutter, arXiv 1711.05101: the function behind torch.optim.AdamW, to the bit,
-    without that class, whose first use imports torch's compiler: 2 s of each start."""
+    """Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2: with m and v the running means of the
+    gradient and its square, both unbiased, p loses lr (m / (sqrt(v) + eps) + weight_decay p).
+
+    It calls the function behind torch.optim.AdamW, to the bit the same, and does without that
+    class, whose first use imports torch's compiler: 2 s of each start."""
 
     def __init__(self, groups, lr):
         self.param_groups = [group | {"lr": lr} for group in groups]

@@ -1,12 +1,14 @@
 """What a run learns from and is tested on: which problems, which traces, and what is left out.
 
 Bad records: with --on-error stop, the default, the first bad record, picture or trace is the error.
-skip: each goes to RUN/skipped.jsonl with the reason, and the run does without. Of a test problem
-that means another test: n is smaller, and the table says by how many and what the accuracy would be
-were they wrong.
+With skip each goes to RUN/skipped.jsonl with the reason, and the run does without. Of a test
+problem that means another test: n is smaller, and the table says by how many and what the accuracy
+would be were they wrong.
 
-Rows: paligemma learns from traces that --keep lets through, a row each, with --mix answer-only rows
-between them. Left out: how a text becomes ids (data.py), and who judged the traces (teacher.py).
+Rows: paligemma learns from traces that --keep lets through, a row each, and from --mix answer-only
+rows for each of them.
+
+Left out: how a text becomes ids (data.py), and who judged the traces (teacher.py).
 """
 
 import sys
@@ -22,7 +24,7 @@ from support.traces import load_traces, overlap, training_notice
 
 def load_splits(args):
     """{split: problems}, and with --on-error skip {split: [(id, reason)]} of its bad records (else
-    None: the first is the error). Three different ones: none is cut off another."""
+    None: the first is the error). All three must be there: none is cut off another. ValueError."""
     names, splits = ("train", "val", args.test_split), {}
     skipped = {name: runs.bad_records(vars(args)) for name in names}
     try:
@@ -33,7 +35,8 @@ def load_splits(args):
     if args.on_error == "stop":
         return splits, None
     for name in names:
-        skipped[name] += pictures.unusable(splits[name], lambda path: None)  # too many choices
+        # Those with too many choices; no picture is opened yet.
+        skipped[name] += pictures.unusable(splits[name], lambda path: None)
     return left_of(splits, skipped), skipped
 
 
@@ -45,7 +48,8 @@ def left_of(splits, skipped):
 
 def with_pictures(args, splits, skipped, model=None):
     """(features, splits): with --on-error skip without the problems whose picture cannot be used,
-    which are added to `skipped`. Pictures that are in the feature cache are not decoded again."""
+    which are added to `skipped`. Pictures that are in the feature cache are not decoded again.
+    ValueError if a split has no problem left."""
     problems = [p for ps in splits.values() for p in ps]
     bad = None if skipped is None else []
     features = runs.image_features(vars(args), problems, model, bad)
@@ -86,7 +90,8 @@ def told_skipped(args, skipped):
 
 
 def training_rows(args, problems, skipped=None):
-    """(problem, task, trace, True) per training row, as `data.pali_examples` takes them."""
+    """(problem, task, trace or None, True) per training row, as `data.pali_examples` takes them:
+    True for a suffix. ValueError if no trace is left. Bad traces as in `kept_traces`."""
     if notice := training_notice(args.data):
         print(notice, file=sys.stderr)
     by_id = {p.id: p for p in problems}
@@ -97,7 +102,7 @@ def training_rows(args, problems, skipped=None):
     answers = [(p, "answer", None, True) for p in unique]
     if args.recipe == "answer":
         return answers
-    count = round(args.mix * len(traces))  # answer-only rows among the traces, evenly spread
+    count = round(args.mix * len(traces))  # of answer-only rows, spread evenly over the problems
     mixed = [answers[i * len(answers) // count] for i in range(count)] if count else []
     return [(by_id[t["id"]], "reason", t, True) for t in traces] + mixed
 

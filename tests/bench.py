@@ -54,6 +54,7 @@ import support.flags  # noqa: E402
 import train  # noqa: E402
 from support import guards, optimizing  # noqa: E402
 from support.features import Features  # noqa: E402
+from support.journal import Journal  # noqa: E402
 from support.tokenizing import load_tokenizer  # noqa: E402
 
 GIB = 2**30
@@ -473,8 +474,8 @@ class Training:
 
         def run():
             with silence(), in_the_middle():
-                log = io.StringIO()
-                train.fit(model, self.examples, lambda model: {}, self.flags, "bench", 1.0, log)
+                journal = Journal(io.StringIO())
+                train.fit(model, self.examples, lambda model: {}, self.flags, "bench", 1.0, journal)
 
         def probe():
             batch = train.to_device(data.collate(self.same[0]), self.device)
@@ -724,7 +725,8 @@ class Tuning:
         def run():
             model.language_model.checkpointing = checkpointing
             with silence(), in_the_middle():
-                train.fit(model, [example], lambda model: {}, self.flags, "", 1.0, io.StringIO())
+                journal = Journal(io.StringIO())
+                train.fit(model, [example], lambda model: {}, self.flags, "", 1.0, journal)
 
         def probe():
             batch = train.to_device(data.pali_collate([example]), self.args.device)
@@ -968,6 +970,7 @@ import io, json, os, sys
 import torch
 import data, lora, model, train
 from support.flags import parse_args
+from support.journal import Journal
 folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 flags = ["--model", "paligemma", "--data", "none", "--lr", "0.001", "--device", "cpu"]
@@ -979,7 +982,7 @@ side = pg.config.vision.image_size
 pixels = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
 example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().numpy()}
 log = io.StringIO()
-train.fit(pg, [example], lambda model: {}, flags, "start", 1.0, log)
+train.fit(pg, [example], lambda model: {}, flags, "start", 1.0, Journal(log))
 print(json.loads(log.getvalue())["loss"], flush=True)
 os._exit(0)
 """

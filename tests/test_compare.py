@@ -16,9 +16,7 @@ from test_eval import SCIENCEQA, problem, says
 
 import data
 import eval as scoring
-import train
-from support import metrics, tables
-from support.flags import lines_of
+from support import ablations, metrics, tables
 
 MATHVISTA = SCIENCEQA.parent / "mathvista"
 needs_mathvista = pytest.mark.skipif(
@@ -262,7 +260,7 @@ def test_the_lines_of_an_ablation_are_compared_with_the_run_itself(two, capsys):
     graded_run(Path(two.b), "base", "ABABABAB", source="../own.jsonl")
     rows = {name: tables.metrics_then(Path(two.b)) for name in runs}
     capsys.readouterr()
-    train.show_many(args, lines_of(args, runs), rows)
+    ablations.show(args, ablations.lines_of(args, runs), rows)
     told = capsys.readouterr().out
     assert "own.jsonl, test: n = 8 problems" in told
     assert told.splitlines()[-1].startswith("base - itself: +25.00 points [")

@@ -74,7 +74,7 @@ def pali():
     def made():
         model = runs.load_paligemma(vars(args))
         with contextlib.redirect_stdout(io.StringIO()):
-            train.free(args, model)
+            train.make_trainable(args, model)
         text, seen = model.config.text, model.config.image_tokens
         generator = torch.Generator().manual_seed(0)
         array = torch.randn(3, seen, text.hidden_size, generator=generator).numpy()
@@ -97,7 +97,7 @@ def weights(model):
 
 def fit(model, examples, args, epochs=2):
     log = io.StringIO()
-    train.fit(model, examples, lambda model: {}, args, "reason", epochs, log)
+    train.fit(model, examples, lambda model: {}, args, "reason", epochs, Journal(log))
     return [json.loads(line) for line in log.getvalue().splitlines()]
 
 

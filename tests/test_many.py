@@ -29,7 +29,7 @@ import train
 from model import T5, write_safetensors
 from support import decoding, devices, optimizing, runs
 from support.flags import parse_args
-from support.journal import Stopped
+from support.journal import Journal, Stopped
 from support.pictures import Picture
 from support.tokenizing import load_tokenizer
 
@@ -176,7 +176,7 @@ def t5_and_rows(args):
 def paligemma_and_rows(args):
     """Three rows without a picture and four with: some batches have none, one has one."""
     model = runs.load_paligemma(vars(args))
-    train.free(args, model)
+    train.make_trainable(args, model)
     problems = sorted(data.load("demo", "train")[:40], key=lambda p: p.image is not None)
     problems = problems[:3] + problems[-4:]
     features = runs.image_features(vars(args), problems, model)
@@ -221,7 +221,7 @@ def fit(args, name):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
-        trained = train.fit(model, rows, lambda model: {}, args, name, 1, log)
+        trained = train.fit(model, rows, lambda model: {}, args, name, 1, Journal(log))
     gradients = {f"{step}.{n}": p for step, each in enumerate(seen) for n, p in each.items()}
     return gradients, trained.state_dict(), log.getvalue()
 

@@ -22,7 +22,8 @@ import fusion
 import train
 from model import T5, T5Config
 from support import decoding, folders, guards, journal, kinds, records, runs
-from support.flags import BASELINES, lines_of, parse_args
+from support.ablations import BASELINES, lines_of
+from support.flags import parse_args
 from support.journal import Journal, Stopped, in_use, write_json
 from support.runs import image_features
 from support.tokenizing import load_tokenizer
@@ -296,7 +297,7 @@ def talker():
     given = ["--max-output", "8", "3", "--samples", "2", "--temperature", "1", "--lora-r", "2"]
     args = parse_args([*PALI, *given, "--eval-batch-size", "3"])
     model = runs.load_paligemma(vars(args))
-    train.free(args, model)
+    train.make_trainable(args, model)
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
         if "lora_B" in name:

@@ -21,6 +21,7 @@ import train
 from model import T5, T5Config
 from support import optimizing
 from support.flags import MMCOT_DEMO, parse_args
+from support.journal import Journal
 from support.tokenizing import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("read_once")
@@ -164,13 +165,13 @@ def test_a_loss_that_is_not_finite_names_the_records(tmp_path):
         open(tmp_path / "log.jsonl", "w") as log,
         pytest.raises(FloatingPointError, match=r"rationale, step 1: loss nan.*q3.*--lr"),
     ):
-        train.fit(model, EXAMPLES, watched(args), args, "rationale", 1, log)
+        train.fit(model, EXAMPLES, watched(args), args, "rationale", 1, Journal(log))
 
 
 def test_training_lowers_the_loss_and_logs_each_step(tmp_path):
     args = settings(batch_size=3, lr=1e-2)
     with open(tmp_path / "log.jsonl", "w") as log:
-        train.fit(tiny_model(), EXAMPLES, watched(args), args, "answer", 20, log)
+        train.fit(tiny_model(), EXAMPLES, watched(args), args, "answer", 20, Journal(log))
     lines = lines_of(tmp_path / "log.jsonl")
     assert [x["step"] for x in lines] == list(range(1, 41))
     assert lines[-1]["val_loss"] < 0.5 * lines[1]["val_loss"]
@@ -280,9 +281,10 @@ def test_own_rationales_come_from_models_that_did_not_train_on_them(monkeypatch,
 
     monkeypatch.setattr(train, "run_stage", stage)
     monkeypatch.setattr(fusion, "write", write)
+    monkeypatch.setattr(train.decoding, "Part", lambda folder, models: None)
     problems = data.load("demo", "train")[:9]
     tokenizer = load_tokenizer(ROOT / "demo/t5")
-    made = train.own_rationales(settings(), problems, [], tokenizer, None, None)
+    made = train.own_rationales(settings(), {"train": problems}, tokenizer, None, None)
     assert made.keys() == {p.id for p in problems} and len(trained_on) == 2
     folds = [sorted(p.id in ids for p in problems[::2]) for ids in trained_on]
     assert all(False in fold and True in fold for fold in folds)  # not every second problem

@@ -32,9 +32,11 @@ import model as backbones
 import train
 from demo import teacher
 from support import decoding, guards, optimizing, pictures, records, runs
+from support.ablations import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION
 from support.features import Features
 from support.files import read_json
-from support.flags import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION, parse_args
+from support.flags import parse_args
+from support.journal import Journal
 from support.tokenizing import load_tokenizer, plain_ids, special_ids
 from support.traces import load_traces
 
@@ -68,7 +70,7 @@ def adapted(*flags):
     args = settings("--lora-r", "4", *flags)
     model = runs.load_paligemma(vars(args))
     with contextlib.redirect_stdout(io.StringIO()):
-        train.free(args, model)
+        train.make_trainable(args, model)
     return model, args
 
 
@@ -202,7 +204,7 @@ def test_accumulated_batches_equal_the_big_batch(examples, weighting, monkeypatc
 
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
         log = io.StringIO()
-        train.fit(model, examples, lambda model: {}, args, "reason", 1, log)
+        train.fit(model, examples, lambda model: {}, args, "reason", 1, Journal(log))
         monkeypatch.undo()
         assert len(seen) == 1
         return seen[0], json.loads(log.getvalue())
@@ -249,7 +251,7 @@ def test_an_adapter_that_is_cut_off_stops_the_run(examples, how, monkeypatch):
     )  # fmt: skip
     log = io.StringIO()
     with pytest.raises(RuntimeError, match=r"1 adapters.*layers\.2\.mlp\.up_proj\.lora_B"):
-        train.fit(model, examples, lambda model: {}, args, "reason", 1, log)
+        train.fit(model, examples, lambda model: {}, args, "reason", 1, Journal(log))
     assert log.getvalue() == ""
     assert not any(p.any() for n, p in model.named_parameters() if "lora_B" in n)  # no step taken
 
@@ -533,7 +535,7 @@ def fitted(examples, accuracies=None, *flags, epochs=None):
 
     log = io.StringIO()
     epochs = epochs or len(accuracies)
-    model = train.fit(model, examples, validate, args, "reason", epochs, log)
+    model = train.fit(model, examples, validate, args, "reason", epochs, Journal(log))
     return model, [json.loads(line) for line in log.getvalue().splitlines()], seen
 
 
@@ -562,7 +564,7 @@ def test_each_step_has_its_own_gradient_and_dropout(examples, monkeypatch):
     flags = ["--batch-size", "8", "--lr", "1e-12"]
     model, args = adapted(*flags)
     log = io.StringIO()
-    train.fit(model, examples, lambda m: m.eval() and {}, args, "reason", 3, log)
+    train.fit(model, examples, lambda m: m.eval() and {}, args, "reason", 3, Journal(log))
     norms = [json.loads(line)["grad_norm"] for line in log.getvalue().splitlines()]
     assert norms[0] > 0 and norms == pytest.approx([norms[0]] * 3, rel=1e-3)
     assert modes[-3:] == [True] * 3 and not any(modes[:-3])  # before them: see stop_if_it_leaks
@@ -1460,7 +1462,7 @@ def test_the_demo_learns_to_reason(tmp_path, monkeypatch):
     """The default run, in three of its four epochs and with one of its baselines: `short` above
     has all of them."""
     lines = {name: BASELINES[name] for name in ("base", "distilled")}
-    monkeypatch.setattr("support.flags.BASELINES", lines)
+    monkeypatch.setattr("support.ablations.BASELINES", lines)
     train.main(["--model", "paligemma", "--epochs", "3", "--out", str(tmp_path / "run")])
     metrics = read_json(tmp_path / "run/metrics.json")
     base = read_json(tmp_path / "run/base/metrics.json")
