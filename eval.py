@@ -18,7 +18,6 @@ Left out: beams, as both systems decode greedily or sample; an answer by the lik
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -30,7 +29,7 @@ import torch
 import data
 import fusion
 from model import of_all_ranks, rank, resolve
-from support import judging, kinds, pictures
+from support import files, judging, kinds, pictures
 from support.choices import LETTERS
 from support.decoding import Part, before_loop, in_batches, paligemma_inputs, prolonged, speller
 from support.grading import CUE, grade
@@ -149,7 +148,7 @@ def continued(model, examples, tokenizer, config, budget, loops, on_token=None, 
     for batch in in_batches(examples, config["eval_batch_size"], "decoded", data.pali_collate):
         what = [budget, loops, heat, config["seed"], batch["ids"], batch["input_ids"].tolist()]
         # Seeded by what the batch is: a sample is the same whatever was decoded before it.
-        seed = int.from_bytes(hashlib.sha256(json.dumps(what).encode()).digest()[:6], "big")
+        seed = int(files.digest(what)[:12], 16)
         draw = {"temperature": heat, "generator": torch.Generator(device).manual_seed(seed)}
         given = (model, batch, tokenizer, budget, loops, draw | {"on_token": on_token})
         told.append(part.batch(what, continue_batch, *given) if part else continue_batch(*given))

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import data
-from support import clients, ledger
+from support import clients, files, ledger
 from support.batches import BATCH_SHARE, Batches
 from support.calls import Calls, Halt, at_most, cost, input_tokens
 from support.clients import PRICES_OF, Failed, Model, Reply, picture, seen
@@ -126,7 +126,7 @@ def key_of(run, problem, attempt):
     else:
         text = question_text(problem, run.args, run.shots)
         what += [text, run.teacher.spec, seen(problem.image)[0], how_asked(run, attempt), attempt]
-    return ledger.digest(what)
+    return files.digest(what)
 
 
 def attempts(run, problem):

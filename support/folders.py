@@ -18,7 +18,7 @@ import torch
 import fusion
 from model import rank, world
 from support import files, tables
-from support.journal import Journal, flush, write_json
+from support.journal import Journal
 
 HERE = Path(__file__).parent.parent
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -51,7 +51,7 @@ def write_config(config, out):
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     config = config | {"versions": versions(), "commit": commit}
     kept = {k: v for k, v in config.items() if k not in ("resume", "dry_run")}
-    write_json(kept, out / "config.json")
+    files.write_json(kept, out / "config.json")
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def complete(out):
         return
     for path in out.iterdir():
         if path.is_file():
-            flush(path)
+            files.flush(path)
     shutil.rmtree(out / "last")
 
 

@@ -48,13 +48,11 @@ def write_report(folder, columns):
     only = re.search(r"<script>(.*?)</script>", script, re.DOTALL)[1].encode()
     only = f"'sha256-{base64.b64encode(hashlib.sha256(only).digest()).decode()}'"
     head = head.replace("script-src 'unsafe-inline'", f"script-src {only}")
-    part = Path(folder) / "report.html.part"
     half = {"errors": "backslashreplace"}  # half a surrogate pair becomes JSON's escape for it
-    with open(part, "w", encoding="utf-8", newline="\n", **half) as file:
+    with files.atomic_write(Path(folder) / "report.html", newline="\n", **half) as file:
         file.write(head + data_block("payload", payload | {"problems": shown}) + script)
         file.writelines(data_block(name, value) for name, value in blocks.items())
         file.write(tail)
-    part.replace(Path(folder) / "report.html")
 
 
 def data_block(name, value):

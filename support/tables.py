@@ -73,17 +73,12 @@ def write_graded(folder, graded, scores):
     "because"."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "predictions.jsonl.part"  # what took hours to decode is never half there
-    with open(part, "w", encoding="utf-8") as file:
-        for _, x, g in graded:
-            file.write(json.dumps(x | asdict(g), ensure_ascii=False) + "\n")
-    more = folder / "metrics.json.part"
-    more.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    for file in (part, more):
-        try:
-            file.replace(file.with_suffix(""))
-        except IsADirectoryError:
-            raise ValueError(f"{file.with_suffix('')} is a folder: remove it.") from None
+    with files.atomic_write(folder / "metrics.json") as metrics:
+        metrics.write(json.dumps(scores, indent=2) + "\n")
+        metrics.flush()  # a disk that is full says so before anything is replaced
+        with files.atomic_write(folder / "predictions.jsonl") as lines:  # hours of decoding: first
+            for _, x, g in graded:
+                lines.write(json.dumps(x | asdict(g), ensure_ascii=False) + "\n")
 
 
 def graded_folder(folder, problems, faithful=False, limit=None):

@@ -24,9 +24,9 @@ import train
 from model import T5, T5Config
 from support import decoding, dry_run, folders, guards, optimizing, pictures, records, runs
 from support.features import Features
-from support.files import read_json
+from support.files import read_json, write_json
 from support.flags import parse_args
-from support.journal import Journal, Stopped, in_use, write_json
+from support.journal import Journal, Stopped, in_use
 from support.tokenizing import load_tokenizer
 from support.traces import load_traces
 

@@ -21,9 +21,10 @@ import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
-from support import decoding, folders, guards, journal, kinds, records, runs
+from support import decoding, files, folders, guards, journal, kinds, records, runs
+from support.files import write_json
 from support.flags import BASELINES, lines_of, parse_args
-from support.journal import Journal, Stopped, in_use, write_json
+from support.journal import Journal, Stopped, in_use
 from support.runs import image_features
 from support.tokenizing import load_tokenizer
 from support.traces import load_traces
@@ -189,9 +190,13 @@ def test_a_shorter_log_needs_an_older_state(whole, tmp_path, capsys):
     assert "log.jsonl is shorter" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("call", ["write_safetensors", "checksum", "flush", "write_json"])
-def test_a_full_disk_while_saving_leaves_the_last_state(call, whole, tmp_path, monkeypatch):
-    calls, real = [], getattr(journal, call)
+@pytest.mark.parametrize(
+    "place, call",
+    [(journal, "write_safetensors"), (journal, "state_checksum"), (files, "flush"),
+     (files, "write_json")],
+)  # fmt: skip
+def test_a_full_disk_while_saving_leaves_the_last_state(place, call, whole, tmp_path, monkeypatch):
+    calls, real = [], getattr(place, call)
 
     def full(*given):
         calls.append(call)
@@ -199,7 +204,7 @@ def test_a_full_disk_while_saving_leaves_the_last_state(call, whole, tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*given)
 
-    monkeypatch.setattr(journal, call, full)
+    monkeypatch.setattr(place, call, full)
     message = "the disk is full.*No space left.*make room, then.*--resume"
     with pytest.raises(OSError, match=message), in_use(tmp_path):
         fitted(tmp_path)
