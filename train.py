@@ -47,12 +47,12 @@ from support import (
     flags,
     folders,
     guards,
+    loading,
     looking,
     metrics,
     pictures,
     records,
     report,
-    runs,
     tables,
 )
 from support.dry_run import blank_features, dry_step
@@ -372,7 +372,7 @@ def run_paligemma(args):
     print(f"{Path(args.out)}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
     splits, skipped = records.load_splits(args)
     tokenizer = load_tokenizer(resolve(args.weights[0]))
-    model = runs.load_paligemma(vars(args))
+    model = loading.load_paligemma(vars(args))
     if args.epochs[0]:
         free(args, model)
     rows = records.training_rows(args, splits["train"], skipped) if args.epochs[0] else []
@@ -485,7 +485,7 @@ def show_many(args, lines, rows):
     if rank():
         return
     print(f"\n{tables.summary(rows)}")
-    bad, columns = runs.bad_records(vars(args)), {}
+    bad, columns = records.bad_records(vars(args)), {}
     problems = data.load(args.data, args.test_split, bad)[: args.limit]
     places = {name: Path(line.out) for name, line in lines.items()}
     for name in sorted(places, key=lambda name: places[name] != Path(args.out)):  # itself first
@@ -518,7 +518,7 @@ def dry_run(args):
 def dry_paligemma(args, splits, tokenizer):
     if not args.epochs[0]:
         return print("  nothing is trained: it only decodes")
-    model = runs.load_paligemma(vars(args))
+    model = loading.load_paligemma(vars(args))
     free(args, model)
     rows = records.training_rows(args, splits["train"])
     features = blank_features(args, [row[0] for row in rows], model)
@@ -530,7 +530,7 @@ def dry_paligemma(args, splits, tokenizer):
 
 def main(argv=None):
     args = flags.parse_args(argv)
-    runs.check_device(args.device)
+    devices.check_device(args.device)
     torch.set_num_threads(args.threads)
     start = time.monotonic()
     many = flags.table_of(args)

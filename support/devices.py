@@ -23,6 +23,13 @@ from support import pictures
 from support.optimizing import trained
 
 
+def check_device(device):
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"There is no device {device!r} that this torch can use: try --device cpu."
+        )
+
+
 def under_torchrun():
     return dist.is_available() and dist.is_torchelastic_launched()
 

@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from support import files, pictures
+from support.folders import run_config
 from support.metrics import axes
-from support.runs import run_config
 from support.tables import differences, heading, report_tables
 
 REPORT = Path(__file__).resolve().parent.parent / "report.html"  # page, style and script

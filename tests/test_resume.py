@@ -21,11 +21,11 @@ import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
-from support import decoding, files, folders, guards, journal, kinds, records, runs
+from support import decoding, files, folders, guards, journal, kinds, loading, records
 from support.files import write_json
 from support.flags import BASELINES, lines_of, parse_args
 from support.journal import Journal, Stopped, in_use
-from support.runs import image_features
+from support.loading import image_features
 from support.tokenizing import load_tokenizer
 from support.traces import load_traces
 
@@ -300,7 +300,7 @@ def talker():
     """PaliGemma's demo with adapters that make it talk at random."""
     given = ["--max-output", "8", "3", "--samples", "2", "--temperature", "1", "--lora-r", "2"]
     args = parse_args([*PALI, *given, "--eval-batch-size", "3"])
-    model = runs.load_paligemma(vars(args))
+    model = loading.load_paligemma(vars(args))
     train.free(args, model)
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
