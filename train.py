@@ -476,15 +476,15 @@ def run_many(lines):
     rows = {}
     for name, args in lines.items():
         rows[name] = run_one(args)
-        print(tables.summary(rows), flush=True)
+        print(tables.runs_table(rows), flush=True)
     return rows
 
 
 def show_many(args, lines, rows):
-    """The summary of such a table, and each line's paired difference to the run itself."""
+    """The table of such runs, and each line's paired difference to the run itself."""
     if rank():
         return
-    print(f"\n{tables.summary(rows)}")
+    print(f"\n{tables.runs_table(rows)}")
     bad, columns = records.bad_records(vars(args)), {}
     problems = data.load(args.data, args.test_split, bad)[: args.limit]
     places = {name: Path(line.out) for name, line in lines.items()}

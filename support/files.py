@@ -27,6 +27,7 @@ try:
 except ImportError:  # Windows: nothing is locked, and no folder can be flushed
     fcntl = None
 
+ROOT = Path(__file__).parent.parent  # of the repository: demo/, report.html
 MOST_BYTES = 1 << 28  # of a JSON file; all of ScienceQA takes about a tenth
 MOST_LINE = 1 << 24  # bytes of a line of JSONL
 

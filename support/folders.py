@@ -24,7 +24,6 @@ from model import rank, world
 from support import files, tables
 from support.journal import Journal
 
-HERE = Path(__file__).parent.parent
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)}
 # Flags that change no result, or (threads) only bits of it.
 MAY_DIFFER = ("resume", "dry_run", "save_every", "out", "features_cache", "threads")
@@ -57,7 +56,7 @@ def versions():
 
 def write_config(config, out):
     """config.json: every flag, the versions it ran with and the commit."""
-    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(files.ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     config = config | {"versions": versions(), "commit": commit}
     kept = {k: v for k, v in config.items() if k not in ("resume", "dry_run")}

@@ -24,7 +24,7 @@ from support.folders import run_config
 from support.metrics import axes
 from support.tables import differences, heading, report_tables
 
-REPORT = Path(__file__).resolve().parent.parent / "report.html"  # page, style and script
+REPORT = files.ROOT / "report.html"  # page, style and script
 TAGS = ("topic", "category", "task", "grade")  # to filter by, beside the table's axes
 PICTURE_SIDE, CURVE_POINTS = 384, 120
 

@@ -101,7 +101,7 @@ def metrics_then(folder, whole=True):
         then = files.read_json(folder / "metrics.json")
         named = all(isinstance(then.get(key, ""), str) for key in ("data", "split"))
         if whole:
-            table({"": then}, all_rows=True), summary({"": then}), report_tables({"": then})
+            table({"": then}, all_rows=True), runs_table({"": then}), report_tables({"": then})
         return then if named and isinstance(then.get("rationale_format"), str | None) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return {}
@@ -198,7 +198,7 @@ def align(rows, markdown):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def summary(rows):
+def runs_table(rows):
     """Many runs on the same problems, a line each: {name: metrics} -> text. Of two-stage runs the
     ROUGE-L of the decoded rationales, and beside it what teacher forcing would have claimed; of
     PaliGemma's how many texts did not end by themselves."""
