@@ -109,8 +109,7 @@ def report_pictures(shown):
     start, made = time.monotonic(), {}
     paths, first = {facts["image"]: None for facts in shown if facts["image"]}, {}
     for path in paths:
-        known = Path(path).is_file()
-        paths[path] = hashlib.sha256(Path(path).read_bytes()).digest() if known else path
+        paths[path] = files.checksum(path) if Path(path).is_file() else path
         first.setdefault(paths[path], path)
     with ThreadPoolExecutor() as threads:  # Pillow lets go of the lock while it computes
         for key, picture in zip(first, threads.map(small, first.values()), strict=True):

@@ -15,6 +15,7 @@ from dataclasses import replace
 import data
 import eval as evaluation
 from support import grading
+from support.choices import BOXED
 from support.tokenizing import plain_ids
 
 EMPTY_WORDS = set(  # a heading of nothing but these says nothing about the problem
@@ -32,7 +33,7 @@ RULED_OFF = re.compile(r"-{3,}|\*{3,}|_{3,}|```\w*")
 MARKUP = (
     (re.compile(r"(?<![\w)*])(\*{1,3})(?=[^\s*])([^*\n]*[^\s*])\1(?![\w(*])"), r"\2"),  # no 2*x*y
     (re.compile(r"`([^`\n]+)`"), r"\1"),
-    (re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"), r"\1"),
+    (BOXED, r"\1"),
     (re.compile(r"^#{1,6} ", re.MULTILINE), ""),
     (re.compile(r"^[*•] ", re.MULTILINE), "- "),
 )

@@ -169,7 +169,7 @@ def more_rows(runs):
         if any(x is not None for x in found):
             rows.append([label, *("-" if x is None else f"{x:.2f}" for x in found)])
     for stop in sorted({stop for m in runs for stop in m.get("stop", {})} - {"eos"}):
-        shares = [percent(m.get("stop", {}).get(stop, 0) / m["n"]) for m in runs]
+        shares = [stopped(m, stop) for m in runs]
         rows.append([f"stopped by {stop} %", *(f"{x:.2f}" for x in shares)])
     lost = [m.get("skipped", {}) for m in runs]
     for split in dict.fromkeys(split for found in lost for split in found if found[split]):
@@ -185,6 +185,11 @@ def more_rows(runs):
         counts = [(found.get(kind, 0), m["n"]) for found, m in zip(kinds, runs, strict=True)]
         rows.append([f"  {kind}", *(f"{percent(c / n):.2f} ({c})" for c, n in counts)])
     return rows
+
+
+def stopped(m, stop):
+    """How many in a hundred texts ended so."""
+    return percent(m.get("stop", {}).get(stop, 0) / m["n"])
 
 
 def align(rows, markdown):
@@ -212,9 +217,7 @@ def runs_table(rows):
     columns["95 % interval"] = {name: interval(*m["ci95"]) for name, m in rows.items()}
     columns["no answer %"] = {name: f"{m['parse_failures']:.2f}" for name, m in rows.items()}
     for stop in ("loop", "length", "forced"):
-        shares = {
-            name: percent(m.get("stop", {}).get(stop, 0) / m["n"]) for name, m in rows.items()
-        }
+        shares = {name: stopped(m, stop) for name, m in rows.items()}
         columns[f"{stop} %"] = {
             name: f"{x:.2f}" for name, x in shares.items() if any(shares.values())
         }
