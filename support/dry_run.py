@@ -5,7 +5,7 @@ on two rows of the longest batch (unique storages of the saved tensors) and goes
 batch: nothing is tried that may not fit. Pictures are not looked at: features of zeros stand for
 them.
 
-Not counted: what a kernel needs while it runs, validation and decoding, many devices.
+Left out of the count: what a kernel needs while it runs, validation and decoding, many devices.
 """
 
 import contextlib
