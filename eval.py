@@ -8,7 +8,7 @@ Wang et al. 2022, arXiv 2203.11171). `ask` puts one question to a run.
 One walks from here into support/: an answer is read and graded in grading.py; why it fails or
 succeeds is in kinds.py, the text scores of its rationale in rouge.py; many answers become numbers
 in metrics.py and rows in tables.py; looking.py has what the models looked at, report.py the page,
-runs.py a run's settings and pictures, decoding.py what stands around decoding.
+loading.py a run's models and pictures, decoding.py what stands around decoding.
 
 Two rules. A response that cannot be read is a failure, counted and shown, never a guess (the
 original's guess is there to be compared with: `--faithful-parse`). A score is about a named set of
@@ -18,7 +18,6 @@ Left out: beams, as both systems decode greedily or sample; an answer by the lik
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -30,22 +29,18 @@ import torch
 import data
 import fusion
 from model import of_all_ranks, rank, resolve
-from support import judging, kinds, pictures
+from support import files, judging, kinds, pictures
 from support.choices import LETTERS
 from support.decoding import Part, before_loop, in_batches, paligemma_inputs, prolonged, speller
+from support.devices import check_device
+from support.folders import run_config
 from support.grading import CUE, grade
 from support.grading import Grade as Grade  # what `grade` gives, for who imports this file
+from support.loading import asked_features, image_features, load_paligemma
 from support.looking import LOOKS, looks
 from support.metrics import grade_all, metrics_of, rationale_scores
+from support.records import bad_records
 from support.report import write_report
-from support.runs import (
-    asked_features,
-    bad_records,
-    check_device,
-    image_features,
-    load_paligemma,
-    run_config,
-)
 from support.tables import (
     Column,
     differences,
@@ -149,7 +144,7 @@ def continued(model, examples, tokenizer, config, budget, loops, on_token=None, 
     for batch in in_batches(examples, config["eval_batch_size"], "decoded", data.pali_collate):
         what = [budget, loops, heat, config["seed"], batch["ids"], batch["input_ids"].tolist()]
         # Seeded by what the batch is: a sample is the same whatever was decoded before it.
-        seed = int.from_bytes(hashlib.sha256(json.dumps(what).encode()).digest()[:6], "big")
+        seed = int(files.digest(what)[:12], 16)
         draw = {"temperature": heat, "generator": torch.Generator(device).manual_seed(seed)}
         given = (model, batch, tokenizer, budget, loops, draw | {"on_token": on_token})
         told.append(part.batch(what, continue_batch, *given) if part else continue_batch(*given))

@@ -2109,10 +2109,10 @@ def of_all_ranks(told):
 # ----------------------------------------------------------------------------------------------
 
 # What stands for a shape's letters in `summary`: large primes, which no config has.
-SIZES = {"B": 1009, "T": 1013, "U": 1019, "P": 1021, "Y": 32 * 1031, "X": 32 * 1033}
-LETTERS = {size: letter for letter, size in SIZES.items()}
-LETTERS |= {SIZES[axis] // n: f"{axis}/{n}" for axis in "YX" for n in (2, 4, 8, 16, 32)}
-LETTERS |= {SIZES["Y"] * SIZES["X"] // n**2: "P" for n in (16, 32)}
+AXIS_SIZES = {"B": 1009, "T": 1013, "U": 1019, "P": 1021, "Y": 32 * 1031, "X": 32 * 1033}
+AXIS_LETTERS = {size: letter for letter, size in AXIS_SIZES.items()}
+AXIS_LETTERS |= {AXIS_SIZES[axis] // n: f"{axis}/{n}" for axis in "YX" for n in (2, 4, 8, 16, 32)}
+AXIS_LETTERS |= {AXIS_SIZES["Y"] * AXIS_SIZES["X"] // n**2: "P" for n in (16, 32)}
 
 
 def keys(model, skip, folder):
@@ -2151,10 +2151,10 @@ def summary(model):
 
     def note(module, given, made):
         made = made[0] if isinstance(made, tuple) else made
-        shapes.setdefault(module, [str(LETTERS.get(n, n)) for n in made.shape])
+        shapes.setdefault(module, [str(AXIS_LETTERS.get(n, n)) for n in made.shape])
 
     def of(*axes):
-        return torch.ones([SIZES.get(a, a) for a in axes], dtype=torch.long, device="meta")
+        return torch.ones([AXIS_SIZES.get(a, a) for a in axes], dtype=torch.long, device="meta")
 
     hooks = [module.register_forward_hook(note) for module in model.modules()]
     with torch.no_grad():

@@ -13,7 +13,7 @@ Rejection sampling (--attempts) asks again until a reply is kept.
 
 Here: what is asked, how a reply becomes a trace, the command line. In support/: clients.py (the
 providers), calls.py (many calls, within a limit of money), batches.py (the same by batch APIs),
-shaping.py and judging.py (what is kept of a reply), ledger.py (the trace file), summary.py.
+shaping.py and judging.py (what is kept of a reply), ledger.py (the trace file), trace_table.py.
 
 Left out on purpose: other providers, tools, conversations, prompt caching, batches for the judge.
 """
@@ -29,17 +29,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import data
-from support import clients, ledger
+from support import clients, files, ledger
 from support.batches import BATCH_SHARE, Batches
 from support.calls import Calls, Halt, at_most, cost, input_tokens
 from support.clients import PRICES_OF, Failed, Model, Reply, picture, seen
 from support.judging import JUDGE_OUTPUT, ask_judge, rule_verdict, sure
 from support.shaping import apart, distinct, graded, length, shape
-from support.summary import summary
 from support.tokenizing import load_tokenizer
+from support.trace_table import trace_table
 from support.traces import load_traces, training_notice
 
-HERE = Path(__file__).parent
 USUAL_OUTPUT = 1500  # tokens a reply, a guess; --dry-run takes the mean of the file if it has any
 
 
@@ -126,7 +125,7 @@ def key_of(run, problem, attempt):
     else:
         text = question_text(problem, run.args, run.shots)
         what += [text, run.teacher.spec, seen(problem.image)[0], how_asked(run, attempt), attempt]
-    return ledger.digest(what)
+    return files.digest(what)
 
 
 def attempts(run, problem):
@@ -512,7 +511,7 @@ def prepared(args):
         if side and side.price is None:
             raise ValueError(f"--max-cost: no price of {side.name} is known; give {flag} IN OUT.")
     shots = worked_examples(args) if args.shots else ()
-    folder = args.tokenizer or (HERE / "demo/paligemma" if args.max_tokens else None)
+    folder = args.tokenizer or (files.ROOT / "demo/paligemma" if args.max_tokens else None)
     tokenizer = load_tokenizer(folder) if folder else None
     traces, pending = ledger.Ledger(args.out), Path(f"{args.out}.pending")
     judges = judge.provider in clients.PACKAGES and not source
@@ -551,7 +550,7 @@ def report(run):
     """Print the summary, what failed, and how to go on."""
     calls, records = run.calls, [r for problem in run.problems for r in made(run, problem)]
     if records:
-        print(summary(records, run.problems, run.tokenizer, len(calls.failed)))
+        print(trace_table(records, run.problems, run.tokenizer, len(calls.failed)))
     for id, why in list(calls.failed.items())[:10]:
         print(f"failed: {id}: {why}", file=sys.stderr)
     if len(calls.failed) > 10:

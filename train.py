@@ -51,11 +51,11 @@ from support import (
     flags,
     folders,
     guards,
+    loading,
     looking,
     metrics,
     pictures,
     records,
-    runs,
     tables,
 )
 from support.dry_run import blank_features, dry_step
@@ -376,7 +376,7 @@ def run_paligemma(args):
     print(f"{Path(args.out)}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
     splits, skipped = records.load_splits(args)
     tokenizer = load_tokenizer(resolve(args.weights[0]))
-    model = runs.load_paligemma(vars(args))
+    model = loading.load_paligemma(vars(args))
     if args.epochs[0]:
         make_trainable(args, model)
     rows = records.training_rows(args, splits["train"], skipped) if args.epochs[0] else []
@@ -484,7 +484,7 @@ def run_many(lines):
     rows = {}
     for name, args in lines.items():
         rows[name] = run_one(args)
-        print(tables.summary(rows), flush=True)
+        print(tables.runs_table(rows), flush=True)
     return rows
 
 
@@ -511,7 +511,7 @@ def dry_paligemma(args, splits, tokenizer):
     """`dry_run` of a paligemma run, whose splits and tokenizer are loaded."""
     if not args.epochs[0]:
         return print("  nothing is trained: it only decodes")
-    model = runs.load_paligemma(vars(args))
+    model = loading.load_paligemma(vars(args))
     make_trainable(args, model)
     rows = records.training_rows(args, splits["train"])
     features = blank_features(args, [row[0] for row in rows], model)
@@ -523,7 +523,7 @@ def dry_paligemma(args, splits, tokenizer):
 
 def main(argv=None):
     args = flags.parse_args(argv)
-    runs.check_device(args.device)
+    devices.check_device(args.device)
     torch.set_num_threads(args.threads)
     start = time.monotonic()
     table = ablations.table_of(args)

@@ -446,7 +446,7 @@ def make_paligemma(args):
         chosen = [rows[i] for i in queue.pop()]
         batch = data.pali_collate([{"id": ""} | row for _, row in chosen])
         batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}
-        seen = [picture(pixels) for pixels, _ in chosen if pixels]
+        seen = [noisy_picture(pixels) for pixels, _ in chosen if pixels]
         features = model.image_features(torch.stack(seen).to(args.device)) if seen else None
         labels = batch.pop("labels")[:, 1:]
         states = model.states(**batch, image_features=features)[:, :-1]
@@ -457,7 +457,7 @@ def make_paligemma(args):
     model.save_pretrained(out)
 
 
-def picture(pixels):
+def noisy_picture(pixels):
     """Bytes -> (3, S, S) in -1..1, a little noisy, so that no grey level is learned by heart."""
     x = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(SIDE, SIDE, 3)
     x = x.permute(2, 0, 1).float() / 127.5 - 1  # (3, S, S)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import data
 from model import rank
-from support import report, runs, tables
+from support import records, report, tables
 
 MMCOT_ABLATION = {  # name: changed flags; the paper's Tables 2, 3 and 6
     "QCM->A": {"recipe": "answer", "vision": "none"},
@@ -72,8 +72,8 @@ def show(args, lines, rows):
     paired difference to the run itself; write the report of all to `args.out`."""
     if rank():
         return
-    print(f"\n{tables.summary(rows)}")
-    bad, columns = runs.bad_records(vars(args)), {}
+    print(f"\n{tables.runs_table(rows)}")
+    bad, columns = records.bad_records(vars(args)), {}
     problems = data.load(args.data, args.test_split, bad)[: args.limit]
     places = {name: Path(line.out) for name, line in lines.items()}
     for name in sorted(places, key=lambda name: places[name] != Path(args.out)):  # itself first

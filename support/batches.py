@@ -11,7 +11,6 @@ teacher.py makes of the replies what it makes of all. Left out on purpose: batch
 
 import functools
 import json
-import os
 from pathlib import Path
 
 from support import files
@@ -119,9 +118,8 @@ class Batches:
 
     def store(self):
         """Write the list, whole or not at all; an empty one is no file."""
-        part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(self.entries))
-        os.replace(part, self.file)
+        with files.atomic_write(self.file) as file:
+            file.write(json.dumps(self.entries))
         if not self.entries:
             self.file.unlink()
 

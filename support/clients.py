@@ -177,7 +177,7 @@ def anthropic_reply(message):
     usage["thought"] = (details and details.thinking_tokens) or 0
     cut = dict.fromkeys(("max_tokens", "model_context_window_exceeded"), "length")
     stop = (cut | {"refusal": "refused"}).get(reason, "end") if reason else None
-    return complete("\n\n".join(parts["thinking"]), "".join(parts["text"]), stop, usage, reason)
+    return whole_reply("\n\n".join(parts["thinking"]), "".join(parts["text"]), stop, usage, reason)
 
 
 async def ask_anthropic(client, model, text, image, schema, how):
@@ -221,7 +221,7 @@ def gemini_reply(chunks):
     usage = {"input": (used and used.prompt_token_count) or 0}
     usage["thought"] = (used and used.thoughts_token_count) or 0
     usage["output"] = ((used and used.candidates_token_count) or 0) + usage["thought"]
-    return complete("".join(said[True]), "".join(said[False]), stop, usage, why)
+    return whole_reply("".join(said[True]), "".join(said[False]), stop, usage, why)
 
 
 async def ask_gemini(client, model, text, image, schema, how):
@@ -230,7 +230,7 @@ async def ask_gemini(client, model, text, image, schema, how):
     return gemini_reply([chunk async for chunk in stream])
 
 
-def complete(thought, answer, stop, usage, why):
+def whole_reply(thought, answer, stop, usage, why):
     """The Reply. One without a reason to stop was cut. One that ends normally and says nothing, as
     one with neither candidates nor a block reason, is taken for a passing fault too."""
     if stop is None:
@@ -327,8 +327,8 @@ def in_words(error):
 # --- pictures
 
 SENT = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}  # both providers take them
-MOST_BYTES = 3_900_000  # 5 MB in base64 is Anthropic's limit, and so is the side in pixels
-MOST_SIDE, SMALLER = 8000, 2048
+SENT_BYTES = 3_900_000  # 5 MB in base64 is Anthropic's limit, and so is the side in pixels
+SENT_SIDE, SMALLER = 8000, 2048
 
 
 def picture(problem):
@@ -339,7 +339,7 @@ def picture(problem):
     with contextlib.suppress(Exception):  # what is wrong with it, open_image says below
         body = files.regular_file(problem.image).read_bytes()
         with Image.open(io.BytesIO(body), formats=pictures.FORMATS) as image:
-            fits = len(body) <= MOST_BYTES and max(image.size) <= MOST_SIDE
+            fits = len(body) <= SENT_BYTES and max(image.size) <= SENT_SIDE
             upright = (
                 image.getexif().get(0x0112, 1) == 1
             )  # the student's is, see pictures.open_image
@@ -349,10 +349,10 @@ def picture(problem):
         image = pictures.open_image(problem.image)
     except (OSError, ValueError) as error:
         raise Failed(str(error)) from None
-    if max(image.size) > MOST_SIDE:
+    if max(image.size) > SENT_SIDE:
         image.thumbnail((SMALLER, SMALLER))
     body = encoded(image, "PNG")
-    if len(body) > MOST_BYTES:
+    if len(body) > SENT_BYTES:
         image.thumbnail((SMALLER, SMALLER))
         return encoded(image, "JPEG"), "image/jpeg"
     return body, "image/png"

@@ -78,7 +78,7 @@ class Part:
     def batch(self, what, decode, *given):
         """What `decode(*given)` returns, a dict fit for JSON; from the file if that has it. `what`
         says which batch it is, and how it is decoded."""
-        key = hashlib.sha256(json.dumps([self.models, what]).encode()).hexdigest()
+        key = files.digest([self.models, what])
         if key not in self.done:
             self.done[key] = decode(*given)
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,13 @@ from support import pictures
 from support.optimizing import trained
 
 
+def check_device(device):
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"There is no device {device!r} that this torch can use: try --device cpu."
+        )
+
+
 def under_torchrun():
     """Whether torchrun started this process; its group may not be there yet, see `together`."""
     return dist.is_available() and dist.is_torchelastic_launched()

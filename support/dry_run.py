@@ -21,7 +21,7 @@ import torch
 
 import lora
 from model import resolve, stored_tensors
-from support import files, optimizing, runs
+from support import files, loading, optimizing
 from support.features import Features
 from support.optimizing import trained
 
@@ -33,10 +33,10 @@ def blank_features(args, problems, model=None):
     if model is not None:
         inside = all(name.startswith("language_model.") for name in lora.adapters(model))
         if args.full or not inside:
-            return runs.image_features(vars(args), problems, model)  # pixels, read when used
+            return loading.image_features(vars(args), problems, model)  # pixels, read when used
         shape = model.config.image_tokens, model.config.text.hidden_size
     elif args.vision != "detr" or args.features:
-        return runs.image_features(vars(args), problems)
+        return loading.image_features(vars(args), problems)
     else:
         folder = resolve(args.vision_weights)
         count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())

@@ -2,8 +2,8 @@
 
 Here: a path that is a file and nothing endless; JSON and JSONL with every fault a sentence that
 names the file and the line; the checks of a record's fields; a bad record as an error or an entry
-of a list; text files that appear whole or not at all; the lock of a file or a folder; checksums;
-one line of progress. Only the standard library is used.
+of a list; text files that appear whole or not at all; the lock of a file or a folder; checksums,
+of a file and of what JSON can say; one line of progress. Only the standard library is used.
 
 Left out on purpose: what the records mean (data.py, traces.py), safetensors (model.py), anything
 fetched (downloads.py).
@@ -27,6 +27,7 @@ try:
 except ImportError:  # Windows: nothing is locked, and no folder can be flushed
     fcntl = None
 
+ROOT = Path(__file__).parent.parent  # of the repository: demo/, report.html
 MOST_BYTES = 1 << 28  # of a JSON file; all of ScienceQA takes about a tenth
 MOST_LINE = 1 << 24  # bytes of a line of JSONL
 
@@ -188,6 +189,12 @@ def atomic_write(path, durable=False, **how):
         flush(Path(path).parent)
 
 
+def write_json(value, path):
+    """Whole or not at all, and on the disk itself."""
+    with atomic_write(path, durable=True) as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+
+
 def flush(path):
     """To the disk itself, file or folder; Windows cannot."""
     if fcntl:
@@ -225,6 +232,11 @@ def checksum(path, like=None):
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value):
+    """sha256 of a value as JSON: the key of what was asked, decoded or learned from."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def progress(what, done, total, start, note=""):

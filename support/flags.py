@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import fusion
+from support.files import ROOT
 
-HERE = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_THREADS = torch.get_num_threads()
 MMCOT = {  # arXiv 2302.00923, base model
@@ -32,8 +32,8 @@ MMCOT = {  # arXiv 2302.00923, base model
     "threads": ALL_THREADS,
 }
 MMCOT_DEMO = MMCOT | {  # three minutes on one core
-    "weights": [str(HERE / "demo/t5")],
-    "vision_weights": str(HERE / "demo/detr"),
+    "weights": [str(ROOT / "demo/t5")],
+    "vision_weights": str(ROOT / "demo/detr"),
     "image_size": 96,
     "epochs": [8.0, 2.0],
     "lr": 3e-3,
@@ -63,7 +63,7 @@ PALIGEMMA = {  # none of it was tried at full size; the sources are papers and b
     "threads": ALL_THREADS,
 }
 PALIGEMMA_DEMO = PALIGEMMA | {  # four minutes on one core
-    "weights": [str(HERE / "demo/paligemma")],
+    "weights": [str(ROOT / "demo/paligemma")],
     "epochs": [4.0],
     "lr": 4e-3,
     "batch_size": 16,

@@ -1,7 +1,10 @@
-"""Run folders: how one begins, what --resume asks of it, and when it is complete.
+"""Run folders: how one begins, what --resume asks of it, when it is complete, and what it says.
 
 config.json has every flag, the versions and the commit; last/ is there until the run is complete
-(see support/journal.py). A run that cannot start leaves nothing.
+(see support/journal.py). A run that cannot start leaves nothing. `run_config` reads the flags of a
+folder that train.py wrote, or somebody else.
+
+Left out: the states in last/ (journal.py), predictions and metrics (tables.py).
 """
 
 import contextlib
@@ -15,15 +18,21 @@ from pathlib import Path
 
 import torch
 
+import data
 import fusion
 from model import rank, world
 from support import files, tables
-from support.journal import Journal, flush, write_json
+from support.journal import Journal
 
-HERE = Path(__file__).parent.parent
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)}
 # Flags that change no result, or (threads) only bits of it.
 MAY_DIFFER = ("resume", "dry_run", "save_every", "out", "features_cache", "threads")
+RUN_FLAGS = {  # of a run's config.json, what is read here
+    "model": str, "recipe": str, "data": str, "test_split": str, "device": str, "weights": list,
+    "epochs": list, "seed": int, "max_output": list, "eval_batch_size": int, "commit": str | None,
+    "traces": str | None, "adapter": str | None, "on_error": str | None,
+}  # fmt: skip
+PARTS = {"weights": str, "epochs": int | float, "max_output": int}  # of those that are lists
 
 
 def begin(args):
@@ -47,11 +56,11 @@ def versions():
 
 def write_config(config, out):
     """config.json: every flag, the versions it ran with and the commit."""
-    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(files.ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     config = config | {"versions": versions(), "commit": commit}
     kept = {k: v for k, v in config.items() if k not in ("resume", "dry_run")}
-    write_json(kept, out / "config.json")
+    files.write_json(kept, out / "config.json")
 
 
 @contextlib.contextmanager
@@ -69,7 +78,7 @@ def complete(out):
         return
     for path in out.iterdir():
         if path.is_file():
-            flush(path)
+            files.flush(path)
     shutil.rmtree(out / "last")
 
 
@@ -115,3 +124,27 @@ def is_complete(args):
     if args.model == "mmcot" and args.stage == "rationale" != fusion.stage_names(args.recipe)[-1]:
         whole = (out / "rationale/model.safetensors").is_file()  # it has nothing to score
     return bool(args.resume and whole and not (out / "last").exists() and other_flags(args) == [])
+
+
+def run_config(folder):
+    """A run folder's config.json; {} if it has none. ValueError for one that train.py never wrote.
+    A flag that a run of an older version lacks is no fault here."""
+    file = Path(folder) / "config.json"
+    if not os.path.lexists(file):
+        return {}
+    config = files.read_json(file)
+    if not isinstance(config, dict) or "model" not in config:
+        raise ValueError(f"{folder} is no run folder: its config.json is none of train.py's.")
+    for key in RUN_FLAGS.keys() & config.keys():
+        value, part = config[key], PARTS.get(key)
+        fits = isinstance(value, RUN_FLAGS[key]) and not isinstance(value, bool)
+        if not fits or part and not (value and all(isinstance(x, part) for x in value)):
+            raise ValueError(f"{file}: {key} is {value!r:.60}, which train.py never writes.")
+    known = {"mmcot": fusion.RECIPES, "paligemma": ("reason", "answer")}
+    recipes = known.get(config["model"], ())
+    if not recipes or config.get("recipe", "answer") not in recipes:
+        kind = f"{config['model']!r:.40} with recipe {config.get('recipe')!r:.40}"
+        raise ValueError(f"{file}: there is no model {kind}.")
+    if config.get("test_split", "test") not in data.SPLITS:
+        raise ValueError(f"{file}: there is no split {config['test_split']!r:.40}.")
+    return config

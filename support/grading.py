@@ -97,7 +97,7 @@ REFUSES = re.compile(r"\b(?:sorry|cannot|can't|unable|impossible|not possible)\b
 LITTLE = set("a an the this there of in on at to by for that than is are was were be do does did "
              "has have can would and or".split())  # fmt: skip
 YES_NO = ("yes", "no", "true", "false")
-WORDS = {w: float(i) for i, w in enumerate(
+NUMBER_WORDS = {w: float(i) for i, w in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty".split())}  # fmt: skip
 
@@ -163,7 +163,7 @@ def rounded(problem, value):
 def normal(problem, answer):
     """One form for all spellings of an answer, so that two can be compared: a letter where there
     are choices (a letter comes before a choice of that text), else a number, a list or a text."""
-    read = (pick if problem.choices else value)(problem, plain(answer))
+    read = (choice_named if problem.choices else value)(problem, plain(answer))
     return squash(plain(answer)) if read[0] is None else read[0]
 
 
@@ -180,7 +180,7 @@ def right(problem, parsed):
 
 
 # --- what a short text names
-def pick(problem, said, trust=2):
+def choice_named(problem, said, trust=2):
     """(letter or None, how): the choice that a short plain text names. With a trust below 2 it was
     not said as the answer: then a list of letters is none, nor is what a "not" may be about."""
     letters, why = LETTERS[: len(problem.choices)], "no answer found"
@@ -268,7 +268,7 @@ def value(problem, said, trust=2):
         found = last_of(problem, said, trust)
     if kind == "integer" and not found:
         words = re.sub(r"\b(are|is|were|have) no\b", r"\1 zero", said.casefold())
-        found = [WORDS[w] for w in re.findall(r"[a-z]+", words) if w in WORDS]
+        found = [NUMBER_WORDS[w] for w in re.findall(r"[a-z]+", words) if w in NUMBER_WORDS]
     if kind != "text" and found:
         return rounded(problem, found[0 if trust == 2 else -1]), "number"
     told = squash(said) if trust == 2 and kind in ("number", "text") else ""
@@ -336,7 +336,7 @@ def commitment(problem, text, prose=False):
     letter comes before one that is only computed, unless the text ends in that; a line of four
     words at most may be all answer. Else the last sentences, and with `prose` all, are searched,
     those most like the question first."""
-    text, read = plain(text), pick if problem.choices else value
+    text, read = plain(text), choice_named if problem.choices else value
     lines = [x for x in text.splitlines() if squash(x)]
     sentences = [x for x in SENTENCE.split(text) if squash(x)]
     said = list(commits(text, sentences or [""]))

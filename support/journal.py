@@ -28,11 +28,6 @@ from support import files
 from support.devices import agreed, in_turn, on_first, part_like
 from support.optimizing import trained
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked
-    fcntl = None
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -63,7 +58,7 @@ class Journal:
             return 0, None, 0.0
         Journal.training = True
         rows = [[e["id"], e["input_ids"], e["labels"]] for e in examples]
-        self.rows = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        self.rows = files.digest(rows)
         self.file.seek(0)
         log = [line for line in self.file.readlines() if line.endswith("\n")]
         with in_turn():
@@ -166,9 +161,9 @@ def restore(tensors, model, optimizer):
 def save_state(folder, number, facts, tensors):
     name = f"{number}-{facts['step']:08d}"
     write_safetensors(tensors, folder / f"{name}.safetensors")
-    flush(folder / f"{name}.safetensors")
-    state = {"state": facts, "sha256": checksum(folder / f"{name}.safetensors", facts)}
-    write_json(state, folder / f"{name}.json")
+    files.flush(folder / f"{name}.safetensors")
+    state = {"state": facts, "sha256": state_checksum(folder / f"{name}.safetensors", facts)}
+    files.write_json(state, folder / f"{name}.json")
     kept = sorted(path.stem for path in folder.glob(f"{number}-*.json"))[-2:]
     for path in sorted(folder.iterdir()):  # the JSON of a state goes first
         if path.stem not in kept and path.name.lstrip(".").startswith(f"{number}-"):
@@ -182,7 +177,7 @@ def newest_state(folder, number, stage, lines):
     for path in paths:
         try:
             state, file = files.read_json(path), path.with_suffix(".safetensors")
-            if state["sha256"] != checksum(file, state["state"]):
+            if state["sha256"] != state_checksum(file, state["state"]):
                 raise ValueError("the checksum is another")
             if state["state"]["lines"] > lines and not rank():  # the others have no log
                 raise ValueError("log.jsonl is shorter than it was then")
@@ -196,30 +191,12 @@ def newest_state(folder, number, stage, lines):
     return None, None
 
 
-def checksum(file, facts):
+def state_checksum(file, facts):
+    """One SHA-256 over the tensors' file and the facts that belong to it."""
     with open(file, "rb") as tensors:
         digest = hashlib.file_digest(tensors, "sha256")
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def flush(path):
-    """To the disk itself, file or folder; Windows cannot."""
-    if fcntl:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_json(value, path):
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    flush(temporary)
-    temporary.replace(path)
-    flush(path.parent)
 
 
 # ---- a folder in use -----------------------------------------------------------------------------
@@ -267,21 +244,16 @@ def locked(folder):
     """The folder itself is locked, so the kernel lets go of it however the process ends. Of a run
     that could not start nothing is left."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = fcntl and os.open(folder, os.O_RDONLY)
+    handle = files.fcntl and os.open(folder, os.O_RDONLY)  # Windows opens no folder
+    busy = f"Another process works in {folder}: wait, or take another --out."
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(
-            f"Another process works in {folder}: wait, or take another --out."
-        ) from None
-    except OSError as error:
-        print(f"{folder} cannot be locked ({error}): let no other run use it", file=sys.stderr)
-    try:
-        yield
+        if why := files.lock(handle, busy):
+            print(f"{folder} cannot be locked ({why}): let no other run use it", file=sys.stderr)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        if fcntl:
+        if handle is not None:
             os.close(handle)

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 
 import data
-from support import grading, ledger
+from support import files, grading, ledger
 from support.calls import Calls, Halt, at_most
 from support.choices import LETTERS
 from support.clients import (
@@ -182,7 +182,7 @@ def judge_many(items, spec, cache, image=True, concurrency=8, timeout=120.0, ret
         text, sha = judge_prompt(problem, thought, answer), None
         with contextlib.suppress(Failed):  # ask_judge says what is wrong with the picture
             sha = seen(problem.image)[0] if image else None
-        return ledger.digest(["judge", ledger.VERSION, judge.spec, problem.id, sha, text])
+        return files.digest(["judge", ledger.VERSION, judge.spec, problem.id, sha, text])
 
     async def one(item):
         if (key := key_of(*item)) in cache.records:

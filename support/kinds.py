@@ -16,7 +16,7 @@ from support import files
 from support.choices import LETTERS
 from support.decoding import before_loop
 from support.grading import ANSWER, CUE, SENTENCE, committed, normal, plain, right, squash
-from support.runs import bad_records
+from support.records import bad_records
 from support.traces import load_traces
 
 KINDS = ("sound", "lucky", "novel", "right", "right thought, wrong answer", "loop", "nonsense",

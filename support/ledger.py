@@ -1,14 +1,14 @@
 """The trace file, which is also the cache: a record a line, each under the key of what was asked.
 
 `Ledger` is such a file. It is only ever appended to, one write a record, so that a kill costs at
-most the record being written; what is in it is not asked, and not paid for, again. `digest` makes
-the keys. teacher.py keeps traces and replies that wait for a judge in it, judging.py verdicts.
+most the record being written; what is in it is not asked, and not paid for, again. The keys are
+`files.digest`'s. teacher.py keeps traces and replies that wait for a judge in it, judging.py
+verdicts.
 
 Left out on purpose: an index, and files of more than one process at a time.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -18,11 +18,6 @@ from support import files
 from support.clients import hide
 
 VERSION = 1  # of the prompts, in every key: another one asks everything anew
-
-
-def digest(what):
-    """The key of what was asked: the sha256 of `what` as JSON."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 class Ledger:
@@ -40,13 +35,14 @@ class Ledger:
         if os.path.lexists(path):
             files.regular_file(path)  # a pipe would be waited for
         self.file = open(path, "a+b")  # noqa: SIM115 (held until close)
-        lock(self.file, path)
+        in_use = f"{path} is in use by another process: wait for it, or write elsewhere."
+        files.lock(self.file, in_use)  # some network disks cannot lock, and it goes on
         self.file.seek(0)
         lines = self.file.read().split(b"\n")
         lines += self.finished(lines.pop())
         places = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
         self.records = {}
-        for record in (checked(line, where) for where, line in places):
+        for record in (record_of(line, where) for where, line in places):
             self.records.setdefault(record["key"], record)
 
     def finished(self, torn):
@@ -74,20 +70,7 @@ class Ledger:
         self.file.close()
 
 
-def lock(file, path):
-    with contextlib.suppress(ImportError):  # Windows has none
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = f"{path} is in use by another process: wait for it, or write elsewhere."
-            raise ValueError(text) from None
-        except OSError:
-            pass  # some network disks cannot lock
-
-
-def checked(line, where):
+def record_of(line, where):
     """The record of a line, or a ValueError that names the line."""
     try:
         record = json.loads(line)

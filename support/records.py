@@ -16,17 +16,22 @@ from pathlib import Path
 
 import data
 from model import rank
-from support import files, grading, pictures, runs
+from support import files, grading, loading, pictures
 from support.traces import load_traces, overlap, training_notice
 
 # ---- bad records ---------------------------------------------------------------------------------
+
+
+def bad_records(config):
+    """The list that a run's bad records go to with --on-error skip; None: the first is an error."""
+    return [] if config.get("on_error") == "skip" else None
 
 
 def load_splits(args):
     """{split: problems}, and with --on-error skip {split: [(id, reason)]} of its bad records (else
     None: the first is the error). All three must be there: none is cut off another. ValueError."""
     names, splits = ("train", "val", args.test_split), {}
-    skipped = {name: runs.bad_records(vars(args)) for name in names}
+    skipped = {name: bad_records(vars(args)) for name in names}
     try:
         for name in names:
             splits[name] = data.load(args.data, name, skipped[name])[: args.limit]
@@ -52,7 +57,7 @@ def with_pictures(args, splits, skipped, model=None):
     ValueError if a split has no problem left."""
     problems = [p for ps in splits.values() for p in ps]
     bad = None if skipped is None else []
-    features = runs.image_features(vars(args), problems, model, bad)
+    features = loading.image_features(vars(args), problems, model, bad)
     if not bad:
         return features, splits
     reasons = dict(bad)

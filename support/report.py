@@ -20,11 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from support import files, pictures
+from support.folders import run_config
 from support.metrics import axes
-from support.runs import run_config
 from support.tables import differences, heading, report_tables
 
-REPORT = Path(__file__).resolve().parent.parent / "report.html"  # page, style and script
+REPORT = files.ROOT / "report.html"  # page, style and script
 TAGS = ("topic", "category", "task", "grade")  # to filter by, beside the table's axes
 PICTURE_SIDE, CURVE_POINTS = 384, 120
 
@@ -48,13 +48,11 @@ def write_report(folder, columns):
     only = re.search(r"<script>(.*?)</script>", script, re.DOTALL)[1].encode()
     only = f"'sha256-{base64.b64encode(hashlib.sha256(only).digest()).decode()}'"
     head = head.replace("script-src 'unsafe-inline'", f"script-src {only}")
-    part = Path(folder) / "report.html.part"
     half = {"errors": "backslashreplace"}  # half a surrogate pair becomes JSON's escape for it
-    with open(part, "w", encoding="utf-8", newline="\n", **half) as file:
+    with files.atomic_write(Path(folder) / "report.html", newline="\n", **half) as file:
         file.write(head + data_block("payload", payload | {"problems": shown}) + script)
         file.writelines(data_block(name, value) for name, value in blocks.items())
         file.write(tail)
-    part.replace(Path(folder) / "report.html")
 
 
 def data_block(name, value):
@@ -111,8 +109,7 @@ def report_pictures(shown):
     start, made = time.monotonic(), {}
     paths, first = {facts["image"]: None for facts in shown if facts["image"]}, {}
     for path in paths:
-        known = Path(path).is_file()
-        paths[path] = hashlib.sha256(Path(path).read_bytes()).digest() if known else path
+        paths[path] = files.checksum(path) if Path(path).is_file() else path
         first.setdefault(paths[path], path)
     with ThreadPoolExecutor() as threads:  # Pillow lets go of the lock while it computes
         for key, picture in zip(first, threads.map(small, first.values()), strict=True):

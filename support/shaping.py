@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import data
 from support import grading
+from support.choices import BOXED
 from support.tokenizing import plain_ids
 
 EMPTY_WORDS = set(  # a heading of nothing but these says nothing about the problem
@@ -28,10 +29,10 @@ HEADING = re.compile(
     r"#{1,6} (.+)|(?:\d+[.)] )?\*\*(?:\d+[.)] )?([^*]+)\*\*:?|((?:Thinking|Thought) [Pp]rocess:)"
 )
 RULED_OFF = re.compile(r"-{3,}|\*{3,}|_{3,}|```\w*")
-MARKS = (
+MARKUP = (
     (re.compile(r"(?<![\w)*])(\*{1,3})(?=[^\s*])([^*\n]*[^\s*])\1(?![\w(*])"), r"\2"),  # no 2*x*y
     (re.compile(r"`([^`\n]+)`"), r"\1"),
-    (re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"), r"\1"),
+    (BOXED, r"\1"),
     (re.compile(r"^#{1,6} ", re.MULTILINE), ""),
     (re.compile(r"^[*•] ", re.MULTILINE), "- "),
 )
@@ -50,7 +51,7 @@ NEWS = re.compile(  # what such a sentence may say all the same: a number, a rel
     r"\d+(?:[.,]\d+)*|[=<>≈≠]|\bimpl(?:ies|ying)\b"
     r"|\b(?:given|since|because|so|thus|therefore|which means|shows?|however|but)\b"
 )
-SENTENCE = re.compile(r"(?<=[.?!:])( )(?=[A-Z\"'(*$\\∠△])")
+BETWEEN_SENTENCES = re.compile(r"(?<=[.?!:])( )(?=[A-Z\"'(*$\\∠△])")
 LABEL = re.compile(r"(?:the )?(?:final |correct )?answer ?: ?", re.IGNORECASE)
 
 
@@ -71,13 +72,13 @@ def shape(problem, thought, answer):
     No line of the thought begins with "Answer:", which `data.pali_suffix` writes once, from the
     gold answer. A thought that is nothing but talk stays, without its marks.
     """
-    last = LABEL.sub("", (plain(answer).splitlines() or [""])[-1])
+    last = LABEL.sub("", (unmarked(answer).splitlines() or [""])[-1])
     said = graded(problem, answer).parsed or graded(problem, last).parsed or last
     told = " ".join([problem.question, problem.hint, *problem.choices]).lower()
     new, facts = thought, set(NEWS.findall(told))
     while (old := new) and (new := without_talk(old, facts)) != old:
         pass  # what one mark hid may be another, and talk may stand before an answer line
-    return new or plain(thought), said
+    return new or unmarked(thought), said
 
 
 def without_talk(thought, facts):
@@ -87,7 +88,7 @@ def without_talk(thought, facts):
         heading = HEADING.fullmatch(line := " ".join(line.split()))
         if heading and set(re.findall(r"\w+", heading[heading.lastindex].lower())) <= EMPTY_WORDS:
             continue
-        parts = SENTENCE.split(plain(line))  # sentence, blank, sentence ...
+        parts = BETWEEN_SENTENCES.split(unmarked(line))  # sentence, blank, sentence ...
         line = "".join("" if is_talk(part, facts) else part for part in parts).strip()
         if label := LABEL.match(line):
             line = line[label.end() :]
@@ -103,11 +104,11 @@ def is_talk(sentence, facts):
     return TALK.match(text) is not None and set(NEWS.findall(text)) <= facts
 
 
-def plain(text):
+def unmarked(text):
     """The text without markdown's marks, rules and blank lines; \\boxed{} is its content."""
     lines = (" ".join(line.split()) for line in text.splitlines())
     text = "\n".join(line for line in lines if line and not RULED_OFF.fullmatch(line))
-    for mark, inside in MARKS:
+    for mark, inside in MARKUP:
         text = mark.sub(inside, text)
     return text
 

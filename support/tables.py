@@ -73,17 +73,12 @@ def write_graded(folder, graded, scores):
     "because"."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "predictions.jsonl.part"  # what took hours to decode is never half there
-    with open(part, "w", encoding="utf-8") as file:
-        for _, x, g in graded:
-            file.write(json.dumps(x | asdict(g), ensure_ascii=False) + "\n")
-    more = folder / "metrics.json.part"
-    more.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    for file in (part, more):
-        try:
-            file.replace(file.with_suffix(""))
-        except IsADirectoryError:
-            raise ValueError(f"{file.with_suffix('')} is a folder: remove it.") from None
+    with files.atomic_write(folder / "metrics.json") as metrics:
+        metrics.write(json.dumps(scores, indent=2) + "\n")
+        metrics.flush()  # a disk that is full says so before anything is replaced
+        with files.atomic_write(folder / "predictions.jsonl") as lines:  # hours of decoding: first
+            for _, x, g in graded:
+                lines.write(json.dumps(x | asdict(g), ensure_ascii=False) + "\n")
 
 
 def graded_folder(folder, problems, faithful=False, limit=None):
@@ -106,7 +101,7 @@ def metrics_then(folder, whole=True):
         then = files.read_json(folder / "metrics.json")
         named = all(isinstance(then.get(key, ""), str) for key in ("data", "split"))
         if whole:
-            table({"": then}, all_rows=True), summary({"": then}), report_tables({"": then})
+            table({"": then}, all_rows=True), runs_table({"": then}), report_tables({"": then})
         return then if named and isinstance(then.get("rationale_format"), str | None) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return {}
@@ -174,7 +169,7 @@ def more_rows(runs):
         if any(x is not None for x in found):
             rows.append([label, *("-" if x is None else f"{x:.2f}" for x in found)])
     for stop in sorted({stop for m in runs for stop in m.get("stop", {})} - {"eos"}):
-        shares = [percent(m.get("stop", {}).get(stop, 0) / m["n"]) for m in runs]
+        shares = [stopped(m, stop) for m in runs]
         rows.append([f"stopped by {stop} %", *(f"{x:.2f}" for x in shares)])
     lost = [m.get("skipped", {}) for m in runs]
     for split in dict.fromkeys(split for found in lost for split in found if found[split]):
@@ -192,6 +187,11 @@ def more_rows(runs):
     return rows
 
 
+def stopped(m, stop):
+    """How many in a hundred texts ended so."""
+    return percent(m.get("stop", {}).get(stop, 0) / m["n"])
+
+
 def align(rows, markdown):
     """Rows as text in columns, or as a markdown table; the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -203,7 +203,7 @@ def align(rows, markdown):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def summary(rows):
+def runs_table(rows):
     """Many runs on the same problems, a line each: {name: metrics} -> text. Of two-stage runs the
     ROUGE-L of the decoded rationales, and beside it what teacher forcing would have claimed; of
     PaliGemma's how many texts did not end by themselves."""
@@ -217,9 +217,7 @@ def summary(rows):
     columns["95 % interval"] = {name: interval(*m["ci95"]) for name, m in rows.items()}
     columns["no answer %"] = {name: f"{m['parse_failures']:.2f}" for name, m in rows.items()}
     for stop in ("loop", "length", "forced"):
-        shares = {
-            name: percent(m.get("stop", {}).get(stop, 0) / m["n"]) for name, m in rows.items()
-        }
+        shares = {name: stopped(m, stop) for name, m in rows.items()}
         columns[f"{stop} %"] = {
             name: f"{x:.2f}" for name, x in shares.items() if any(shares.values())
         }

@@ -39,19 +39,18 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT  # puts the repository on the path
+from PIL import Image, PngImagePlugin
+from samples import field
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, PngImagePlugin  # noqa: E402
-
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import lora  # noqa: E402
-from fusion import GatedFusion, MultimodalT5  # noqa: E402
-from model import (  # noqa: E402
+import data
+import eval as evaluation
+import lora
+from fusion import GatedFusion, MultimodalT5
+from model import (
     DETR,
     T5,
     DETRConfig,
@@ -61,7 +60,7 @@ from model import (  # noqa: E402
     SigLIPConfig,
     T5Config,
 )
-from support import (  # noqa: E402
+from support import (
     downloads,
     files,
     folders,
@@ -70,11 +69,11 @@ from support import (  # noqa: E402
     tables,
     tokenizing,
 )
-from support.features import cached_features, published_features  # noqa: E402
-from support.flags import parse_args  # noqa: E402
-from support.ledger import Ledger  # noqa: E402
-from support.pictures import open_image, siglip_pixels, unusable  # noqa: E402
-from support.traces import load_traces  # noqa: E402
+from support.features import cached_features, published_features
+from support.flags import parse_args
+from support.ledger import Ledger
+from support.pictures import open_image, siglip_pixels, unusable
+from support.traces import load_traces
 
 SAID = (  # the kinds of error that may leave a reader; a subclass (JSONDecodeError) may not
     ValueError,
@@ -193,19 +192,6 @@ def t5_tokenizer(folder):
 
 def pali_tokenizer(folder):
     shutil.copy(ROOT / "demo/paligemma/tokenizer.json", folder)
-
-
-def field(number, value):
-    """One field of a protobuf message."""
-
-    def varint(n):
-        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
-
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 def spiece(folder):
@@ -516,7 +502,7 @@ def read_run(folder):
     with contextlib.redirect_stderr(io.StringIO()):
         column = evaluation.score_run(run, args)
         tables.table({"run": column.scores}, all_rows=True)
-        tables.summary({"run": column.scores})
+        tables.runs_table({"run": column.scores})
         report.write_report(folder, {"run": column})
         flags = ["--model", "mmcot", "--resume", "--out", str(run)]
         folders.is_complete(parse_args(flags))

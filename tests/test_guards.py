@@ -22,11 +22,11 @@ import lora
 import model as backbones
 import train
 from model import T5, T5Config
-from support import decoding, dry_run, folders, guards, optimizing, pictures, records, runs
+from support import decoding, dry_run, folders, guards, loading, optimizing, pictures, records
 from support.features import Features
-from support.files import read_json
+from support.files import read_json, write_json
 from support.flags import parse_args
-from support.journal import Journal, Stopped, in_use, write_json
+from support.journal import Journal, Stopped, in_use
 from support.tokenizing import load_tokenizer
 from support.traces import load_traces
 
@@ -72,7 +72,7 @@ def pali():
     ]
 
     def made():
-        model = runs.load_paligemma(vars(args))
+        model = loading.load_paligemma(vars(args))
         with contextlib.redirect_stdout(io.StringIO()):
             train.make_trainable(args, model)
         text, seen = model.config.text, model.config.image_tokens
@@ -502,7 +502,7 @@ def test_an_adapter_that_matches_nothing(pali, tmp_path):
     def loaded(**changed):
         write_json(config | changed, tmp_path / "adapter_config.json")
         args = settings("paligemma", "--adapter", str(tmp_path))
-        return runs.load_paligemma(vars(args))
+        return loading.load_paligemma(vars(args))
 
     assert lora.adapters(loaded())
     for key in ("rank_pattern", "alpha_pattern"):
@@ -515,4 +515,4 @@ def test_an_adapter_that_matches_nothing(pali, tmp_path):
     with pytest.raises(ValueError, match="nowhere.*matches none"):
         loaded(target_modules=["nowhere"])
     with pytest.raises(ValueError, match="No Linear layer.*nowhere"):
-        lora.inject(runs.load_paligemma(vars(settings("paligemma"))), targets=["nowhere"])
+        lora.inject(loading.load_paligemma(vars(settings("paligemma"))), targets=["nowhere"])

@@ -1,5 +1,5 @@
-"""support/shaping.py, judging.py and summary.py: shaping, the rule's and a judge's verdicts,
-agreement, the summary.
+"""support/shaping.py, judging.py and trace_table.py: shaping, the rule's and a judge's verdicts,
+agreement, the closing table.
 
 Real files (NANOCOT_DATA): pali_reason's traces, MathVista's testmini, the PaliGemma tokenizer.
 `python tests/test_judging.py` prints what is left of the real traces after each step.
@@ -18,7 +18,7 @@ from conftest import gemma  # with the import paths, when run as a script
 import data
 import eval as evaluation
 from demo import teacher as demo_teacher
-from support import grading, judging, shaping, summary, tables
+from support import grading, judging, shaping, tables, trace_table
 from support.files import read_json
 from support.traces import load_traces
 
@@ -300,7 +300,7 @@ def test_nothing_to_compare():
     assert judging.agreement([("1", None, True)]) == found
 
 
-# --- summary
+# --- the closing table
 def record(id, correct, by="gemini:m", rule=None, **changes):
     thought = changes.pop("thought", "one two three")
     verdict = {"correct": correct, "consistent": correct, "by": by, "why": ""}
@@ -310,7 +310,7 @@ def record(id, correct, by="gemini:m", rule=None, **changes):
     return base | {"reply": {"thought": f"so {thought}", "answer": "B"}} | changes
 
 
-def test_summary():
+def test_the_closing_table():
     problems = [problem(id="1", image="x.png"), problem(id="2"), problem(id="3")]
     records = [
         record("1", True, rule=True),
@@ -318,7 +318,7 @@ def test_summary():
         record("2", True, kept=False, dropped="too long", thought="a b c d e f"),
         record("3", False, thought="", answer="", stop="blocked", dropped="blocked", usage={}),
     ]
-    text = summary.summary(records, problems, failed=2)
+    text = trace_table.trace_table(records, problems, failed=2)
     lines = text.splitlines()
     assert lines[0].split()[3:] == ["thought", "correct", "consistent", "unclear", "kept", "USD"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:4]}
@@ -401,7 +401,7 @@ def main():
     print(tables.align(rows, False))
     for name, sizes in (("before", before), ("after", after)):
         fit = [sum(size <= limit for size in sizes.values()) for limit in LIMITS]
-        print(f"tokens {name}: {summary.spread(sizes.values())}; within {LIMITS}: {fit}")
+        print(f"tokens {name}: {trace_table.spread(sizes.values())}; within {LIMITS}: {fit}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from model import DETR, T5, PaliGemma, T5Config, decode
 from support import decoding, looking
 from support.features import Features
 from support.flags import parse_args
-from support.runs import image_features
+from support.loading import image_features
 from support.tokenizing import load_tokenizer, plain_ids
 
 T5_FOLDER, DETR_FOLDER, PALIGEMMA = (ROOT / "demo" / n for n in ("t5", "detr", "paligemma"))

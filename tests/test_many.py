@@ -27,7 +27,7 @@ import data
 import fusion
 import train
 from model import T5, write_safetensors
-from support import decoding, devices, optimizing, runs
+from support import decoding, devices, loading, optimizing
 from support.flags import parse_args
 from support.journal import Journal, Stopped
 from support.pictures import Picture
@@ -175,11 +175,11 @@ def t5_and_rows(args):
 
 def paligemma_and_rows(args):
     """Three rows without a picture and four with: some batches have none, one has one."""
-    model = runs.load_paligemma(vars(args))
+    model = loading.load_paligemma(vars(args))
     train.make_trainable(args, model)
     problems = sorted(data.load("demo", "train")[:40], key=lambda p: p.image is not None)
     problems = problems[:3] + problems[-4:]
-    features = runs.image_features(vars(args), problems, model)
+    features = loading.image_features(vars(args), problems, model)
     traces = [{"thought": "x" * 3 * i, "verdict": {"correct": True}} for i in range(7)]
     rows = [(p, "reason", t, True) for p, t in zip(problems, traces, strict=True)]
     tokenizer = load_tokenizer(args.weights[0])

@@ -28,7 +28,7 @@ import test_house as house  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import teacher  # noqa: E402
-from support import flags, tables  # noqa: E402
+from support import ablations, flags, tables  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 
@@ -82,7 +82,7 @@ def result(name):
 
 @pytest.mark.parametrize("name", ["mmcot", "paligemma"])
 def test_a_table_is_what_its_runs_gave(name):
-    assert f"{tables.summary(result(name)['rows'])}\n" in blocks()
+    assert f"{tables.runs_table(result(name)['rows'])}\n" in blocks()
 
 
 def numbers(found):
@@ -133,7 +133,7 @@ def keep(folders):
     if len(folders) > 1:
         return keep_seeds(folders, configs)
     args = argparse.Namespace(**configs[0] | {"ablation": True, "out": str(folders[0])})
-    lines = flags.lines_of(args, flags.table_of(args))
+    lines = ablations.lines_of(args, ablations.table_of(args))
     rows = {name: tables.metrics_then(Path(line.out)) for name, line in lines.items()}
     problems, columns = data.load(args.data, args.test_split), {}
     for name in sorted(rows, key=lambda name: lines[name].out != args.out):

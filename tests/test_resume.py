@@ -21,11 +21,12 @@ import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
-from support import decoding, folders, guards, journal, kinds, records, runs
+from support import decoding, files, folders, guards, journal, kinds, loading, records
 from support.ablations import BASELINES, lines_of
+from support.files import write_json
 from support.flags import parse_args
-from support.journal import Journal, Stopped, in_use, write_json
-from support.runs import image_features
+from support.journal import Journal, Stopped, in_use
+from support.loading import image_features
 from support.tokenizing import load_tokenizer
 from support.traces import load_traces
 
@@ -190,9 +191,13 @@ def test_a_shorter_log_needs_an_older_state(whole, tmp_path, capsys):
     assert "log.jsonl is shorter" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("call", ["write_safetensors", "checksum", "flush", "write_json"])
-def test_a_full_disk_while_saving_leaves_the_last_state(call, whole, tmp_path, monkeypatch):
-    calls, real = [], getattr(journal, call)
+@pytest.mark.parametrize(
+    "place, call",
+    [(journal, "write_safetensors"), (journal, "state_checksum"), (files, "flush"),
+     (files, "write_json")],
+)  # fmt: skip
+def test_a_full_disk_while_saving_leaves_the_last_state(place, call, whole, tmp_path, monkeypatch):
+    calls, real = [], getattr(place, call)
 
     def full(*given):
         calls.append(call)
@@ -200,7 +205,7 @@ def test_a_full_disk_while_saving_leaves_the_last_state(call, whole, tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*given)
 
-    monkeypatch.setattr(journal, call, full)
+    monkeypatch.setattr(place, call, full)
     message = "the disk is full.*No space left.*make room, then.*--resume"
     with pytest.raises(OSError, match=message), in_use(tmp_path):
         fitted(tmp_path)
@@ -296,7 +301,7 @@ def talker():
     """PaliGemma's demo with adapters that make it talk at random."""
     given = ["--max-output", "8", "3", "--samples", "2", "--temperature", "1", "--lora-r", "2"]
     args = parse_args([*PALI, *given, "--eval-batch-size", "3"])
-    model = runs.load_paligemma(vars(args))
+    model = loading.load_paligemma(vars(args))
     train.make_trainable(args, model)
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():

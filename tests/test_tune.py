@@ -31,7 +31,7 @@ import lora
 import model as backbones
 import train
 from demo import teacher
-from support import decoding, guards, optimizing, pictures, records, runs
+from support import decoding, guards, loading, optimizing, pictures, records
 from support.ablations import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION
 from support.features import Features
 from support.files import read_json
@@ -68,7 +68,7 @@ def settings(*flags, **changed):
 def adapted(*flags):
     """The demo's model with new adapters, and the settings."""
     args = settings("--lora-r", "4", *flags)
-    model = runs.load_paligemma(vars(args))
+    model = loading.load_paligemma(vars(args))
     with contextlib.redirect_stdout(io.StringIO()):
         train.make_trainable(args, model)
     return model, args
@@ -97,8 +97,8 @@ def examples(tokenizer):
     args = settings()
     rows = [(by_id[t["id"]], "reason", t, True) for t in traces]
     rows += [(row[0], "answer", None, True) for row in rows[:2]]
-    model = runs.load_paligemma(vars(args))
-    features = runs.image_features(vars(args), list(by_id.values()), model)
+    model = loading.load_paligemma(vars(args))
+    features = loading.image_features(vars(args), list(by_id.values()), model)
     made = data.pali_examples(rows, tokenizer, features, vars(args))
     assert len(made) == 8 and len({len(e["labels"]) for e in made}) > 4
     assert len({"image_features" in e for e in made}) == 2
@@ -439,10 +439,10 @@ def tuned(monkeypatch, tokenizer):
 
     def look(*flags, n=30):
         args = settings("--limit", str(n), "--lora-r", "2", *flags)
-        model, given = runs.load_paligemma(vars(args)), {}
+        model, given = loading.load_paligemma(vars(args)), {}
         problems, val = (data.load("demo", split)[:n] for split in ("train", "val"))
         rows = records.training_rows(args, problems)
-        features = runs.image_features(vars(args), problems + val, model)
+        features = loading.image_features(vars(args), problems + val, model)
 
         def fit(model, examples, validate, args, stage, epochs, log):
             given.update(examples=examples, validate=validate, epochs=epochs, stage=stage)
@@ -695,8 +695,8 @@ def test_the_baselines_stand_beside_it(short):
 def test_the_base_is_the_model_as_it_was(short, tokenizer):
     args = vars(settings("--recipe", "answer", "--max-output", "40", "8"))
     problems = data.load("demo", "test")[:24]
-    model = runs.load_paligemma(args)
-    features = runs.image_features(args, problems, model)
+    model = loading.load_paligemma(args)
+    features = loading.image_features(args, problems, model)
     told = evaluation.predict([model], problems, args, tokenizer, features)
     kept = lines_of(short.folder / "base/predictions.jsonl")
     assert [x["response"] for x in told] == [x["response"] for x in kept]
@@ -817,9 +817,9 @@ def test_full_training_moves_the_image_tower_and_is_decoded_from_its_folder(tmp_
 
 def test_full_training_sees_pictures_not_a_cache():
     args = settings("--full")
-    model = runs.load_paligemma(vars(args))
+    model = loading.load_paligemma(vars(args))
     problem = next(p for p in data.load("demo", "train") if p.image)
-    features = runs.image_features(vars(args), [problem], model)
+    features = loading.image_features(vars(args), [problem], model)
     assert isinstance(features, pictures.Pictures)
 
 
@@ -832,10 +832,10 @@ def test_adapters_on_the_image_tower_see_pictures_too(tmp_path):
     assert all(tensor.any() for tensor in adapter(run_.folder).values())
     config, (model,), _ = evaluation.load_run(run_.folder)
     problems = [p for p in data.load("demo", "test") if p.image][:2]
-    seen = runs.image_features(config, problems, model)
+    seen = loading.image_features(config, problems, model)
     assert isinstance(seen, pictures.Pictures)
-    plain = runs.load_paligemma(config)
-    assert isinstance(runs.image_features(config, problems, plain), Features)
+    plain = loading.load_paligemma(config)
+    assert isinstance(loading.image_features(config, problems, plain), Features)
 
 
 # ---- one flag each -----------------------------------------------------------------------------
@@ -1207,7 +1207,7 @@ def test_batched_equals_single(tokenizer):
         if "lora_B" in name:
             p.data.normal_(0, 0.15, generator=generator)
     problems = data.load("demo", "test")[:10]
-    features = runs.image_features(vars(args), problems, model)
+    features = loading.image_features(vars(args), problems, model)
     told = []
     for size in (1, 4, 64):
         config = vars(args) | {"eval_batch_size": size, "max_output": [24, 4]}
@@ -1258,9 +1258,9 @@ def test_the_most_frequent_answer_wins(texts, winner, votes, monkeypatch):
 
 @pytest.mark.slow
 def test_sampling_follows_seed_and_temperature(tokenizer):
-    model = runs.load_paligemma(vars(settings()))
+    model = loading.load_paligemma(vars(settings()))
     problems = data.load("demo", "test")[:4]
-    features = runs.image_features(vars(settings()), problems, model)
+    features = loading.image_features(vars(settings()), problems, model)
 
     def told(*flags):
         config = vars(settings("--max-output", "12", "4", *flags))

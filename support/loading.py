@@ -1,72 +1,26 @@
-"""A run taken up again: its config.json, the model it began with, and what its models see.
+"""The models of a run and what they see, loaded by its settings.
 
-`run_config` reads the flags of a run folder that train.py wrote, or somebody else. `image_features`
-gives the features of pictures that a run's models read, made by DETR or by PaliGemma's own tower
-and kept on the disk; `asked_features` those of the one picture a question is about.
+`load_paligemma` gives the model that a run began with or trained. `image_features` gives the
+features of pictures that a run's models read, made by DETR or by PaliGemma's own tower and kept on
+the disk; `asked_features` those of the one picture a question is about.
 
-Left out: the weights a run trained with mmcot (`eval.load_run`), and the disk's side of features.
+Left out: the weights a run trained with mmcot (`eval.load_run`), where the settings stand
+(folders.py), and the disk's side of features (features.py).
 
 Axes: B pictures, H W S pixels, P I image positions, F D their width.
 """
 
 import hashlib
-import os
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-import data
-import fusion
 import lora
 from model import DETR, PaliGemma, resolve, stored_tensors
 from support import files, pictures
 from support.features import Features, cached_features, published_features
-
-RUN_FLAGS = {  # of a run's config.json, what is read here
-    "model": str, "recipe": str, "data": str, "test_split": str, "device": str, "weights": list,
-    "epochs": list, "seed": int, "max_output": list, "eval_batch_size": int, "commit": str | None,
-    "traces": str | None, "adapter": str | None, "on_error": str | None,
-}  # fmt: skip
-PARTS = {"weights": str, "epochs": int | float, "max_output": int}  # of those that are lists
-
-
-def run_config(folder):
-    """A run folder's config.json; {} if it has none. ValueError for one that train.py never wrote.
-    A flag that a run of an older version lacks is no fault here."""
-    file = Path(folder) / "config.json"
-    if not os.path.lexists(file):
-        return {}
-    config = files.read_json(file)
-    if not isinstance(config, dict) or "model" not in config:
-        raise ValueError(f"{folder} is no run folder: its config.json is none of train.py's.")
-    for key in RUN_FLAGS.keys() & config.keys():
-        value, part = config[key], PARTS.get(key)
-        fits = isinstance(value, RUN_FLAGS[key]) and not isinstance(value, bool)
-        if not fits or part and not (value and all(isinstance(x, part) for x in value)):
-            raise ValueError(f"{file}: {key} is {value!r:.60}, which train.py never writes.")
-    known = {"mmcot": fusion.RECIPES, "paligemma": ("reason", "answer")}
-    recipes = known.get(config["model"], ())
-    if not recipes or config.get("recipe", "answer") not in recipes:
-        kind = f"{config['model']!r:.40} with recipe {config.get('recipe')!r:.40}"
-        raise ValueError(f"{file}: there is no model {kind}.")
-    if config.get("test_split", "test") not in data.SPLITS:
-        raise ValueError(f"{file}: there is no split {config['test_split']!r:.40}.")
-    return config
-
-
-def bad_records(config):
-    """The list that a run's bad records go to with --on-error skip; None: the first is an error."""
-    return [] if config.get("on_error") == "skip" else None
-
-
-def check_device(device):
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"There is no device {device!r} that this torch can use: try --device cpu."
-        )
 
 
 def load_paligemma(config, folder=None):
@@ -139,8 +93,7 @@ def checkpoint_hash(folder):
     """Twelve hex digits over the weight files of a checkpoint."""
     digest = hashlib.sha256()
     for path in sorted({path for path, _ in stored_tensors(folder).values()}):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(files.checksum(path)))
     return digest.hexdigest()[:12]
 
 

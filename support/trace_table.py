@@ -1,7 +1,8 @@
 """What a trace file holds, in words: the closing table of teacher.py.
 
 Counts by kind of question, why replies ended and why traces were not kept, how long the thoughts
-are, and where the rule and the judge, or old and new verdicts, differ.
+are, and where the rule and the judge, or old and new verdicts, differ. Left out: what a run scored
+(tables.py).
 """
 
 import math
@@ -12,7 +13,7 @@ from support.judging import agreement
 from support.shaping import length
 
 
-def summary(records, problems, tokenizer=None, failed=0):
+def trace_table(records, problems, tokenizer=None, failed=0):
     """The closing text. records: all of a trace file, one per reply (several per question with
     --attempts or --diverse); failed: calls given up in this run, which are no records. A thought is
     "unclear" where nobody could say whether it leads to the answer; the rule often cannot."""
@@ -22,7 +23,7 @@ def summary(records, problems, tokenizer=None, failed=0):
             for name in names if axis not in metrics.DETAILS else ():
                 groups.setdefault(axis, {}).setdefault(name, []).append(record)
     heads = ",questions,asked,answered,thought,correct,consistent,unclear,kept,USD".split(",")
-    rows = [tally(name, some) for group in groups.values() for name, some in sorted(group.items())]
+    rows = [row(name, some) for group in groups.values() for name, some in sorted(group.items())]
     lines = [tables.align([heads, *rows], False)]
     stops = Counter(record["stop"] for record in records)
     lines += [f"ended by {listed(stops)}; {failed} calls failed for good (asked again next time)"]
@@ -36,8 +37,8 @@ def listed(counts):
     return ", ".join(f"{name} {n}" for name, n in sorted(counts.items(), key=lambda x: -x[1]))
 
 
-def tally(name, records):
-    """A row of the summary's table."""
+def row(name, records):
+    """A row of the table."""
     usages = [u for r in records for u in (r["usage"], r["usage"].get("judge", {}))]
     verdicts = [record["verdict"] for record in records]
     counts = [len({record["id"] for record in records}), len(records)]
