@@ -28,7 +28,7 @@ PACKAGES = "torch safetensors tokenizers PIL numpy huggingface_hub anthropic goo
 PACKAGES.append("httpx2")  # google-genai's own, as both SDKs bring it
 MOST = 450  # lines of a file
 LONGER = {  # and why
-    "model.py": 2200,  # five architectures, their weight tables, loading, decoding
+    "model.py": 2250,  # five architectures, their weight tables, loading, decoding
     "data.py": 600,  # two systems' sequences
     "eval.py": 500,
     "lora.py": 550,  # PEFT's files, both ways
