@@ -13,7 +13,6 @@ import re
 from dataclasses import replace
 
 import data
-import eval as evaluation
 from support import grading
 from support.tokenizing import plain_ids
 
@@ -127,17 +126,17 @@ def word_grams(text, n=3):
 
 
 def distinct(thought, others, share=0.6):
-    """Whether no other thought has `share` or more of the runs of three words of the shorter of
-    the two (--diverse). Word for word the same in another order of sentences is the same; the
-    runs of questions quoted in both are few."""
+    """Whether a thought is another one than each of `others` (--diverse): it shares less than
+    `share` of the runs of three words that the shorter of the two has. The same sentences in
+    another order are the same thought; a question quoted in both adds few such runs."""
     ours = word_grams(thought)
     others = map(word_grams, others)
     return all(len(ours & other) < share * min(len(ours), len(other)) for other in others)
 
 
 def graded(problem, answer):
-    """eval.py's Grade. Where it reads one form only (ScienceQA), a teacher may use any other."""
-    grade, said = evaluation.grade(problem, answer), grading.committed(problem, answer)
+    """grading.py's Grade. Where it reads one form only (ScienceQA), a teacher may use any other."""
+    grade, said = grading.grade(problem, answer), grading.committed(problem, answer)
     if grade.parsed is None and said:
-        return replace(evaluation.grade(problem, said[0]), how=said[1])
+        return replace(grading.grade(problem, said[0]), how=said[1])
     return grade

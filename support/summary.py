@@ -1,7 +1,10 @@
 """What a trace file holds, in words: the closing table of teacher.py.
 
 Counts by kind of question, why replies ended and why traces were not kept, how long the thoughts
-are, and where the rule and the judge, or old and new verdicts, differ.
+are, and where the rule and the judge, or old and new verdicts, differ (Cohen's kappa).
+
+Left out on purpose: records of other flags than the command's, which the same file may hold, and
+the accuracy of a student, which eval.py's table has.
 """
 
 import math
