@@ -113,6 +113,12 @@ class Batches:
     def keys(self):
         return {key for entry in self.entries for key in entry["keys"]}
 
+    def refuse(self, keys):
+        """ValueError if some of these are out: asked one by one too, they cost twice."""
+        if sent := self.keys() & set(keys):
+            text = f"{len(sent)} of these questions are out in batches: collect them with --batch"
+            raise ValueError(f"{self.file}: {text}.")
+
     def most(self):
         """USD that what is out may cost."""
         return sum(entry["most"] for entry in self.entries)
