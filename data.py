@@ -110,11 +110,11 @@ def load(where, split, skipped=None):
 
 
 def demo_folder():
-    """The demo, drawn at first use. The folder's name has a hash of the script that draws it."""
+    """The demo, drawn at first use. The folder's name has a hash of the scripts that draw it."""
     from demo import scenes
 
-    script = Path(scenes.__file__).read_bytes()
-    folder = cache_folder() / f"demo-{hashlib.sha256(script).hexdigest()[:10]}"
+    scripts = b"".join(script.read_bytes() for script in scenes.SCRIPTS)
+    folder = cache_folder() / f"demo-{hashlib.sha256(scripts).hexdigest()[:10]}"
     if not folder.is_dir():
         try:
             scenes.write(folder)  # appears whole or not at all
