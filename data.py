@@ -309,15 +309,20 @@ def batches(lengths, batch_size, generator=None, chunk=50):
 
 
 def pali_prefix(problem, task):
-    """What PaliGemma reads beside the picture: task ("answer" or "reason") and question, then a
-    line each for what the problem has of Hint, Unit (MathVista) and Choices."""
+    """What PaliGemma reads beside the picture; task: "answer" or "reason"."""
+    return f"{task} en {question_lines(problem)}"
+
+
+def question_lines(problem):
+    """The question, then a line each for what the problem has of Hint, Unit (MathVista) and
+    Choices: what a student reads, and a teacher."""
     parts = {
         "Hint": problem.hint,
         "Unit": problem.meta.get("unit"),
         "Choices": lettered(problem),
     }
     told = [f"{name}: {text}" for name, text in parts.items() if text]
-    return "\n".join([f"{task} en {problem.question}", *told])
+    return "\n".join([problem.question, *told])
 
 
 def pali_suffix(problem, trace=None):

@@ -210,32 +210,31 @@ def target_format(config):
     return "QCM-LE" if config["model"] == "mmcot" else None
 
 
-def evaluate(folder, models, problems, config, tokenizer, features, how):
+def evaluate(folder, models, problems, config, tokenizer, features, flags):
     """Decode, grade, write predictions.jsonl and metrics.json into the run folder; the metrics.
 
-    `how` has the flags faithful_parse, teacher_forced, looks and report, and what was skipped,
+    `flags` has faithful_parse, teacher_forced, looks and report, and what was skipped,
     {split: count} or None. Interrupted decoding is gone on with (see `Part`). Under torchrun all
     processes decode, and the first one writes."""
     part = Part(folder, models)
     written = predict(models, problems, config, tokenizer, features, part=part)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
-    graded = grade_all(problems, predictions, how.faithful_parse)
+    graded = grade_all(problems, predictions, flags.faithful_parse)
     fmt = target_format(config)
-    of = about(config["data"], config["test_split"], fmt, how.faithful_parse)
+    of = about(config["data"], config["test_split"], fmt, flags.faithful_parse)
     scores, graded = assess(graded, of, config)
-    if how.teacher_forced and len(models) == 2:
-        scores["rougeL_teacher_forced"] = teacher_forced_rouge(
-            models[0], problems, config, tokenizer, features
-        )
-    if how.skipped is not None:
-        scores["skipped"] = how.skipped
+    if flags.teacher_forced and len(models) == 2:
+        rouge = teacher_forced_rouge(models[0], problems, config, tokenizer, features)
+        scores["rougeL_teacher_forced"] = rouge
+    if flags.skipped is not None:
+        scores["skipped"] = flags.skipped
     if rank():
         return scores
     write_graded(folder, graded, scores)
-    some = (problems[: how.looks], written[: how.looks])
-    seen = looks(config, models, *some, tokenizer, features) if how.looks else {}
+    some = (problems[: flags.looks], written[: flags.looks])
+    seen = looks(config, models, *some, tokenizer, features) if flags.looks else {}
     (Path(folder) / "looks.json").write_text(json.dumps(seen) + "\n", encoding="utf-8")
-    if how.report:
+    if flags.report:
         write_report(folder, {str(folder): Column(scores, graded, Path(folder))})
     part.remove()
     return scores
@@ -280,8 +279,9 @@ def decode_run(folder, out, split, args):
     lost = bad and {id for id, _ in bad}
     problems = [p for p in problems if not bad or p.id not in lost]
     skipped = None if bad is None else {split: len(bad)}
-    how = argparse.Namespace(**vars(args) | {"report": False, "skipped": skipped})  # see `main`
-    evaluate(out, models, problems, config | {"test_split": split}, tokenizer, features, how)
+    more = {"report": False, "skipped": skipped}  # `main` writes one report, of all columns
+    flags = argparse.Namespace(**vars(args) | more)
+    evaluate(out, models, problems, config | {"test_split": split}, tokenizer, features, flags)
 
 
 def score_run(folder, args):

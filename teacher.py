@@ -68,7 +68,7 @@ def question_text(problem, args, shots=()):
     """What a teacher is sent beside the picture: question, hint, unit and choices as the student
     reads them, and how to end. shots: problems, as worked examples; never the one that is asked."""
     parts = [worked(shot) for shot in shots if shot.id != problem.id][: args.shots]
-    parts.append(f"Question: {data.pali_prefix(problem, '').removeprefix(' en ')}")
+    parts.append(f"Question: {data.question_lines(problem)}")
     if args.hint_gold:
         parts.append(
             f"The answer is known to be {data.pali_suffix(problem)}. Reason towards it from what "
@@ -80,7 +80,8 @@ def question_text(problem, args, shots=()):
 
 
 def worked(problem):
-    asked = data.pali_prefix(problem, "").removeprefix(" en ")
+    """A problem with its own solution, in the form of the question and of the reply asked for."""
+    asked = data.question_lines(problem)
     return f"Question: {asked}\n{problem.solution}\nAnswer: {data.pali_suffix(problem)}"
 
 
@@ -399,8 +400,7 @@ def prepared(args):
 
 
 def to_price(run, left):
-    """[(text, the picture's (width, height) or None)] for `forecast`: each question once; with
-    --from each reply that has no verdict yet."""
+    """What `forecast` prices: each question once; with --from each reply without a verdict."""
     found = []
     for problem in left:
         replies = len(attempts(run, problem)) - len(made(run, problem)) if run.source else 1

@@ -107,7 +107,7 @@ MATHVISTA = {  # split: positions in testmini. pali_reason trained on 0..349, te
 
 
 def mathvista(folder, split, skipped=None):
-    """MathVista (Lu et al., arXiv 2310.02255): the 1,000 testmini problems, the only public ones.
+    """annot_testmini.json: the 1,000 problems of MathVista whose answers are public.
 
     hint is the first line of `query`: what the answer should look like. The image is the file the
     annotation names, or else images/{pid}.jpg or .png; without any, opening it is the error.
