@@ -188,8 +188,7 @@ async def reply_to(run, problem, attempt):
         said = trace.get("reply") or trace
         stop = trace.get("stop") or "end"
         return Reply(said["thought"], said["answer"], stop, {"input": 0, "output": 0, "cost": 0.0})
-    waiting = unjudged(run, key_of(run, problem, attempt))
-    return waiting or await ask_teacher(run, problem, attempt)
+    return unjudged(run, key_of(run, problem, attempt)) or await ask_teacher(run, problem, attempt)
 
 
 def unjudged(run, key):
@@ -418,6 +417,7 @@ def close(run):
 
 
 def main(argv=None):
+    """0: done, or stopped by --max-cost; 130: interrupted; 1: stopped, or all calls failed."""
     args = parse_args(argv)
     run = prepared(args)
     try:

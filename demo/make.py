@@ -91,6 +91,7 @@ def scene(index, draw):
 
 
 def many(count, draw):
+    """`scene` of 0 .. count - 1, on all cores, without those that have no picture to `draw`."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(partial(scene, draw=draw), range(count), chunksize=64)
         return [m for m in made if m is not None]
@@ -167,6 +168,7 @@ def report_detr(model, pixels, classes, boxes):
 
 
 def make_detr(args):
+    """Write OUT/detr: trained on drawn scenes to name each object and to box it."""
     torch.manual_seed(0)
     made = many(args.pictures, True)
     pixels = torch.stack([p for p, _ in made]).to(args.device)  # (n, 3, S, S)
@@ -227,6 +229,7 @@ def look_at_neighbours(model):
 
 
 def make_t5(args):
+    """Write OUT/t5, with its tokenizer: trained on scenes that are told in words."""
     torch.manual_seed(0)
     pairs = many(args.texts, False)
     tokenizer = t5_tokenizer([text for pair in pairs for text in pair])
@@ -355,6 +358,7 @@ def look_near(gemma):
 
 
 def make_paligemma(args):
+    """Write OUT/paligemma, with its tokenizer: trained on `lesson`s of drawn and told scenes."""
     torch.manual_seed(0)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(scene_lessons, range(args.scenes), chunksize=64))

@@ -49,6 +49,7 @@ async def gemini_batches(client):
 
 
 async def anthropic_send(client, name, model, requests):
+    """The id of a new batch of {key: request}; Anthropic's have no names."""
     sent = []
     for mark, request in requests.items():
         sent.append({"custom_id": mark, "params": anthropic_request(model, *request)})
@@ -56,6 +57,7 @@ async def anthropic_send(client, name, model, requests):
 
 
 async def gemini_send(client, name, model, requests):
+    """The id of a new batch of {key: request}, displayed under this name."""
     from google.genai import types
 
     sent = []
@@ -80,6 +82,7 @@ async def anthropic_results(client, id):
 
 
 async def gemini_results(client, id):
+    """As `anthropic_results`; a message is a list of one response."""
     job = await client.aio.batches.get(name=id)
     if not job.done:
         return None

@@ -136,6 +136,7 @@ def speller(tokenizer, skip=True):
 
 
 def spelled(tokenizer, ids, skip=True):
+    """The text that each id adds, a list as long as `ids`; "" inside of a character."""
     return list(map(speller(tokenizer, skip), ids))
 
 

@@ -121,6 +121,7 @@ def length(problem, thought, tokenizer=None):
 
 
 def word_grams(text, n=3):
+    """The runs of n words of a text, as a set; of a shorter text the one run that it is."""
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 

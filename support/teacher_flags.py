@@ -12,7 +12,7 @@ from support.clients import PRICES_OF
 
 
 def parse_args(argv=None):
-    """The flags, checked: those that the others decide are set (--teacher, --attempts)."""
+    """The flags of a command, see `checked_args`; the error of a wrong one is argparse's exit."""
     about = "The teacher and the judge: traces worth learning from, never paid for twice."
     parser = argparse.ArgumentParser(prog="teacher.py", description=about)
     what = parser.add_argument_group("what is asked")
@@ -93,6 +93,7 @@ def count(text):
 
 
 def checked_args(parser, args):
+    """The flags with the defaults that depend on others; an error for what does not go together."""
     args.teacher = args.teacher or ("demo" if args.data == "demo" else "gemini")
     args.attempts = args.attempts or args.diverse
     demo = args.teacher == "demo" and not args.source
