@@ -30,7 +30,7 @@ def final_answer(problem, text):
     r"""What a teacher's prose ends in; of a problem with choices the letter, if it names one.
 
     Looked for in the last \boxed{}, else behind the last "answer is", else in the last line. This
-    is for training data that nobody graded; the grader is `grading.grade`.
+    is for training data that nobody graded; the grader is in grading.py.
     """
     said = _BOXED.findall(text) or _ANSWER.findall(text) or text.strip().splitlines()
     said = said[-1][:10_000] if said else ""  # the next pattern is quadratic in it

@@ -342,7 +342,9 @@ def picture(problem):
         body = files.regular_file(problem.image).read_bytes()
         with Image.open(io.BytesIO(body), formats=pictures.FORMATS) as image:
             fits = len(body) <= MOST_BYTES and max(image.size) <= MOST_SIDE
-            upright = image.getexif().get(0x0112, 1) == 1  # the student's is: `open_image`
+            upright = (
+                image.getexif().get(0x0112, 1) == 1
+            )  # the student's is, see pictures.open_image
             if fits and upright and image.format in SENT:
                 return body, SENT[image.format]
     try:

@@ -38,7 +38,7 @@ def forecast(run, asked, records):
             f"{teacher.spec}: {many} requests, {reads:,} tokens in; out {usual:.0f} each "
             f"({guess}), {args.max_output} at most. {money}"
         )
-    if judge.provider in clients.PACKAGES:
+    if judge.provider in clients.ASK:
         some = "" if args.judge_all else "what the rule is not sure of; for all it would be "
         sizes = [input_tokens(judge.provider, *question) for question in asked]
         reads = sum(size + 600 + round(usual) for size in sizes)  # 600: its instructions and hints

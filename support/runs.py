@@ -63,7 +63,6 @@ def bad_records(config):
 
 
 def check_device(device):
-    """ValueError for a GPU that this torch cannot use."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"There is no device {device!r} that this torch can use: try --device cpu."

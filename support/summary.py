@@ -1,10 +1,8 @@
 """What a trace file holds, in words: the closing table of teacher.py.
 
 Counts by kind of question, why replies ended and why traces were not kept, how long the thoughts
-are, and where the rule and the judge, or old and new verdicts, differ (Cohen's kappa).
-
-Left out on purpose: records of other flags than the command's, which the same file may hold, and
-the accuracy of a student, which eval.py's table has.
+are, and where the rule and the judge, or old and new verdicts, differ. Left out: what a run scored
+(tables.py).
 """
 
 import math
@@ -16,30 +14,8 @@ from support.judging import agreement
 from support.shaping import length
 
 
-def report(run, records, left):
-    """Print the summary, what failed, and how to go on.
-
-    run      teacher.py's Run, whose calls have come to their end
-    records  what the trace file holds for its command; left: how many questions can be asked yet
-    """
-    calls = run.calls
-    if records:
-        print(summary(records, run.problems, run.tokenizer, len(calls.failed)))
-    for id, why in list(calls.failed.items())[:10]:
-        print(f"failed: {id}: {why}", file=sys.stderr)
-    if len(calls.failed) > 10:
-        print(f"failed: {len(calls.failed) - 10} more", file=sys.stderr)
-    if calls.lost:
-        text = f"Replies that never came whole may have been billed too: ${calls.lost:.4f} at most."
-        print(text, file=sys.stderr)
-    if calls.stop:
-        many = f"{left} of {len(run.problems)} questions are left"
-        text = f"Stopped: {calls.stop}. {many}; the same command goes on with them."
-        print(text, file=sys.stderr)
-
-
 def summary(records, problems, tokenizer=None, failed=0):
-    """The closing text. records: of these problems, one per reply (several per question with
+    """The closing text. records: all of a trace file, one per reply (several per question with
     --attempts or --diverse); failed: calls given up in this run, which are no records. A thought is
     "unclear" where nobody could say whether it leads to the answer; the rule often cannot."""
     by_id, groups = {problem.id: problem for problem in problems}, {"": {"all": records}}
@@ -104,3 +80,25 @@ def agreements(records):
             where = ", ".join(found["disagreements"]) or "none"
             lines += [f"{names} agree on {share}, kappa {kappa}; they differ at: {where}"]
     return lines
+
+
+def report(run, records, left):
+    """Print the summary, what failed, and how to go on.
+
+    run      teacher.py's Run, whose calls have come to their end
+    records  what the trace file holds for its command; left: how many questions can be asked yet
+    """
+    calls = run.calls
+    if records:
+        print(summary(records, run.problems, run.tokenizer, len(calls.failed)))
+    for id, why in list(calls.failed.items())[:10]:
+        print(f"failed: {id}: {why}", file=sys.stderr)
+    if len(calls.failed) > 10:
+        print(f"failed: {len(calls.failed) - 10} more", file=sys.stderr)
+    if calls.lost:
+        text = f"Replies that never came whole may have been billed too: ${calls.lost:.4f} at most."
+        print(text, file=sys.stderr)
+    if calls.stop:
+        many = f"{left} of {len(run.problems)} questions are left"
+        text = f"Stopped: {calls.stop}. {many}; the same command goes on with them."
+        print(text, file=sys.stderr)
