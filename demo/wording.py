@@ -1,8 +1,8 @@
 """What the demo says: its topics, questions, solutions, lectures, hints, descriptions and captions.
 
 `TOPICS` has what is constant in a family of demo/scenes.py, `PHRASES` question and solution of each
-kind. All are templates: " | " separates paraphrases, and {words} come from the scene. The lectures
-are each a rule in ScienceQA's manner (arXiv 2209.09513); none of its text is here.
+kind. All are templates: " | " separates paraphrases, and {words} come from the scene. The fields of
+a topic are those of ScienceQA's records (arXiv 2209.09513), with a description of the picture.
 
 Left out on purpose: natural language variety. Every sentence can be decided by demo/teacher.py.
 """
