@@ -5,8 +5,9 @@ MathVista's testmini (Lu et al., arXiv 2310.02255), your own JSONL and the built
 formats of Multimodal-CoT (Zhang et al., arXiv 2302.00923, github.com/amazon-science/mm-cot), byte
 for byte; PaliGemma's sequence (Beyer et al., arXiv 2407.07726); padding and bucketing.
 
-In support/: guarded and locked files, tokenizers, the letters of choices, pictures, their features,
-a teacher's traces, the downloads. Left out on purpose: models, scoring (eval.py), few-shot prompts.
+In support/: the layouts of the files and what is checked in them (layouts.py), tokenizers, the
+letters of choices, pictures, their features, a teacher's traces, the downloads. Left out on
+purpose: models, scoring (eval.py), few-shot prompts.
 
 A problem as problems.json has it, and what `prompt(problem, "QCM-LE")` makes of it:
 
@@ -47,21 +48,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from support.choices import LETTERS, final_answer, lettered, movable, shuffled
-from support.files import (
-    cache_folder,
-    field,
-    inside,
-    is_index,
-    json_lines,
-    noted,
-    read_json,
-    unix_newlines,
-)
+from support.files import cache_folder
+from support.layouts import SPLITS, mathvista, own_jsonl, scienceqa
 from support.tokenizing import encode, plain_ids, special_ids
 
-SPLITS = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest", "testmini")
 NEWLINE = " // "
-MOST_TEXT = 100_000  # characters of one text of a problem; the longest seen has 3,076
 
 
 # --- Problems -------------------------------------------------------------------------------------
@@ -105,24 +96,25 @@ def load(where, split, skipped=None):
     if where == "demo":
         path = demo_folder()
     if path.suffix == ".jsonl":
-        return _own_jsonl(path, split, skipped)
-    if os.path.isfile(path / "problems.json"):
-        return _scienceqa(path, split, skipped)
-    if os.path.isfile(path / "annot_testmini.json"):
-        return _mathvista(path, split, skipped)
-    if downloaded:
+        read = own_jsonl
+    elif os.path.isfile(path / "problems.json"):
+        read = scienceqa
+    elif os.path.isfile(path / "annot_testmini.json"):
+        read = mathvista
+    elif downloaded:
         raise FileNotFoundError(f"{path} is empty: run `python data.py {where}` to fill it.")
-    raise FileNotFoundError(
-        f"{path} is neither a folder with problems.json or annot_testmini.json nor a .jsonl file."
-    )
+    else:
+        known = "a folder with problems.json or annot_testmini.json nor a .jsonl file"
+        raise FileNotFoundError(f"{path} is neither {known}.")
+    return [Problem(**fields) for fields in read(path, split, skipped)]
 
 
 def demo_folder():
-    """The demo, drawn at first use. The folder's name has a hash of the script that draws it."""
+    """The demo, drawn at first use. The folder's name has a hash of the scripts that draw it."""
     from demo import scenes
 
-    script = Path(scenes.__file__).read_bytes()
-    folder = cache_folder() / f"demo-{hashlib.sha256(script).hexdigest()[:10]}"
+    scripts = b"".join(script.read_bytes() for script in scenes.SCRIPTS)
+    folder = cache_folder() / f"demo-{hashlib.sha256(scripts).hexdigest()[:10]}"
     if not folder.is_dir():
         try:
             scenes.write(folder)  # appears whole or not at all
@@ -130,150 +122,6 @@ def demo_folder():
             if not folder.is_dir():  # else another run drew it meanwhile: it is the same
                 raise
     return folder
-
-
-def _problem(id, record, where, image, caption=""):
-    """A checked Problem; the record's other keys go to meta."""
-    choices = tuple(field(record, "choices", list, where, []))
-    if not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f'{where}: "choices" is not a list of texts.')
-    answer, index = field(record, "answer", str | int | float, where), None
-    if choices:
-        index = choices.index(answer) if answer in choices else answer
-        if not isinstance(index, int) or not 0 <= index < len(choices):
-            raise ValueError(
-                f'{where}: "answer" is {answer!r}, but there are {len(choices)} choices: '
-                "it must be one of their texts or an index that counts from 0."
-            )
-        answer = choices[index]
-    meta = {key: value for key, value in record.items() if key not in Problem.__dataclass_fields__}
-    meta |= {"answer_index": index, "has_image": record.get("image") is not None}
-    texts = [field(record, key, str, where, "") for key in ("hint", "lecture", "solution")]
-    question = field(record, "question", str, where)
-    for key in ("split", "caption"):
-        field(meta, key, str, where, "")
-    longest = max(map(len, [question, str(answer), *choices, *texts]))
-    if longest > MOST_TEXT:
-        raise ValueError(f"{where}: a text has {longest} characters; {MOST_TEXT} are the most.")
-    return Problem(
-        id=id,
-        question=question,
-        choices=choices,
-        answer=str(answer),
-        hint=texts[0],
-        image=None if image is None else str(image),
-        lecture=texts[1],
-        solution=texts[2],
-        meta={"split": "train", "caption": caption} | meta,
-    )
-
-
-def _scienceqa(folder, split, skipped=None):
-    file, splits = folder / "problems.json", folder / "pid_splits.json"
-    records, captions = field({"problems": read_json(file)}, "problems", dict, file), {}
-    pids = field(read_json(splits), split, list, splits)
-    if not all(isinstance(pid, str) for pid in pids) or len(set(pids)) < len(pids):
-        raise ValueError(f"{splits}: {split} is not a list of different problem ids.")
-    if (folder / "captions.json").is_file():
-        captions = read_json(folder / "captions.json")
-        captions = field(captions, "captions", dict, folder / "captions.json")
-    problems, found = [], [pid for pid in pids if pid in records]
-    for pid in found:
-        with noted(skipped, pid):
-            record, where = records[pid], f"{file}, problem {pid:.60}"
-            for key in ("choices", "hint", "image", "lecture", "solution", "subject", "grade"):
-                field(record, key, object, where)  # null is checked below, where it is wrong
-            pictures = f"images/{field(record, 'split', str, where)}/{pid}"
-            image = inside(folder, pictures, where) / "image.png"
-            if record["image"] is None:  # the choices may still have pictures
-                image = image.with_name("choice_0.png")
-                image = image if os.path.isfile(image) else None
-            caption = field(captions, pid, str, folder / "captions.json", "")
-            problems.append(_problem(pid, record, where, image, caption))
-    missing = len(pids) - len(found)
-    if not problems:
-        none = f"{file} has none of the {missing} problems of the split {split}."
-        raise ValueError(skipped[0][1] if skipped else none)
-    if missing:
-        print(f"{file} lacks {missing} of the {len(pids)} problems of {split}.", file=sys.stderr)
-    return problems
-
-
-_MATHVISTA = {  # split: positions in testmini. pali_reason trained on 0..349, tested on 351..999
-    "train": range(300),
-    "val": range(300, 350),
-    "trainval": range(350),
-    "test": range(351, 1000),
-    "testmini": range(1000),
-}
-
-
-def _mathvista(folder, split, skipped=None):
-    """MathVista (Lu et al., arXiv 2310.02255): the 1,000 testmini problems, the only public ones.
-
-    hint is the first line of `query`: what the answer should look like. The image is the file the
-    annotation names, or else images/{pid}.jpg or .png; without any, opening it is the error.
-    """
-    file = folder / "annot_testmini.json"
-    if split not in _MATHVISTA:
-        raise ValueError(f"{file} has no split {split}, only {', '.join(_MATHVISTA)}.")
-    problems, records = [], read_json(file)
-    for pid, record in field({"pids": records}, "pids", dict, file).items():
-        where = f"{file}, problem {pid:.60}"
-        with noted(skipped, pid):
-            if not is_index(pid):
-                raise ValueError(f"{where}: the id is not a number that counts from 1.")
-            if int(pid) - 1 not in _MATHVISTA[split]:
-                continue
-            image = inside(folder, field(record, "image", str, where), where)
-            others = [folder / "images" / f"{pid}{ending}" for ending in (".jpg", ".png")]
-            image = next((path for path in (image, *others) if os.path.isfile(path)), image)
-            record = {key: unix_newlines(value) for key, value in record.items()}
-            hint = field(record, "query", str, where).partition("\n")[0]
-            record |= field(record, "metadata", dict, where)
-            record |= {"choices": record.get("choices") or []}
-            record["hint"] = hint.removeprefix("Hint: ") if hint.startswith("Hint: ") else ""
-            del record["metadata"]  # its fields are in the record now
-            known = {key: value for key, value in record.items() if value is not None}
-            if not 0 <= field(known, "precision", int | float, where, 0) < 9:
-                raise ValueError(f'{where}: "precision" is no number of decimals.')
-            problems.append(_problem(pid, record, where, image))
-    if not problems:
-        none = f"{file} has none of the problems of the split {split}."
-        raise ValueError(skipped[0][1] if skipped else none)
-    return problems
-
-
-def _own_jsonl(file, split, skipped=None):
-    """Your own data, one JSON object a line.
-
-        {"id": "a1", "question": "Which is longer?", "choices": ["rope", "belt"], "answer": 0,
-         "image": "pictures/a1.jpg", "hint": "", "lecture": "", "solution": "", "split": "test"}
-
-    Required: id, question, answer. `answer` is one of the choices' texts or an index; without
-    choices, any text. `image` is relative to the file and below its folder. Without `split` a
-    record is training data. Other keys (caption, subject, grade) go to meta.
-    """
-    wanted = ("train", "val") if split == "trainval" else (split,)
-    problems, seen = [], set()
-    for where, record in json_lines(file, skipped=skipped):
-        told = record if isinstance(record, dict) else {}
-        elsewhere = told.get("split", "train") in [x for x in SPLITS if x not in wanted]
-        bad = [] if elsewhere and skipped is not None else skipped  # it is skipped there
-        with noted(bad, str(told.get("id") or where.rpartition(", ")[2])):
-            id = str(field(record, "id", str | int, where))
-            if id in seen:
-                raise ValueError(f"{where}: the id {id[:60]!r} was used before.")
-            seen.add(id)
-            image = record.get("image")
-            if image is not None:
-                image = inside(file.parent, field(record, "image", str, where), where)
-            problems.append(_problem(id, record, f"{where} (id {id:.60})", image))
-    problems = [problem for problem in problems if problem.meta["split"] in wanted]
-    if not problems:
-        none = f'{file} has no record with "split": "{split}" (the default is "train").'
-        raise ValueError(skipped[0][1] if skipped else none)
-    return problems
 
 
 # --- Prompts --------------------------------------------------------------------------------------
@@ -461,15 +309,20 @@ def batches(lengths, batch_size, generator=None, chunk=50):
 
 
 def pali_prefix(problem, task):
-    """What PaliGemma reads beside the picture: task ("answer" or "reason") and question, then a
-    line each for what the problem has of Hint, Unit (MathVista) and Choices."""
+    """What PaliGemma reads beside the picture; task: "answer" or "reason"."""
+    return f"{task} en {question_lines(problem)}"
+
+
+def question_lines(problem):
+    """The question, then a line each for what the problem has of Hint, Unit (MathVista) and
+    Choices: what a student reads, and a teacher."""
     parts = {
         "Hint": problem.hint,
         "Unit": problem.meta.get("unit"),
         "Choices": lettered(problem),
     }
     told = [f"{name}: {text}" for name, text in parts.items() if text]
-    return "\n".join([f"{task} en {problem.question}", *told])
+    return "\n".join([problem.question, *told])
 
 
 def pali_suffix(problem, trace=None):

@@ -31,7 +31,7 @@ import fusion
 from model import of_all_ranks, rank, resolve
 from support import files, judging, kinds, pictures
 from support.choices import LETTERS
-from support.decoding import Part, before_loop, in_batches, paligemma_inputs, prolonged, speller
+from support.decoding import Part, before_loop, in_batches, paligemma_inputs, printer, prolonged
 from support.devices import check_device
 from support.folders import run_config
 from support.grading import CUE, grade
@@ -103,42 +103,49 @@ def paligemma_predict(model, problems, config, tokenizer, features, **how):
 def paligemma_write(model, problems, config, tokenizer, features, **how):
     """{id: {"response", "ids", "rationale"?, "stop", "tokens"}}; `how` as in `continued`.
 
-    A reasoning run has a budget for the rationale, and a detector for one that repeats itself. A
-    text that does not get to its "Answer:" by itself is given that word and goes on from there, at
-    most the answer's budget: its stop is "forced", and "forced_after" says what came before. "ids"
-    are those the answer was written behind, and the answer's: of a loop, one round.
+    A reasoning run has a budget for the rationale, and a detector for one that repeats itself; see
+    `forced` for a text that does not get to its answer. The rationale is what stands before the
+    last "Answer:". "ids" are what the model wrote, without <eos>.
     """
-    task, budgets = config["recipe"], config["max_output"]
-    rows = [(p, task, None, False) for p in problems]
+    reasons, budgets = config["recipe"] == "reason", config["max_output"]
+    rows = [(p, config["recipe"], None, False) for p in problems]
     examples = {e["id"]: e for e in data.pali_examples(rows, tokenizer, features, config)}
-    reasons = task == "reason"
     loops = reasons and config["loop_stop"]
     first = budgets[0] if reasons else budgets[-1]
-    told = continued(model, examples.values(), tokenizer, config, first, loops, **how)
+    told = continued(model, examples.values(), tokenizer, config, first, loops=loops, **how)
     if reasons and config["force_answer"]:
-        cue = plain_ids(tokenizer, f"\n{CUE}")
-        image = model.config.image_token_index  # has it said one, no picture belongs to it
-        cut = {i: before_loop(t["ids"]) for i, t in told.items() if CUE not in t["response"]}
-        cut = {i: [x for x in ids if x != image] for i, ids in cut.items()}
-        more = [prolonged(examples[i], ids + cue) for i, ids in cut.items()]
-        forced = continued(model, more, tokenizer, config, budgets[-1], False, **how)
-        for i, answer in forced.items():
-            before = told[i]
-            response = f"{before['response'].rstrip()}\n{CUE}{answer['response']}"
-            tokens = before["tokens"] + answer["tokens"]
-            stops = {"stop": "forced", "forced_after": before["stop"]}
-            ids = cut[i] + cue + answer["ids"]
-            told[i] = before | {"response": response, "ids": ids, "tokens": tokens} | stops
-    for t in told.values():
-        if reasons:
-            before, cue, rest = t["response"].rpartition(CUE)
-            t["rationale"] = (before if cue else rest).strip()
+        told |= forced(model, told, examples, tokenizer, config, **how)
+    for t in told.values() if reasons else ():
+        before, cue, rest = t["response"].rpartition(CUE)
+        t["rationale"] = (before if cue else rest).strip()
     return told
 
 
-def continued(model, examples, tokenizer, config, budget, loops, on_token=None, part=None):
-    """{id: {"response", "ids", "stop", "tokens"}}: what the model writes behind each example;
-    `on_token` and `part` as in `predict`."""
+def forced(model, told, examples, tokenizer, config, **how):
+    """Those of `told` anew that did not get to their "Answer:" by themselves: each is given that
+    word and goes on from there, at most the answer's budget. Its stop is "forced", "forced_after"
+    says what came before, and "ids" are those the answer was written behind (of a loop, one round)
+    and the answer's."""
+    cue = plain_ids(tokenizer, f"\n{CUE}")
+    image = model.config.image_token_index  # has it said one, no picture belongs to it
+    cut = {i: before_loop(t["ids"]) for i, t in told.items() if CUE not in t["response"]}
+    cut = {i: [x for x in ids if x != image] for i, ids in cut.items()}
+    more = [prolonged(examples[i], ids + cue) for i, ids in cut.items()]
+    anew, answers = {}, continued(model, more, tokenizer, config, config["max_output"][-1], **how)
+    for i, answer in answers.items():
+        before = told[i]
+        response = f"{before['response'].rstrip()}\n{CUE}{answer['response']}"
+        tokens = before["tokens"] + answer["tokens"]
+        stops = {"stop": "forced", "forced_after": before["stop"]}
+        ids = cut[i] + cue + answer["ids"]
+        anew[i] = before | {"response": response, "ids": ids, "tokens": tokens} | stops
+    return anew
+
+
+def continued(model, examples, tokenizer, config, budget, loops=False, on_token=None, part=None):
+    """{id: {"response", "ids", "stop", "tokens"}}: what the model writes behind each example, at
+    most `budget` tokens; `loops`: stopped if it repeats itself. `on_token`, `part` as in `predict`.
+    """
     device, told = model.language_model.embed_tokens.weight.device, []
     heat, examples = config["temperature"], list(examples)
     for batch in in_batches(examples, config["eval_batch_size"], "decoded", data.pali_collate):
@@ -152,6 +159,7 @@ def continued(model, examples, tokenizer, config, budget, loops, on_token=None, 
 
 
 def continue_batch(model, batch, tokenizer, budget, loops, how):
+    """What `continued` gives, of one batch; `how` as in `model.decode`."""
     device, told = model.language_model.embed_tokens.weight.device, {}
     ids = batch.pop("ids")
     batch = paligemma_inputs(model, {k: v.to(device) for k, v in batch.items()})
@@ -189,7 +197,6 @@ def judge_of(spec, folder):
     verdicts are kept in the folder's judge.jsonl."""
     if not spec:
         return None
-
     return partial(judging.judge_many, spec=spec, cache=Path(folder) / "judge.jsonl")
 
 
@@ -198,32 +205,31 @@ def target_format(config):
     return "QCM-LE" if config["model"] == "mmcot" else None
 
 
-def evaluate(folder, models, problems, config, tokenizer, features, how):
+def evaluate(folder, models, problems, config, tokenizer, features, flags):
     """Decode, grade, write predictions.jsonl and metrics.json into the run folder; the metrics.
 
-    `how` has the flags faithful_parse, teacher_forced, looks and report, and what was skipped,
+    `flags` has faithful_parse, teacher_forced, looks and report, and what was skipped,
     {split: count} or None. Interrupted decoding is gone on with (see `Part`). Under torchrun all
     processes decode, and the first one writes."""
     part = Part(folder, models)
     written = predict(models, problems, config, tokenizer, features, part=part)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
-    graded = grade_all(problems, predictions, how.faithful_parse)
+    graded = grade_all(problems, predictions, flags.faithful_parse)
     fmt = target_format(config)
-    of = about(config["data"], config["test_split"], fmt, how.faithful_parse)
+    of = about(config["data"], config["test_split"], fmt, flags.faithful_parse)
     scores, graded = assess(graded, of, config)
-    if how.teacher_forced and len(models) == 2:
-        scores["rougeL_teacher_forced"] = teacher_forced_rouge(
-            models[0], problems, config, tokenizer, features
-        )
-    if how.skipped is not None:
-        scores["skipped"] = how.skipped
+    if flags.teacher_forced and len(models) == 2:
+        rouge = teacher_forced_rouge(models[0], problems, config, tokenizer, features)
+        scores["rougeL_teacher_forced"] = rouge
+    if flags.skipped is not None:
+        scores["skipped"] = flags.skipped
     if rank():
         return scores
     write_graded(folder, graded, scores)
-    some = (problems[: how.looks], written[: how.looks])
-    seen = looks(config, models, *some, tokenizer, features) if how.looks else {}
+    some = (problems[: flags.looks], written[: flags.looks])
+    seen = looks(config, models, *some, tokenizer, features) if flags.looks else {}
     (Path(folder) / "looks.json").write_text(json.dumps(seen) + "\n", encoding="utf-8")
-    if how.report:
+    if flags.report:
         write_report(folder, {str(folder): Column(scores, graded, Path(folder))})
     part.remove()
     return scores
@@ -268,8 +274,9 @@ def decode_run(folder, out, split, args):
     lost = bad and {id for id, _ in bad}
     problems = [p for p in problems if not bad or p.id not in lost]
     skipped = None if bad is None else {split: len(bad)}
-    how = argparse.Namespace(**vars(args) | {"report": False, "skipped": skipped})  # see `main`
-    evaluate(out, models, problems, config | {"test_split": split}, tokenizer, features, how)
+    more = {"report": False, "skipped": skipped}  # `main` writes one report, of all columns
+    flags = argparse.Namespace(**vars(args) | more)
+    evaluate(out, models, problems, config | {"test_split": split}, tokenizer, features, flags)
 
 
 def score_run(folder, args):
@@ -341,23 +348,6 @@ def ask(folder, args):
         print(f"(stopped: {told['forced_after']}; then made to answer)", file=sys.stderr)
     elif told["stop"] != "eos":
         print(f"(stopped: {told['stop']})", file=sys.stderr)
-
-
-def printer(tokenizer, between):
-    """An `on_token` for one row: prints each text as it is written, and `between` before the next.
-    White space at the end of a text is not printed."""
-    spell, held = None, ""
-
-    def on_token(t, ids):
-        nonlocal spell, held
-        if t == 0:
-            print(between if spell else "", end="")
-            spell, held = speller(tokenizer), ""
-        text = held + spell(ids.item())
-        held = text[len(text.rstrip()) :]
-        print(text.rstrip(), end="", flush=True)
-
-    return on_token
 
 
 # --- command line

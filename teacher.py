@@ -11,18 +11,20 @@ one request, not two). STaR (Zelikman et al., arXiv 2203.14465): the gold answer
 (--hint-gold; off by default and recorded, as a thought that was told its end need not lead there).
 Rejection sampling (--attempts) asks again until a reply is kept.
 
-Here: what is asked, how a reply becomes a trace, the command line. In support/: clients.py (the
-providers), calls.py (many calls, within a limit of money), batches.py (the same by batch APIs),
-shaping.py and judging.py (what is kept of a reply), ledger.py (the trace file), trace_table.py.
+Here: what is asked, how a reply becomes a trace, what a command does. In support/: clients.py (the
+providers), calls.py and batches.py (many calls, within a limit of money), shaping.py and judging.py
+(what is kept of a reply), ledger.py (the trace file), teacher_flags.py, forecast.py and
+trace_table.py
+(what a command is told, and what it says).
 
 Left out on purpose: other providers, tools, conversations, prompt caching, batches for the judge.
 """
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import math
-import os
 import random
 import sys
 from dataclasses import asdict, dataclass
@@ -30,16 +32,16 @@ from pathlib import Path
 
 import data
 from support import clients, files, ledger
-from support.batches import BATCH_SHARE, Batches
-from support.calls import Calls, Halt, at_most, cost, input_tokens
-from support.clients import PRICES_OF, Failed, Model, Reply, picture, seen
-from support.judging import JUDGE_OUTPUT, ask_judge, rule_verdict, sure
+from support.batches import Batches
+from support.calls import Calls, Halt, at_most
+from support.clients import Failed, Model, Reply, picture, seen
+from support.forecast import forecast
+from support.judging import ask_judge, rule_verdict, sure
 from support.shaping import apart, distinct, graded, length, shape
+from support.teacher_flags import parse_args
 from support.tokenizing import load_tokenizer
-from support.trace_table import trace_table
-from support.traces import load_traces, training_notice
-
-USUAL_OUTPUT = 1500  # tokens a reply, a guess; --dry-run takes the mean of the file if it has any
+from support.trace_table import report
+from support.traces import traces_of, training_notice
 
 
 @dataclass
@@ -67,7 +69,7 @@ def question_text(problem, args, shots=()):
     """What a teacher is sent beside the picture: question, hint, unit and choices as the student
     reads them, and how to end. shots: problems, as worked examples; never the one that is asked."""
     parts = [worked(shot) for shot in shots if shot.id != problem.id][: args.shots]
-    parts.append(f"Question: {data.pali_prefix(problem, '').removeprefix(' en ')}")
+    parts.append(f"Question: {data.question_lines(problem)}")
     if args.hint_gold:
         parts.append(
             f"The answer is known to be {data.pali_suffix(problem)}. Reason towards it from what "
@@ -79,7 +81,8 @@ def question_text(problem, args, shots=()):
 
 
 def worked(problem):
-    asked = data.pali_prefix(problem, "").removeprefix(" en ")
+    """A problem with its own solution, in the form of the question and of the reply asked for."""
+    asked = data.question_lines(problem)
     return f"Question: {asked}\n{problem.solution}\nAnswer: {data.pali_suffix(problem)}"
 
 
@@ -116,6 +119,9 @@ def request_of(run, problem, attempt):
     return (text, picture(problem), None, how), most
 
 
+# --- what was asked already
+
+
 def key_of(run, problem, attempt):
     """The key of a record: of all that the reply depends on."""
     what = [problem.id, ledger.VERSION]
@@ -139,6 +145,11 @@ def made(run, problem):
     return [record for record in records if record]
 
 
+def all_made(run):
+    """Those of all problems: what the file holds for this command."""
+    return [record for problem in run.problems for record in made(run, problem)]
+
+
 def next_attempt(run, problem):
     """The number of the attempt to make now, or None: enough are kept, or all are made."""
     kept = 0
@@ -155,7 +166,7 @@ def next_attempt(run, problem):
 # --- one question
 
 
-async def question(run, problem):
+async def all_attempts(run, problem):
     """All attempts at a problem, one after the other, until enough are kept."""
     calls = run.calls
     try:
@@ -178,8 +189,7 @@ async def reply_to(run, problem, attempt):
         said = trace.get("reply") or trace
         stop = trace.get("stop") or "end"
         return Reply(said["thought"], said["answer"], stop, {"input": 0, "output": 0, "cost": 0.0})
-    waiting = unjudged(run, key_of(run, problem, attempt))
-    return waiting or await ask_teacher(run, problem, attempt)
+    return unjudged(run, key_of(run, problem, attempt)) or await ask_teacher(run, problem, attempt)
 
 
 def unjudged(run, key):
@@ -342,7 +352,7 @@ async def settle_all(run, jobs, replies):
     return done
 
 
-# --- command line
+# --- a command: before, during, after
 
 
 def planned(run):
@@ -359,151 +369,15 @@ def planned(run):
     return left
 
 
-def forecast(run, left):
-    """What --dry-run says: requests, tokens, USD. Nothing is sent, and no key is needed."""
-    args, teacher, judge, n = run.args, run.teacher, run.judge, len(left)
-    broken = f", {len(run.calls.failed)} more have no readable picture" if run.calls.failed else ""
-    lines = [f"{args.data}: {len(run.problems)} questions, {n} to be asked{broken}."]
-    texts = [(question_text(p, args, run.shots), seen(p.image)[1]) for p in left]
-    said = [r for p in run.problems for r in made(run, p) if r["usage"].get("output")]
-    usual = sum(r["usage"]["output"] for r in said) / len(said) if said else USUAL_OUTPUT
-    guess = f"the mean of {len(said)} replies" if said else "a guess"
-    reads = sum(input_tokens(teacher.provider, *text) for text in texts)
-    many = f"{n * args.diverse} to {n * args.attempts}" if args.attempts > 1 else n
-    lines.append(
-        f"{teacher.spec}: {many} requests, {reads:,} tokens in; out {usual:.0f} each ({guess}), "
-        f"{args.max_output} at most. {bill(teacher, '--price', n, reads, usual, args)}"
-    )
-    if judge.provider in clients.PACKAGES:
-        some = "" if args.judge_all else "what the rule is not sure of; for all it would be "
-        reads = sum(input_tokens(judge.provider, *text) + 600 + round(usual) for text in texts)
-        money = bill(judge, "--judge-price", n, reads, 300, args)
-        lines.append(f"{judge.spec} judges {some or 'every reply: '}{money}")
-    return "\n".join([*lines, f"{args.out} has cost ${run.calls.spent:.4f} so far."])
-
-
-def bill(model, flag, n, reads, usual, args):
-    """The money part of a forecast, in words; `reads`: tokens read in one attempt at all n."""
-    if model.price is None:
-        return f"No price of {model.name} is known: give {flag} IN OUT."
-    most = args.max_output if flag == "--price" else JUDGE_OUTPUT
-    share = BATCH_SHARE if args.batch and flag == "--price" else 1.0
-    usd = [
-        times * cost({"input": reads, "output": n * output}, model.price, share)
-        for times, output in ((args.diverse, usual), (args.attempts, most))
-    ]
-    return f"${usd[0]:.2f} expected, ${usd[1]:.2f} at most (prices of {PRICES_OF})."
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="teacher.py", description=__doc__.split("\n")[0])
-    yes_no = argparse.BooleanOptionalAction
-    what = parser.add_argument_group("what is asked")
-    name = "a folder, a .jsonl file, scienceqa, mathvista (%(default)s)"
-    what.add_argument("--data", default="demo", metavar="DIR", help=name)
-    what.add_argument("--split", default="train", choices=data.SPLITS, help="(%(default)s)")
-    what.add_argument("--limit", type=count, metavar="N", help="only the first N problems")
-    who = "gemini[:MODEL], anthropic[:MODEL], demo (demo for the demo's data, else gemini)"
-    what.add_argument("--teacher", metavar="SPEC", help=who)
-    judge_ = "rule, gemini[:MODEL], anthropic[:MODEL], demo (%(default)s)"
-    what.add_argument("--judge", default="rule", metavar="SPEC", help=judge_)
-    out = "the trace file, which is also the cache: the same command goes on with it (%(default)s)"
-    what.add_argument("--out", default="traces.jsonl", metavar="FILE", help=out)
-    again = "ask no teacher: judge and shape the replies in a trace file (ours, pali_reason's) anew"
-    what.add_argument("--from", dest="source", metavar="FILE", help=again)
-    how = parser.add_argument_group("how it is asked")
-    tokens = "most tokens of a reply, thoughts included (%(default)s)"
-    how.add_argument("--max-output", type=count, default=16_000, metavar="N", help=tokens)
-    levels = ("low", "medium", "high", "xhigh", "max")
-    how.add_argument("--effort", choices=levels, help="how hard to think (the model's default)")
-    budget = "tokens of thought, for older models that take this instead of --effort"
-    how.add_argument("--thinking-budget", type=count, metavar="N", help=budget)
-    attempts = "ask up to K times, until enough replies are kept (one, or what --diverse says)"
-    how.add_argument("--attempts", type=count, metavar="K", help=attempts)
-    diverse = "keep up to D distinct rationales a question (%(default)s)"
-    how.add_argument("--diverse", type=count, default=1, metavar="D", help=diverse)
-    hint = "tell the teacher the answer; recorded, as such thoughts are rationalisations"
-    how.add_argument("--hint-gold", action="store_true", help=hint)
-    steps = "for a teacher that does not think of itself: let it reason in its reply"
-    how.add_argument("--zero-shot-cot", action="store_true", help=steps)
-    shots = "the same, with N worked examples from the training split's own solutions"
-    how.add_argument("--shots", type=int, default=0, metavar="N", help=shots)
-    seed = "of the demo, of Gemini's sampling, and of --shots (%(default)s)"
-    how.add_argument("--seed", type=int, default=0, help=seed)
-    add_judging(parser, yes_no)
-    add_calls(parser)
-    return checked_args(parser, parser.parse_args(argv))
-
-
-def add_judging(parser, yes_no):
-    kept = parser.add_argument_group("what is kept")
-    all_ = "ask the judge about every reply, not only where the rule is not sure"
-    kept.add_argument("--judge-all", action="store_true", help=all_)
-    image = "whether the judge sees the picture (%(default)s)"
-    kept.add_argument("--judge-image", action=yes_no, default=True, help=image)
-    longest = "keep no trace that makes a longer suffix than this, as train.py's --max-suffix"
-    kept.add_argument("--max-tokens", type=count, metavar="N", help=longest)
-    folder = "the student's tokenizer, a folder with tokenizer.json (the demo's for the demo)"
-    kept.add_argument("--tokenizer", metavar="DIR", help=folder)
-
-
-def add_calls(parser):
-    calls = parser.add_argument_group("calls and money")
-    at_once = "calls under way at once (%(default)s)"
-    calls.add_argument("--concurrency", type=count, default=8, metavar="N", help=at_once)
-    total = "seconds for a whole reply (%(default)s)"
-    calls.add_argument("--timeout", type=float, default=600.0, metavar="S", help=total)
-    most_ = "most requests for one reply (%(default)s)"
-    calls.add_argument("--retries", type=count, default=6, metavar="N", help=most_)
-    batch = "use the provider's batch API: half the price, up to a day; the command may be stopped"
-    calls.add_argument("--batch", action="store_true", help=batch)
-    limit = "stop before the file has cost more than this"
-    calls.add_argument("--max-cost", type=float, metavar="USD", help=limit)
-    dry = "say what would be asked and what it would cost; nothing is sent"
-    calls.add_argument("--dry-run", action="store_true", help=dry)
-    pair = {"type": float, "nargs": 2, "metavar": ("IN", "OUT")}
-    price = f"USD per million tokens of the teacher (a table of {PRICES_OF} for known models)"
-    calls.add_argument("--price", **pair, help=price)
-    calls.add_argument("--judge-price", **pair, help="the same for the judge")
-
-
-def count(text):
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-def checked_args(parser, args):
-    args.teacher = args.teacher or ("demo" if args.data == "demo" else "gemini")
-    args.attempts = args.attempts or args.diverse
-    demo = args.teacher == "demo" and not args.source
-    wrong = {
-        "--teacher demo and --judge demo know only --data demo": args.data != "demo"
-        and (demo or args.judge == "demo"),
-        "the demo's teacher reads no prompt: no --hint-gold, --zero-shot-cot, --shots": demo
-        and (args.hint_gold or args.zero_shot_cot or args.shots),
-        "--batch needs a teacher with a batch API": args.batch and (demo or args.source),
-        "--attempts must not be less than --diverse": args.attempts < args.diverse,
-        "--effort or --thinking-budget, not both": args.effort and args.thinking_budget,
-        "--from and --out are the same file": args.source
-        and os.path.abspath(args.source) == os.path.abspath(args.out),
-        "--max-tokens needs the student's --tokenizer to count": args.max_tokens
-        and args.data != "demo"
-        and not args.tokenizer,
-        "Gemini has no --effort max": args.effort == "max" and args.teacher.startswith("gemini"),
-    }
-    for text in (text for text, is_so in wrong.items() if is_so):
-        parser.error(text)
-    return args
-
-
 def prepared(args):
     """The Run of a command line: problems, files, prices. Nothing is connected yet."""
     if notice := training_notice(args.data):
         print(notice, file=sys.stderr)
     problems, source = data.load(args.data, args.split)[: args.limit], None
     if args.source:
-        problems, source = replies_in(args, problems)
+        by_id = {problem.id: problem for problem in problems}
+        source = traces_of(by_id, args.source, f"{args.data}, split {args.split}")
+        problems = [by_id[id] for id in source]
     teacher = clients.parse_spec(args.teacher, clients.TEACHERS, args.price)
     judge = clients.parse_spec(args.judge, clients.JUDGES, args.judge_price)
     sides = {"--price": None if source else teacher, "--judge-price": judge}
@@ -511,7 +385,7 @@ def prepared(args):
         if side and side.price is None:
             raise ValueError(f"--max-cost: no price of {side.name} is known; give {flag} IN OUT.")
     shots = worked_examples(args) if args.shots else ()
-    folder = args.tokenizer or (files.ROOT / "demo/paligemma" if args.max_tokens else None)
+    folder = args.tokenizer or (args.max_tokens and files.ROOT / "demo/paligemma")
     tokenizer = load_tokenizer(folder) if folder else None
     traces, pending = ledger.Ledger(args.out), Path(f"{args.out}.pending")
     judges = judge.provider in clients.PACKAGES and not source
@@ -525,18 +399,15 @@ def prepared(args):
     return Run(args, problems, teacher, judge, calls, traces, pending, source, shots, tokenizer)
 
 
-def replies_in(args, problems):
-    """(problems, {id: traces}) of --from."""
-    source, by_id, traces = {}, {p.id: p for p in problems}, load_traces(args.source)
-    for trace in (trace for trace in traces if trace["id"] in by_id):
-        source.setdefault(trace["id"], []).append(trace)
-    if not source:
-        where = f"{args.data}, split {args.split}"
-        raise ValueError(f"{args.source} has no trace of a problem of {where}.")
-    others = len(traces) - sum(map(len, source.values()))
-    if others:
-        print(f"{args.source}: {others} traces are of no problem here.", file=sys.stderr)
-    return [by_id[id] for id in source], source
+def to_price(run, left):
+    """What `forecast` prices: each question once; with --from each reply without a verdict."""
+    found = []
+    for problem in left:
+        replies = len(attempts(run, problem)) - len(made(run, problem)) if run.source else 1
+        with contextlib.suppress(Failed):  # with --from nobody has looked at the picture yet
+            size = seen(problem.image)[1]
+            found += [(question_text(problem, run.args, run.shots), size)] * replies
+    return found
 
 
 def close(run):
@@ -546,42 +417,23 @@ def close(run):
         run.pending.close(delete=run.pending.records.keys() <= run.traces.records.keys())
 
 
-def report(run):
-    """Print the summary, what failed, and how to go on."""
-    calls, records = run.calls, [r for problem in run.problems for r in made(run, problem)]
-    if records:
-        print(trace_table(records, run.problems, run.tokenizer, len(calls.failed)))
-    for id, why in list(calls.failed.items())[:10]:
-        print(f"failed: {id}: {why}", file=sys.stderr)
-    if len(calls.failed) > 10:
-        print(f"failed: {len(calls.failed) - 10} more", file=sys.stderr)
-    if calls.lost:
-        text = f"Replies that never came whole may have been billed too: ${calls.lost:.4f} at most."
-        print(text, file=sys.stderr)
-    if calls.stop:
-        left = sum(next_attempt(run, problem) is not None for problem in run.problems)
-        many = f"{left} of {len(run.problems)} questions are left"
-        text = f"Stopped: {calls.stop}. {many}; the same command goes on with them."
-        print(text, file=sys.stderr)
-
-
 def main(argv=None):
+    """0: done, or stopped by --max-cost; 130: interrupted; 1: stopped, or all calls failed."""
     args = parse_args(argv)
     run = prepared(args)
     try:
         left = planned(run)
         if args.dry_run:
-            return print(forecast(run, left))
+            return print(forecast(run, to_price(run, left), all_made(run)))
         batches = Batches(args.out, run.teacher, run.calls)
-        sent = open_jobs(run, left).keys() & batches.keys()
-        if sent and not args.batch:
-            text = f"{len(sent)} of these questions are out in batches: collect them with --batch"
-            raise ValueError(f"{batches.file}: {text}.")
+        if not args.batch:
+            batches.refuse(open_jobs(run, left))
         run.calls.total = len(left)
-        one_by_one = functools.partial(question, run)
+        one_by_one = functools.partial(all_attempts, run)
         work = by_batch(run, left, batches) if args.batch else run.calls.pool(left, one_by_one)
         asyncio.run(run.calls.carry_out(filter(None, (run.teacher, run.judge)), work))
-        report(run)
+        still = sum(next_attempt(run, problem) is not None for problem in run.problems)
+        report(run, all_made(run), still)
     finally:
         close(run)
     if run.calls.stop.startswith("interrupted"):

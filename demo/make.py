@@ -18,17 +18,14 @@ is seen, as a teacher does.
 Left out on purpose: DETR's Hungarian matching. Here an object belongs to the query of the grid cell
 its centre lies in, which a small model learns in minutes; the network and its files are the same.
 
-Axes: n scenes, B batch, H W S pixels, Q queries, L classes, N heads.
+Axes: n scenes, B batch, S pixels down and across, Q queries, L classes, N heads, H width of one.
 """
 
 import argparse
 import itertools
-import math
 import os
-import re
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,20 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
 from torch import nn
 
 import data
 from demo import scenes, teacher
+from demo.words import gemma_tokenizer, t5_tokenizer
 from model import (
     DETR,
     T5,
@@ -103,38 +91,10 @@ def scene(index, draw):
 
 
 def many(count, draw):
+    """`scene` of 0 .. count - 1, on all cores, without those that have no picture to `draw`."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(partial(scene, draw=draw), range(count), chunksize=64)
         return [m for m in made if m is not None]
-
-
-def make_tokenizer(texts):
-    """A T5-style Unigram tokenizer: <pad> 0, </s> 1, <unk> 2; words, then every ASCII character.
-
-    Unigram training is made for large corpora: it breaks two hundred words into fragments. Here
-    each word is a piece with the logarithm of its share as score; characters are the way out.
-    """
-    words = Counter()
-    for text in texts:
-        for word in text.split():
-            core, tail = re.fullmatch(r"(.*?)([.,?:]*)", word).groups()
-            words.update(["▁" + core] * bool(core) + list(tail))
-    total = sum(words.values())
-    pieces = [(word, math.log(n / total)) for word, n in words.most_common() if n > 2]
-    known = {word for word, _ in pieces}
-    pieces += [(c, -20.0) for c in ("▁", *map(chr, range(33, 127))) if c not in known]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    tokenizer = Tokenizer(models.Unigram(special + pieces, unk_id=2))
-    tokenizer.add_special_tokens([name for name, _ in special])
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return tokenizer
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -208,9 +168,10 @@ def report_detr(model, pixels, classes, boxes):
 
 
 def make_detr(args):
+    """Write OUT/detr: trained on drawn scenes to name each object and to box it."""
     torch.manual_seed(0)
     made = many(args.pictures, True)
-    pixels = torch.stack([p for p, _ in made]).to(args.device)  # (n, 3, H, W)
+    pixels = torch.stack([p for p, _ in made]).to(args.device)  # (n, 3, S, S)
     pixels = pixels.to(memory_format=torch.channels_last)
     targets = [detr_targets(objects) for _, objects in made]
     classes, boxes = (torch.stack(t).to(args.device) for t in zip(*targets, strict=True))
@@ -268,9 +229,10 @@ def look_at_neighbours(model):
 
 
 def make_t5(args):
+    """Write OUT/t5, with its tokenizer: trained on scenes that are told in words."""
     torch.manual_seed(0)
     pairs = many(args.texts, False)
-    tokenizer = make_tokenizer([text for pair in pairs for text in pair])
+    tokenizer = t5_tokenizer([text for pair in pairs for text in pair])
     (args.out / "t5").mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out / "t5" / "tokenizer.json"))
     config = T5Config(
@@ -349,27 +311,6 @@ def lesson(task, made, thought):
     return data.pali_prefix(problem, name), suffix, task == "answer"
 
 
-def make_gemma_tokenizer(texts):
-    """Whole words, as `make_tokenizer`, with Gemma's special tokens and its newline."""
-    words = Counter()
-    for text in texts:
-        for word in text.split():
-            first, *rest = re.findall(r"[().,?:]|[^().,?:]+", word)
-            words.update(["▁" + first, *rest])
-    total = sum(words.values())
-    pieces = [(word, math.log(n / total)) for word, n in words.most_common() if n > 2]
-    known = {word for word, _ in pieces}
-    pieces += [(c, -20.0) for c in ("▁", *map(chr, range(33, 127))) if c not in known]
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram([(name, 0.0) for name in special] + pieces, unk_id=3))
-    tokenizer.add_special_tokens([*special, "<image>"])
-    tokenizer.add_tokens([AddedToken("\n", normalized=False)])
-    tokenizer.normalizer = normalizers.Replace(Regex(" {2,}"), " ")
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
-    return tokenizer
-
-
 def paligemma_config(tokenizer):
     """A PaliGemma 2 with one image token for each cell of the scenes' grid."""
     return PaliGemmaConfig(
@@ -417,11 +358,12 @@ def look_near(gemma):
 
 
 def make_paligemma(args):
+    """Write OUT/paligemma, with its tokenizer: trained on `lesson`s of drawn and told scenes."""
     torch.manual_seed(0)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(scene_lessons, range(args.scenes), chunksize=64))
     told = [lesson for _, lessons in made for lesson in lessons]
-    tokenizer = make_gemma_tokenizer([text for pair in told for text in pair[:2]])
+    tokenizer = gemma_tokenizer([text for pair in told for text in pair[:2]])
     model = PaliGemma(paligemma_config(tokenizer))
     model.init_weights()
     look_near(model.language_model)

@@ -14,158 +14,40 @@ Three things hold by construction, and tests/test_scenes.py checks them:
 * No two objects of a picture have their centres in the same cell of a 6 x 6 grid, there are at
   most 12, and no side is under 12 pixels: a DETR with 36 location-bound queries can read it.
 
-Left out on purpose: photographs, clutter, occlusion, free-form answers, natural language variety.
+demo/drawing.py draws and demo/wording.py has the sentences; SCRIPTS lists all three, as a change of
+any may change the benchmark. Left out on purpose: photographs, clutter, occlusion, free-form
+answers, natural language variety.
 """
 
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
 import tempfile
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-SIDE, GRID, SCALE = 128, 6, 2  # pixels; cells a side; supersampling while drawing
+from demo.drawing import MAGNETS, RGB, SIDE, SPECIES, level, render
+from demo.wording import PHRASES, TOPICS, joined, plural
+
+SCRIPTS = [Path(__file__).with_name(f"{name}.py") for name in ("scenes", "drawing", "wording")]
+GRID = 6  # cells a side
 CELL = SIDE / GRID
 SPLITS = {"train": range(0, 12), "val": range(12, 15), "test": range(15, 20)}  # hash buckets of 20
 SIZES = {"train": 8000, "val": 200, "test": 400}
 
-# fmt: off
-RGB = {"red": (214, 48, 48), "blue": (48, 88, 214), "green": (44, 160, 74),
-       "yellow": (240, 200, 40)}
 COLOURS, SHAPES = tuple(RGB), ("circle", "square", "triangle")
 KINDS = tuple(f"{c} {s}" for c in COLOURS for s in SHAPES)
-SPECIES = ("grass", "rabbit", "fox", "fish", "bird", "snail")
 NAMES = ("Tom", "Ann", "Ben", "Eva")
 WORDS = {"a colour": COLOURS, "a shape": SHAPES, "an animal": SPECIES[1:], "a name": NAMES}
-MAGNETS = {"NS": "magnet north left", "SN": "magnet south left"}  # poles from left to right
-CLASSES = (*MAGNETS.values(), *KINDS, "cup", "water", *(f"{c} bar" for c in COLOURS),
-           *(f"ring of {k} dots" for k in (2, 3, 4)), *SPECIES, "arrow left", "arrow right")
+CLASSES = (
+    *(*MAGNETS.values(), *KINDS, "cup", "water", *(f"{c} bar" for c in COLOURS)),
+    *(*(f"ring of {k} dots" for k in (2, 3, 4)), *SPECIES, "arrow left", "arrow right"),
+)
 HELD_OUT = ("position",)  # known objects, a new type of question: only in test
-
-
-class Topic(NamedTuple):
-    """What is constant in a family. ` | ` separates paraphrases; {words} come from the scene."""
-
-    subject: str
-    grades: tuple  # first and last
-    skill: str
-    lecture: str
-    hint: str  # with a picture: general knowledge, for one problem in four
-    description: str = ""
-    caption: str = ""
-    true: str = ""  # details the caption may add
-    wrong: str = ""
-
-
-NAT, SOC, LAN = "natural science", "social science", "language science"
-SHAPES_TEXT = ("The picture shows {counted} on a plain background. | "
-               "There are some shapes in the picture: {each}.",
-               "some coloured shapes | a group of shapes on a table",
-               "with a {present}", "with a {absent}")
-TOPICS = {  # a family, or a kind of text problem
-    "magnets": Topic(
-        NAT, (7, 12), "Predict what magnets do", "Opposite poles attract. The same poles repel.",
-        "A magnet has a north pole and a south pole.",
-        "The left magnet has {a} on its left and {b} on its right. "
-        "The right magnet has {c} on its left and {d} on its right. | "
-        "Two magnets from left to right. The first has {a} then {b}. The second has {c} then {d}.",
-        "two bar magnets on a table | a picture of two magnets",
-        "with red and blue ends", "with green ends"),
-    "count": Topic(
-        NAT, (1, 2), "Count shapes", "To count shapes, look at each one and count it once.",
-        "A shape can have any colour and any size.", *SHAPES_TEXT),
-    "compare": Topic(
-        NAT, (1, 4), "Compare numbers", "To compare, count each kind. The higher number is more.",
-        "A shape can have any colour and any size.", *SHAPES_TEXT),
-    "cup": Topic(
-        NAT, (3, 6), "Read a measuring cup",
-        "The line at the top of the water tells how much it is.",
-        "A measuring cup has a scale in ml.",
-        "The picture shows a measuring cup. The water is at the {level} line. | "
-        "A cup has a scale from 100 to 500 ml and is filled up to {level}.",
-        "a measuring cup on a table | a glass cup with water", "with a handle", "full of milk"),
-    "bars": Topic(
-        SOC, (4, 9), "Read a bar chart", "In a bar chart, the top of a bar shows its number.",
-        "A class had a vote for the best colour.",
-        "A bar chart from left to right shows the numbers {counted}. | A chart has {each}.",
-        "a bar chart | a bar chart with {n} bars", "and a {present} bar", "and a black line"),
-    "groups": Topic(
-        NAT, (3, 5), "Multiply equal groups",
-        "With equal groups, multiply the rings by the dots in each ring.",
-        "A ring is drawn around each group of dots.",
-        "The picture shows {counted} and each ring has {dots} dots in it. | "
-        "In the picture are these groups: {each}.",
-        "dots in rings | a picture of rings", "on a plain background", "with squares in it"),
-    "chain": Topic(
-        NAT, (5, 10), "Read a food chain", "An arrow points from the food to the one that eats it.",
-        "In this story anything can eat anything.",
-        "A food chain from left to right: {counted}. The arrows point to the {arrow}. | "
-        "From left to right the picture shows {each}.",
-        "a drawing of a food chain | some drawings in a row",
-        "with a {present}", "with a {absent}"),
-    "position": Topic(
-        NAT, (1, 3), "Find the place of a shape", "To find a shape, look from left to right.",
-        "A shape can have any colour and any size.",
-        "From left to right the picture shows {counted}.", *SHAPES_TEXT[1:]),
-    "sum": Topic(
-        NAT, (1, 8), "Add two numbers", "To know how many in all, add the numbers.",
-        "{name} has {counted}.", "{name} has {counted}. The blocks are all in one box."),
-    "word": Topic(
-        LAN, (1, 12), "Sort words", "Words can be sorted by what they name.", "",
-        "{each} These are the words."),
-}
-# kind: questions and solution
-PHRASES = {
-    "magnets": ("Will these magnets attract or repel each other? | What will the two magnets do? | "
-                "Do the two magnets attract or repel?",
-                "The left magnet has {b} on its right. "
-                "The right magnet has {c} on its left. {rule}"),
-    "count": ("How many {noun} are there? | How many {noun} are in the picture?",
-              "The picture shows {matching} and some other shapes. So the answer is {answer}."),
-    "more": ("Are there more {either}? | Which shape is there more of?",
-             "There {are} {counted}. {best} is more. So the answer is {answer}."),
-    "most": ("Which shape is there most of? | Which kind of shape is the most common?",
-             "There {are} {counted}. {best} is most. So the answer is {answer}."),
-    "cup": ("How much water is in the measuring cup? | How much water does the cup hold?",
-            "The top of the water is at the {level} line. So the answer is {answer}."),
-    "tallest": ("Which bar is the tallest? | Which colour has the highest number?",
-                "The bars show {counted}. The highest number is {top}. So the answer is {answer}."),
-    "shortest": ("Which bar is the shortest? | Which colour has the lowest number?",
-                 "The bars show {counted}. The lowest number is {top}. So the answer is {answer}."),
-    "height": ("How high is the {asked} bar? | What number does the {asked} bar show?",
-               "The top of the {asked} bar is at line {top}. So the answer is {answer}."),
-    "total": ("How many dots are there in all? | How many dots are in the picture?",
-              "The picture shows {counted} with {dots} dots in each ring. "
-              "{rings} x {dots} = {answer}. So the answer is {answer}."),
-    "product": ("Which product shows the dots? | Which product gives the number of dots?",
-                "The picture shows {counted} with {dots} dots in each ring. "
-                "So the answer is {answer}."),
-    "eats": ("What does the {asked} eat? | What is the food of the {asked}?",
-             "The arrow points from the {answer} to the {asked}. "
-             "So the {asked} eats the {answer}."),
-    "eaten": ("What eats the {asked}? | The {asked} is eaten by which one?",
-              "The arrow points from the {asked} to the {answer}. "
-              "So the {asked} is eaten by the {answer}."),
-    "top": ("What is at the top of the food chain? | Which one is not eaten by anything?",
-            "The arrows point from the {start} to the {middle} to the {answer}. "
-            "Nothing eats the last. So the top is the {answer}."),
-    "side": ("Is the {a} left or right of the {b}? | Where is the {a}, left or right of the {b}?",
-             "From left to right the picture shows {counted}. So the answer is {answer}."),
-    "end": ("Which shape is the first from the {asked}? | Which shape is at the {asked} end?",
-            "From left to right the picture shows {counted}. So the answer is {answer}."),
-    "sum": ("How many blocks does {name} have? | How many blocks does {name} have in all?",
-            "{name} has {counted}. {x} + {y} = {answer}. So the answer is {answer}."),
-    "word": ("Which word is {asked}? | Find the word for {asked}.",
-             "{each} So the answer is {answer}."),
-}
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -202,15 +84,6 @@ def _pick(rng, values, n):
     return rng.sample(list(values), n), rng.randrange(n)
 
 
-def _plural(n, noun):
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def _join(items, last=" and "):
-    *most, end = items
-    return ", ".join(most) + last + end if most else end
-
-
 def _object(name, cx, cy, size, height=None):
     height = height or size
     x0, y0 = round(cx - size / 2), round(cy - height / 2)
@@ -241,7 +114,7 @@ def _scatter(rng, names, cells=None):
         objects.append(_object(name, *centre, rng.randint(13, 17)))
     present = rng.choice(sorted(set(names)))
     absent = rng.choice([k for k in KINDS if k not in names])
-    each = _join(f"a {name}" for name in names)
+    each = joined(f"a {name}" for name in names)
     return objects, {"present": present, "absent": absent, "each": each}
 
 
@@ -255,8 +128,8 @@ def _count(rng):
     shapes = {k: names.count(k) for k in dict.fromkeys(names)}
     objects, words = _scatter(rng, names)
     words["noun"] = f"{asked} shapes" if asked in COLOURS else f"{asked}s"
-    words["counted"] = _join(_plural(n, k) for k, n in shapes.items())
-    words["matching"] = _join(_plural(n, k) for k, n in shapes.items() if k in matching)
+    words["counted"] = joined(plural(n, k) for k, n in shapes.items())
+    words["matching"] = joined(plural(n, k) for k, n in shapes.items() if k in matching)
     return Draft("count", choices, answer, {"shapes": shapes, "asked": asked}, words, objects)
 
 
@@ -269,15 +142,10 @@ def _compare(rng):
     rng.shuffle(names)
     objects, words = _scatter(rng, names)
     words["either"] = " or more ".join(f"{k}s" for k in kinds)
-    words["counted"] = _join(_plural(n, k) for k, n in shapes.items())
+    words["counted"] = joined(plural(n, k) for k, n in shapes.items())
     words |= {"best": best, "are": "is" if counts[0] == 1 else "are"}
     choices, kind = [f"{k}s" for k in kinds], "more" if len(kinds) == 2 else "most"
     return Draft(kind, choices, answer, {"shapes": shapes}, words, objects)
-
-
-def _level(cup, ml):
-    """The y of a line of the scale; `cup` is the box of the cup, handle included."""
-    return cup[3] - ml / 100 * (cup[3] - cup[1]) / 5.7
 
 
 def _cup(rng):
@@ -288,7 +156,7 @@ def _cup(rng):
     x0 = round(CELL * rng.choice((2, 3)) - body / 2 - rng.uniform(1.5, handle / 2 - 1.5))
     y0 = rng.randint(8, 24)
     cup = (x0, y0, x0 + body + handle, y0 + height)
-    water = (x0, round(_level(cup, levels[answer])), x0 + body, cup[3])
+    water = (x0, round(level(cup, levels[answer])), x0 + body, cup[3])
     objects = [("water", water), ("cup", cup)]
     return Draft("cup", [f"{v} ml" for v in levels], answer, {"level": levels[answer]}, {}, objects)
 
@@ -308,8 +176,8 @@ def _bars(rng):
     rng.shuffle(bars)  # from left to right
     facts = {"bars": dict(bars)} | ({"asked": asked} if kind == "height" else {})
     words = {"n": len(bars), "top": heights[0], "present": rng.choice(colours)}
-    words["counted"] = _join(f"{c} {h}" for c, h in bars)
-    words["each"] = _join(f"a {c} bar up to line {h}" for c, h in bars)
+    words["counted"] = joined(f"{c} {h}" for c, h in bars)
+    words["each"] = joined(f"a {c} bar up to line {h}" for c, h in bars)
     step = 24 if len(bars) == 4 else rng.randint(24, 30)  # above CELL: a column of the grid each
     unit, width = rng.uniform(15.5, 18), rng.randint(14, 18)
     x, base = rng.randint(14, 22), rng.randint(106, 118)
@@ -333,7 +201,7 @@ def _groups(rng):
     size, name = rng.randint(36, 44), f"ring of {k} dots"
     centres = rng.sample([(34, 34), (94, 34), (34, 94), (94, 94)], g)
     objects = [_object(name, *(v + rng.randint(-8, 8) for v in c), size) for c in centres]
-    words = {"counted": _plural(g, "ring"), "each": _join([f"a {name}"] * g)}
+    words = {"counted": plural(g, "ring"), "each": joined([f"a {name}"] * g)}
     return Draft(kind, choices, answer, {"rings": g, "dots": k}, words, objects)
 
 
@@ -356,8 +224,8 @@ def _chain(rng):
         w, h = (16, 12) if name.startswith("arrow") else (size, size)
         objects.append(_object(name, x + 24 * i, y + rng.randint(-5, 5), w, h))
     facts = {"order": order, "arrow": arrow} | ({} if kind == "top" else {"asked": asked})
-    words = {"start": chain[0], "middle": chain[1], "counted": _join(order)}
-    words["each"] = _join(f"an {n}" if n.startswith("arrow") else n for n in names)
+    words = {"start": chain[0], "middle": chain[1], "counted": joined(order)}
+    words["each"] = joined(f"an {n}" if n.startswith("arrow") else n for n in names)
     words["present"] = rng.choice(chain)
     words["absent"] = rng.choice([s for s in SPECIES if s not in chain])
     return Draft(kind, choices, answer, facts, words, objects)
@@ -378,7 +246,7 @@ def _position(rng):
         order.insert(0 if asked == "left" else 2, choices[answer])
     columns = sorted(rng.sample(range(GRID), 3))
     objects, shared = _scatter(rng, order, [(column, rng.randrange(GRID)) for column in columns])
-    words = words | shared | {"counted": _join(order)}
+    words = words | shared | {"counted": joined(order)}
     return Draft(kind, choices, answer, {"order": order, "asked": asked}, words, objects)
 
 
@@ -393,152 +261,13 @@ def _text(rng):
     x = rng.randint(1, choices[answer] - 1)
     blocks = dict(zip(rng.sample(COLOURS, 2), (x, choices[answer] - x), strict=True))
     words = {"x": x, "y": choices[answer] - x}
-    words["counted"] = _join(_plural(n, f"{c} block") for c, n in blocks.items())
+    words["counted"] = joined(plural(n, f"{c} block") for c, n in blocks.items())
     return Draft("sum", choices, answer, {"name": rng.choice(NAMES), "blocks": blocks}, words)
 
 
 DRAFT = {"magnets": _magnets, "count": _count, "compare": _compare, "cup": _cup, "bars": _bars,
          "groups": _groups, "chain": _chain, "position": _position, "text": _text}  # fmt: skip
 FAMILIES = tuple(DRAFT)
-
-
-# ---- drawing: boxes come in pixels and are scaled up; the picture is reduced at the end ---------
-
-# fmt: off
-INK, WHITE, LEAF, BEAK = (50, 50, 56), (250, 250, 250), (70, 170, 60), (245, 170, 30)
-FUR, PINK, FOX, SEA = (150, 150, 160), (240, 170, 180), (232, 120, 36), (40, 170, 190)
-SKY, SHELL, SKIN = (140, 80, 190), (150, 90, 50), (222, 190, 130)
-# Animals as (method of ImageDraw, colour, points in fractions of the box).
-PICTOGRAMS = {
-    "grass": [("polygon", LEAF, p) for p in (
-        (.1, 1, 0, .25, .3, 1), (.25, 1, .3, 0, .5, 1), (.4, 1, .55, .15, .65, 1),
-        (.55, 1, .85, .05, .8, 1), (.7, 1, 1, .4, .95, 1))],
-    "rabbit": [("ellipse", FUR, (0, .5, .75, 1)), ("ellipse", FUR, (.5, .3, 1, .75)),
-               ("ellipse", FUR, (.5, 0, .68, .5)), ("ellipse", FUR, (.74, 0, .92, .5)),
-               ("ellipse", PINK, (.55, .08, .63, .4)), ("ellipse", PINK, (.79, .08, .87, .4)),
-               ("ellipse", WHITE, (0, .65, .18, .85)), ("ellipse", INK, (.8, .45, .88, .53))],
-    "fox": [("polygon", FOX, (.02, 0, .4, .3, .05, .55)),
-            ("polygon", FOX, (.98, 0, .6, .3, .95, .55)),
-            ("polygon", FOX, (.05, .35, .95, .35, .5, 1)),
-            ("polygon", WHITE, (.08, .42, .36, .52, .48, .95)),
-            ("polygon", WHITE, (.92, .42, .64, .52, .52, .95)),
-            ("ellipse", INK, (.28, .42, .38, .52)), ("ellipse", INK, (.62, .42, .72, .52)),
-            ("ellipse", INK, (.42, .84, .58, 1))],
-    "fish": [("polygon", SEA, (0, .2, .35, .5, 0, .8)), ("ellipse", SEA, (.2, .2, 1, .8)),
-             ("polygon", SEA, (.45, .25, .6, 0, .75, .25)),
-             ("polygon", SEA, (.45, .75, .6, 1, .7, .75)),
-             ("ellipse", WHITE, (.72, .34, .9, .52)), ("ellipse", INK, (.78, .4, .86, .48))],
-    "bird": [("polygon", BEAK, (.8, .15, 1, .27, .8, .38)),
-             ("line", INK, (.42, .75, .42, 1)), ("line", INK, (.58, .75, .58, 1)),
-             ("polygon", SKY, (0, .35, .3, .5, .15, .7)), ("ellipse", SKY, (.1, .3, .8, .85)),
-             ("ellipse", SKY, (.5, 0, .9, .45)), ("ellipse", WHITE, (.25, .42, .6, .68)),
-             ("ellipse", INK, (.7, .14, .78, .22))],
-    "snail": [("ellipse", SKIN, (0, .72, 1, 1)), ("ellipse", SKIN, (.75, .4, 1, .95)),
-              ("line", INK, (.82, .45, .76, .12)), ("line", INK, (.92, .45, .98, .12)),
-              ("ellipse", SHELL, (.05, .1, .78, .88)), ("ellipse", SKIN, (.19, .26, .63, .73)),
-              ("ellipse", SHELL, (.3, .38, .52, .61))],
-}
-# fmt: on
-
-
-@cache
-def _font(size):
-    return ImageFont.load_default(size * SCALE)
-
-
-def _tint(rng, rgb, by=14):
-    return tuple(min(255, max(0, v + rng.randint(-by, by))) for v in rgb)
-
-
-def _magnet(draw, rng, name, box, line):
-    x0, y0, x1, y1 = box
-    middle = (x0 + x1) / 2
-    poles = "NS" if name == MAGNETS["NS"] else "SN"
-    for pole, a, b in zip(poles, (x0, middle), (middle, x1), strict=True):
-        fill = _tint(rng, RGB["red" if pole == "N" else "blue"])
-        draw.rectangle((a, y0, b, y1), fill, INK, line)
-        draw.text(((a + b) / 2, (y0 + y1) / 2), pole, WHITE, _font(12), anchor="mm")
-
-
-def _shape(draw, rng, name, box, line):
-    x0, y0, x1, y1 = box
-    colour, shape = name.split()
-    fill = _tint(rng, RGB[colour])
-    if shape == "circle":
-        draw.ellipse(box, fill, INK, line)
-    elif shape == "triangle":
-        draw.polygon(((x0, y1), (x1, y1), ((x0 + x1) / 2, y0)), fill, INK, line)
-    else:  # a square or a bar
-        draw.rectangle(box, fill, INK, line)
-
-
-def _water(draw, rng, name, box, line):
-    draw.rectangle(box, _tint(rng, (120, 190, 240)))
-
-
-def _measure(draw, rng, name, box, line):
-    x0, y0, x1, y1 = box
-    body, h = x1 - 24 * SCALE, y1 - y0
-    draw.arc((body - 20 * SCALE, y0 + h / 6, x1, y0 + 3 * h / 4), -90, 90, INK, 4 * SCALE)
-    draw.line((x0, y0, x0, y1, body, y1, body, y0), INK, line + 1)
-    for ml in range(100, 600, 100):
-        y = _level(box, ml)
-        draw.line((x0, y, x0 + 12 * SCALE, y), INK, line)
-        draw.text((x0 + 15 * SCALE, y), str(ml), INK, _font(10), anchor="lm")
-
-
-def _axes(draw, box, line):
-    x0, y0, x1, y1 = box
-    for i in range(6):
-        y = y1 - i * (y1 - y0) / 5
-        draw.line((x0, y, x1, y), (176, 176, 184), 1)
-        draw.text((x0 - 3 * SCALE, y), str(i), INK, _font(10), anchor="rm")
-    draw.line((x0, y0, x0, y1, x1, y1), INK, line)
-
-
-def _ring(draw, rng, name, box, line):
-    x0, y0, x1, y1 = box
-    draw.ellipse(box, None, INK, line)
-    k, turn, r = int(name.split()[2]), rng.uniform(0, math.tau), rng.randint(4, 5) * SCALE
-    for i in range(k):
-        angle, reach = turn + math.tau * i / k, (x1 - x0) / 4.2
-        x = (x0 + x1) / 2 + math.cos(angle) * reach
-        y = (y0 + y1) / 2 + math.sin(angle) * reach
-        draw.ellipse((x - r, y - r, x + r, y + r), _tint(rng, RGB["blue"], 30))
-
-
-def _arrow(draw, rng, name, box, line):
-    x0, y0, x1, y1 = box
-    tail, tip = (x0, x1) if name == "arrow right" else (x1, x0)
-    y, neck = (y0 + y1) / 2, (tail + tip) / 2
-    draw.line((tail, y, neck, y), INK, (2 + line) * SCALE)
-    draw.polygon(((neck, y0), (neck, y1), (tip, y)), INK)
-
-
-def _pictogram(draw, rng, name, box, line):
-    x0, y0, x1, y1 = box
-    shift = rng.randint(-12, 12)
-    for method, rgb, points in PICTOGRAMS[name]:
-        xy = [
-            p * (y1 - y0) + y0 if i % 2 else p * (x1 - x0) + x0  # x and y take turns
-            for i, p in enumerate(points)
-        ]
-        fill = INK if rgb == INK else tuple(min(255, v + shift) for v in rgb)
-        getattr(draw, method)(xy, fill, **({"width": line + 1} if method == "line" else {}))
-
-
-PAINTERS = {"magnet": _magnet, "ring": _ring, "arrow": _arrow, "cup": _measure, "water": _water}
-PAINTERS |= dict.fromkeys(SPECIES, _pictogram) | dict.fromkeys(COLOURS, _shape)
-
-
-def _render(rng, draft):
-    image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), _tint(rng, (246, 245, 240), 8))
-    draw, line = ImageDraw.Draw(image), rng.randint(2, 3)
-    if draft.chart:
-        _axes(draw, [v * SCALE for v in draft.chart], line)
-    for name, box in draft.objects:
-        PAINTERS[name.split()[0]](draw, rng, name, [v * SCALE for v in box], line)
-    return image.reduce(SCALE)
 
 
 # ---- the benchmark -----------------------------------------------------------------------------
@@ -583,7 +312,7 @@ def _scene(rng, family, split, draft):
         return rng.choice(template.split(" | ")).format(**facts | draft.words)
 
     question, solution = map(say, PHRASES[draft.kind])
-    image = _render(rng, draft) if draft.objects else None
+    image = render(rng, draft.objects, draft.chart) if draft.objects else None
     hint = say(topic.hint) if image is None or rng.random() < 0.25 else ""
     record = {
         "question": question, "choices": choices, "answer": draft.answer, "hint": hint,

@@ -25,7 +25,9 @@ from itertools import combinations, pairwise, product
 from math import prod
 from pathlib import Path
 
-from demo.scenes import COLOURS, KINDS, NAMES, SPECIES, TOPICS, WORDS, _join, _plural
+from demo.drawing import SPECIES
+from demo.scenes import COLOURS, KINDS, NAMES, WORDS
+from demo.wording import TOPICS, joined, plural
 from support.files import read_json
 
 NAME = "demo"
@@ -80,7 +82,7 @@ def _count(facts):
 
 
 def _counted(numbers, noun="{}"):
-    return _join(_plural(n, noun.format(name)) for name, n in numbers.items())
+    return joined(plural(n, noun.format(name)) for name, n in numbers.items())
 
 
 def _added(numbers):
@@ -106,20 +108,20 @@ def _bars(facts):
         asked = facts["asked"]
         return [f"The top of the {asked} bar is at line {bars[asked]}."], str(bars[asked])
     word, best = ("highest", max) if facts["kind"] == "tallest" else ("lowest", min)
-    stated = [f"The bars show {_join(f'{c} {h}' for c, h in bars.items())}."]
+    stated = [f"The bars show {joined(f'{c} {h}' for c, h in bars.items())}."]
     return [*stated, f"The {word} number is {best(bars.values())}."], _extreme(bars, best)
 
 
 def _groups(facts):
     g, k = facts["rings"], facts["dots"]
-    stated = [f"The picture shows {_plural(g, 'ring')} with {k} dots in each ring."]
+    stated = [f"The picture shows {plural(g, 'ring')} with {k} dots in each ring."]
     if facts["kind"] == "product":
         return stated, f"{g} x {k}"
     return [*stated, f"{g} x {k} = {g * k}."], str(g * k)
 
 
 def _food(facts):
-    stated = [f"From left to right the picture shows {_join(facts['order'])}."]
+    stated = [f"From left to right the picture shows {joined(facts['order'])}."]
     stated += [f"The arrows point to the {facts['arrow']}."]
     chain, kind = _chain(facts), facts["kind"]
     if kind == "top":
@@ -133,7 +135,7 @@ def _food(facts):
 
 def _position(facts):
     order, asked = facts["order"], facts["asked"]
-    stated = [f"From left to right the picture shows {_join(order)}."]
+    stated = [f"From left to right the picture shows {joined(order)}."]
     if facts["kind"] == "end":
         return stated, order[0 if asked == "left" else -1]
     return stated, "left" if order.index(asked["a"]) < order.index(asked["b"]) else "right"

@@ -48,6 +48,7 @@ async def gemini_batches(client):
 
 
 async def anthropic_send(client, name, model, requests):
+    """The id of a new batch of {key: request}; Anthropic's have no names."""
     sent = []
     for mark, request in requests.items():
         sent.append({"custom_id": mark, "params": anthropic_request(model, *request)})
@@ -55,6 +56,7 @@ async def anthropic_send(client, name, model, requests):
 
 
 async def gemini_send(client, name, model, requests):
+    """The id of a new batch of {key: request}, displayed under this name."""
     from google.genai import types
 
     sent = []
@@ -79,6 +81,7 @@ async def anthropic_results(client, id):
 
 
 async def gemini_results(client, id):
+    """As `anthropic_results`; a message is a list of one response."""
     job = await client.aio.batches.get(name=id)
     if not job.done:
         return None
@@ -111,6 +114,12 @@ class Batches:
 
     def keys(self):
         return {key for entry in self.entries for key in entry["keys"]}
+
+    def refuse(self, keys):
+        """ValueError if some of these are out: asked one by one too, they cost twice."""
+        if sent := self.keys() & set(keys):
+            text = f"{len(sent)} of these questions are out in batches: collect them with --batch"
+            raise ValueError(f"{self.file}: {text}.")
 
     def most(self):
         """USD that what is out may cost."""

@@ -166,6 +166,7 @@ def anthropic_request(model, text, image, schema, how):
 
 
 def anthropic_reply(message):
+    """The Reply in a whole message, streamed or of a batch."""
     parts = {"thinking": [], "text": []}
     for block in message.content:
         if block.type in parts:
@@ -207,6 +208,7 @@ def gemini_request(model, text, image, schema, how):
 
 
 def gemini_reply(chunks):
+    """The Reply in the chunks of a stream, or in the one response of a batch."""
     said, stop, why, used = {True: [], False: []}, None, "", None
     for chunk in chunks:
         used = chunk.usage_metadata or used

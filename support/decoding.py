@@ -2,7 +2,7 @@
 
 `in_batches` deals examples out, to each process its own; a `Part` keeps what is decoded, so that an
 interrupted run goes on to the same bits; `before_loop` cuts a text that goes in circles; `speller`
-gives the text of ids one by one.
+gives the text of ids one by one, and a `printer` prints it.
 
 Left out: the step from logits to a token (`model.decode`), and who asks for what (eval.py).
 
@@ -136,4 +136,22 @@ def speller(tokenizer, skip=True):
 
 
 def spelled(tokenizer, ids, skip=True):
+    """The text that each id adds, a list as long as `ids`; "" inside of a character."""
     return list(map(speller(tokenizer, skip), ids))
+
+
+def printer(tokenizer, between):
+    """An `on_token` for one row: prints each text as it is written, and `between` before the next.
+    White space at the end of a text is not printed."""
+    spell, held = None, ""
+
+    def on_token(t, ids):
+        nonlocal spell, held
+        if t == 0:
+            print(between if spell else "", end="")
+            spell, held = speller(tokenizer), ""
+        text = held + spell(ids.item())
+        held = text[len(text.rstrip()) :]
+        print(text.rstrip(), end="", flush=True)
+
+    return on_token

@@ -93,10 +93,9 @@ def _fetch(url, part):
 def unpack(archive, folder, top):
     """Unzip the archive's folder `top` as folder/top.
 
-    An entry that would leave the folder (an absolute path, a drive, "..", a symbolic link) is
-    refused, and so are entries that unpack to `most` times the archive's size (pictures hardly
-    shrink; a bomb says a thousand times, and no entry gets more than it says). Then nothing is
-    unpacked.
+    Nothing is unpacked, and ValueError says why, if an entry would leave the folder (an absolute
+    path, a drive, "..", a symbolic link), or if all would take over a hundred times the archive's
+    size: pictures hardly shrink, a bomb says a thousand times, and no entry gets more than it says.
     """
     size, most = os.path.getsize(files.regular_file(archive)), 100
     with tempfile.TemporaryDirectory(dir=folder) as temporary:

@@ -121,6 +121,7 @@ def squash(text):
 
 @lru_cache(maxsize=4096)
 def squashed(texts):
+    """`squash`ed choices, which are compared with many sentences."""
     return [squash(plain(text)) for text in texts]
 
 

@@ -66,7 +66,7 @@ WORD = re.compile(r"-?\d(?:[\d.,/]*\d)?|\b[A-J]\b|[^\W\d_]{2,}")
 
 
 def rule_verdict(problem, thought, answer):
-    """The verdict of eval.py's grader on a teacher's own words: free, and always the same.
+    """The verdict of the grader (grading.py) on a teacher's own words: free, and always the same.
 
     consistent: the last answer that the thought commits to is the answer; None if it commits to
     none, as a thought may when it ends in the observation that settles the question, or if it

@@ -5,6 +5,14 @@ most the record being written; what is in it is not asked, and not paid for, aga
 `files.digest`'s. teacher.py keeps traces and replies that wait for a judge in it, judging.py
 verdicts.
 
+A trace: what the student shall write, and in "reply" the teacher's own words.
+
+    {"id": "7", "question": "Will these magnets ...?", "thought": "Two north poles face each other,
+     and like poles repel.", "answer": "B", "gold": "B", "verdict": {"correct": true, "consistent":
+     true, "by": "rule", "why": ...}, "teacher": "gemini:...", "usage": {"input": 711, "output":
+     342, "cost": 0.0018, ...}, "key": ..., "stop": "end", "attempt": 0, "hint": false, "kept":
+     true, "reply": {"thought": ..., "answer": ...}}
+
 Left out on purpose: an index, and files of more than one process at a time.
 """
 

@@ -4,8 +4,8 @@ The pass reads what was written anyway: nothing here is part of decoding. Of mmc
 fusion's own numbers (Multimodal-CoT, arXiv 2302.00923, Eq. 4 and 5) and DETR's words for its
 positions; of PaliGemma the attention of the last third of its layers to the picture.
 
-Left out: why an answer was given. Attention says where numbers came from, not that (Jain and
-Wallace 2019, arXiv 1902.10186).
+Left out: why an answer was given. Attention says where numbers came from, not why (Jain and Wallace
+2019, arXiv 1902.10186).
 
 Axes: T tokens, U of them written, n of them with a map; P I image positions, D width, K x G heads,
 L classes.
@@ -29,8 +29,6 @@ from support.grading import CUE
 LOOKS = 24  # problems whose looks are kept
 
 
-# A second pass over what was written anyway: nothing here is part of decoding. Attention says where
-# numbers came from, not why an answer was given (Jain and Wallace 2019, arXiv 1902.10186).
 def looks(config, models, problems, predictions, tokenizer, features):
     """What the models looked at: {id: look}, JSON. See `fusion_looks` and `paligemma_look`.
 

@@ -42,6 +42,7 @@ DETAILS = ("question type", "source", "category", "language", "grade")  # only w
 
 # --- grades, rates and rows
 def percent(share):
+    """A share in 0..1 as a percentage with two decimals."""
     return round(100.0 * share, 2)
 
 

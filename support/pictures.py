@@ -7,7 +7,7 @@ no whole picture, or too large, is refused with a sentence.
 Left out on purpose: what a model makes of the pixels and where that is kept (features.py); random
 crops and flips, which may change an answer.
 
-Axes: H W pixels down and across, S both of a square.
+Axes: H W pixels down and across, S both of a square, I image tokens.
 """
 
 import contextlib
@@ -90,7 +90,8 @@ def siglip_pixels(image, size):
 
 
 class Pictures:
-    """In place of `Features` where the image tower is trained too: pixels, decoded at each use."""
+    """In place of `features.Features` where the image tower is trained too: pixels, decoded at each
+    use. side: S, of the pixels; tokens: I, how many <image> tokens stand for a picture."""
 
     def __init__(self, problems, side, tokens):
         self.paths = {p.id: p.image for p in problems if p.image is not None}
@@ -125,7 +126,8 @@ def unusable(problems, look=None):
     def reason(problem):
         try:
             lettered(problem)
-            problem.image is None or look(problem.image)
+            if problem.image is not None:
+                look(problem.image)
         except (OSError, ValueError) as error:
             return str(error)
 

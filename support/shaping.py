@@ -122,21 +122,22 @@ def length(problem, thought, tokenizer=None):
 
 
 def word_grams(text, n=3):
+    """The runs of n words of a text, as a set; of a shorter text the one run that it is."""
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
 def distinct(thought, others, share=0.6):
-    """Whether no other thought has `share` or more of the runs of three words of the shorter of
-    the two (--diverse). Word for word the same in another order of sentences is the same; the
-    runs of questions quoted in both are few."""
+    """Whether a thought is another one than each of `others` (--diverse): it shares less than
+    `share` of the runs of three words that the shorter of the two has. The same sentences in
+    another order are the same thought; a question quoted in both adds few such runs."""
     ours = word_grams(thought)
     others = map(word_grams, others)
     return all(len(ours & other) < share * min(len(ours), len(other)) for other in others)
 
 
 def graded(problem, answer):
-    """eval.py's Grade. Where it reads one form only (ScienceQA), a teacher may use any other."""
+    """grading.py's Grade. Where it reads one form only (ScienceQA), a teacher may use any other."""
     grade, said = grading.grade(problem, answer), grading.committed(problem, answer)
     if grade.parsed is None and said:
         return replace(grading.grade(problem, said[0]), how=said[1])

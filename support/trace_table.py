@@ -6,6 +6,7 @@ are, and where the rule and the judge, or old and new verdicts, differ. Left out
 """
 
 import math
+import sys
 from collections import Counter
 
 from support import metrics, tables
@@ -79,3 +80,25 @@ def agreements(records):
             where = ", ".join(found["disagreements"]) or "none"
             lines += [f"{names} agree on {share}, kappa {kappa}; they differ at: {where}"]
     return lines
+
+
+def report(run, records, left):
+    """Print the summary, what failed, and how to go on.
+
+    run      teacher.py's Run, whose calls have come to their end
+    records  what the trace file holds for its command; left: how many questions can be asked yet
+    """
+    calls = run.calls
+    if records:
+        print(trace_table(records, run.problems, run.tokenizer, len(calls.failed)))
+    for id, why in list(calls.failed.items())[:10]:
+        print(f"failed: {id}: {why}", file=sys.stderr)
+    if len(calls.failed) > 10:
+        print(f"failed: {len(calls.failed) - 10} more", file=sys.stderr)
+    if calls.lost:
+        text = f"Replies that never came whole may have been billed too: ${calls.lost:.4f} at most."
+        print(text, file=sys.stderr)
+    if calls.stop:
+        many = f"{left} of {len(run.problems)} questions are left"
+        text = f"Stopped: {calls.stop}. {many}; the same command goes on with them."
+        print(text, file=sys.stderr)

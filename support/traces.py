@@ -4,7 +4,7 @@ Here: traces as teacher.py writes them; the files of github.com/axeld5/pali_reas
 teacher was Gemini and whose judge was Claude; the pictures that two splits share; what
 MathVista (Lu et al., arXiv 2310.02255) may be used for.
 
-Left out on purpose: writing traces (teacher.py), choosing among them (train.py), the row that is
+Left out on purpose: writing traces (ledger.py), choosing among them (records.py), the row that is
 made of one (data.pali_suffix).
 """
 
@@ -60,6 +60,22 @@ def load_traces(path, skipped=None):
         count = f"{len(traces) - len(whole)} of {len(traces)}"
         print(f"{path}: left out {count} traces without a thought.", file=sys.stderr)
     return whole
+
+
+def traces_of(ids, path, where):
+    """{problem id: its traces} of these ids, in the order of the file; ValueError if there is none.
+
+    where  what the problems are, for the sentence. Traces of others are counted on stderr.
+    """
+    traces, found = load_traces(path), {}
+    for trace in (trace for trace in traces if trace["id"] in ids):
+        found.setdefault(trace["id"], []).append(trace)
+    if not found:
+        raise ValueError(f"{path} has no trace of a problem of {where}.")
+    others = len(traces) - sum(map(len, found.values()))
+    if others:
+        print(f"{path}: {others} traces are of no problem here.", file=sys.stderr)
+    return found
 
 
 def _trace(record, where):

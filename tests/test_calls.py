@@ -2,6 +2,7 @@
 kind, Ctrl-C, and money.
 """
 
+import json
 import re
 import time
 
@@ -179,3 +180,9 @@ def test_a_dry_run_sends_nothing_and_needs_no_key(ask, server, monkeypatch):
         code, out, _ = ask(wire, "--dry-run", "--judge", WIRES["anthropic"])
         assert code == 0 and "3 requests" in out and "$" in out
     assert server.log == [] and {file.name for file in ask.folder.iterdir()} == {"q.jsonl", "3.png"}
+    told = {"question": "", "thought": "As said.", "answer": "A"}
+    lines = [{"id": f"q{i}"} | told for i in (1, 1, 3)]
+    (ask.folder / "from.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--from", ask.folder / "from.jsonl", "--dry-run", "--judge", WIRES["anthropic"])
+    code, out, _ = ask("gemini", *flags)
+    assert code == 0 and "2 questions, 3 replies" in out and "requests" not in out and "$" in out

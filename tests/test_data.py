@@ -141,8 +141,9 @@ def test_demo_is_drawn_once(tmp_path, monkeypatch):
     assert first == again and len(first) == 4 and len(calls) == 1
     assert all(p.image is None or pictures.open_image(p.image) for p in first)
     [folder] = tmp_path.glob("demo-*")
-    script = (ROOT / "demo/scenes.py").read_bytes()
-    assert folder.name == f"demo-{hashlib.sha256(script).hexdigest()[:10]}"
+    scripts = [ROOT / "demo" / f"{name}.py" for name in ("scenes", "drawing", "wording")]
+    digest = hashlib.sha256(b"".join(script.read_bytes() for script in scripts)).hexdigest()
+    assert folder.name == f"demo-{digest[:10]}"
 
 
 def test_own_jsonl(tmp_path):

@@ -314,7 +314,7 @@ def test_text_appears_in_whole_characters_as_it_is_written(monkeypatch):
         pytest.skip("no tokenizer of PaliGemma; set NANOCOT_DATA")
     tokenizer, writes = gemma(), []
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=writes.append, flush=lambda: None))
-    on_token = scoring.printer(tokenizer, "\nAnswer:")
+    on_token = decoding.printer(tokenizer, "\nAnswer:")
     emoji = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in "\U0001fae8".encode()]
     words, end, answer = (plain_ids(tokenizer, x) for x in ("Two red dots ", " \n", " B"))
     for ids in (words + emoji + end, answer):
