@@ -77,16 +77,18 @@ class LoRALinear(nn.Linear):
             norm = (self.weight + self.delta()).norm(dim=1)  # (O,)
         return self.lora_magnitude_vector / norm
 
+    base_forward = nn.Linear.forward  # W0 x + b; while decoding, model.onednn's in its place
+
     def forward(self, x):
         """(..., I) -> (..., O), in the dtype the base gives."""
         if self.original is not None:
-            return super().forward(x)
+            return self.base_forward(x)
         drops = self.training and self.dropout
         if torch.is_grad_enabled() and not drops and self.lora_magnitude_vector is None:
             # As the plain LoRA below, with less kept for the way back.
             A, B = self.lora_A.weight, self.lora_B.weight
             return Adapted.apply(x, self.weight, self.bias, A, B, self.scaling)  # (..., O)
-        out = super().forward(x)  # (..., O)
+        out = self.base_forward(x)  # (..., O)
         dropped = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout, self.training)
         low = self.lora_B(self.lora_A(dropped) * self.scaling)  # (..., r) -> (..., O)
         if self.lora_magnitude_vector is None:

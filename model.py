@@ -1680,23 +1680,25 @@ def has_onednn(t):
 
 @contextlib.contextmanager
 def onednn(layers, rows=None):
-    """Inside, a CPU multiplies by those of `layers` that are plain, big and fp32 with oneDNN, which
-    torch keeps for compiled models: 1.1 times as fast as its BLAS, and 1.1 to 2.3 times for the few
-    `rows` of a decoding step (an int), if the weights are laid out for them, which costs a copy.
-    Without gradients only."""
+    """Inside, a CPU multiplies by those of `layers` that are big and fp32, adapted or not, with
+    oneDNN, which torch keeps for compiled models: 1.1 times as fast as its BLAS, and 1.1 to 2.3
+    times for the few `rows` of a decoding step (an int), if the weights are laid out for them,
+    which costs a copy. Without gradients only."""
     ops, ours = torch.ops.mkldnn, []
     for m in layers:
-        w = m.weight if type(m) is nn.Linear else torch.empty(0)
+        name = "forward" if type(m) is nn.Linear else "base_forward"  # lora.LoRALinear's
+        w = m.weight if hasattr(m, name) else torch.empty(0)
         if w.numel() >= ONEDNN and has_onednn(w):
             if (rows or 1) > 1:  # one row is bound by reading the weights, whatever their layout
                 w = ops._reorder_linear_weight(w, rows)
-            m.forward = lambda x, w=w, b=m.bias: ops._linear_pointwise(x, w, b, "none", [], "")
-            ours.append(m)
+            how = w, m.bias, "none", [], ""
+            setattr(m, name, lambda x, how=how: ops._linear_pointwise(x, *how))
+            ours.append((m, name))
     try:
         yield
     finally:
-        for m in ours:
-            del m.forward  # the class's own is seen again
+        for m, name in ours:
+            delattr(m, name)  # the class's own is seen again
 
 
 def linear_of(weight):
