@@ -375,7 +375,7 @@ def forecast(run, left):
         f"{teacher.spec}: {many} requests, {reads:,} tokens in; out {usual:.0f} each ({guess}), "
         f"{args.max_output} at most. {bill(teacher, '--price', n, reads, usual, args)}"
     )
-    if judge.provider in clients.PACKAGES:
+    if judge.provider in clients.ASK:
         some = "" if args.judge_all else "what the rule is not sure of; for all it would be "
         reads = sum(input_tokens(judge.provider, *text) + 600 + round(usual) for text in texts)
         money = bill(judge, "--judge-price", n, reads, 300, args)
@@ -515,7 +515,7 @@ def prepared(args):
     folder = args.tokenizer or (HERE / "demo/paligemma" if args.max_tokens else None)
     tokenizer = load_tokenizer(folder) if folder else None
     traces, pending = ledger.Ledger(args.out), Path(f"{args.out}.pending")
-    judges = judge.provider in clients.PACKAGES and not source
+    judges = judge.provider in clients.ASK and not source
     pending = ledger.Ledger(pending) if judges or pending.is_file() else None
     waiting = pending.records.values() if pending else ()
     spent = sum(map(ledger.paid, traces.records.values()))

@@ -31,6 +31,7 @@ RUN_FLAGS = {  # of a run's config.json, what is read here
     "traces": str | None, "adapter": str | None, "on_error": str | None,
 }  # fmt: skip
 PARTS = {"weights": str, "epochs": int | float, "max_output": int}  # of those that are lists
+BLIND = ("caption", "none")  # --vision of a run that looks at no pictures
 
 
 def run_config(folder):
@@ -100,7 +101,7 @@ def image_features(config, problems, model=None, skipped=None):
                 skipped += pictures.unusable(problems, pictures.open_image)
             side, tokens = model.config.vision.image_size, model.config.image_tokens
             return pictures.Pictures(problems, side, tokens)
-    elif config["vision"] != "detr":
+    elif config["vision"] in BLIND:
         return None
     elif config["features"]:
         return published_features(config["features"], config["name_map"])
@@ -172,7 +173,7 @@ def asked_features(config, models, picture):
         seen = None if paligemma else models[-1].fusion
         width = seen and seen.image_dense.in_features
         return width and Features(np.zeros((1, 1, width), np.float16), {})
-    if not paligemma and config["vision"] != "detr":
+    if not paligemma and config["vision"] in BLIND:
         return None
     if not paligemma and config["features"]:
         raise ValueError(
