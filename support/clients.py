@@ -4,7 +4,8 @@ How each is asked (`ASK`: requests, replies, pictures as both take them), what i
 which of its faults are worth another try (`retry_after`) and what they are called (`in_words`). A
 provider is asked by one coroutine, (client, model, text, image, schema, how) -> Reply. image is
 (bytes, media type) or None; with a schema the answer is JSON of that form; how has max_output,
-thoughts (ask for them), and where given effort, thinking_budget and seed.
+thoughts (ask for them), and where given effort, thinking_budget and seed. One without an SDK has an
+httpx2.AsyncClient; README.md ("How to hack it") adds one to ASK and TEACHERS.
 
 The SDKs (anthropic, google-genai) are imported here only, where they are first needed; keys and
 base urls come from the environment variables that they define.

@@ -91,7 +91,8 @@ def image_features(config, problems, model=None, skipped=None):
 
     Published feature files are used as they are. Otherwise DETR is loaded only if a picture is not
     in the cache, and sees one size at a time: padding would change its output. A PaliGemma `model`
-    makes its own, projected; they are not kept where its image tower is trained or adapted. With a
+    makes its own, projected; they are not kept where its image tower is trained or adapted. The
+    cache is named by a hash of the weights, not of the code that makes features of them. With a
     list `skipped`, problems whose picture cannot be used go there, as (id, reason).
     """
     if model is not None:
