@@ -388,7 +388,7 @@ def prepared(args):
     folder = args.tokenizer or (args.max_tokens and files.ROOT / "demo/paligemma")
     tokenizer = load_tokenizer(folder) if folder else None
     traces, pending = ledger.Ledger(args.out), Path(f"{args.out}.pending")
-    judges = judge.provider in clients.PACKAGES and not source
+    judges = judge.provider in clients.ASK and not source
     pending = ledger.Ledger(pending) if judges or pending.is_file() else None
     waiting = pending.records.values() if pending else ()
     spent = sum(map(ledger.paid, traces.records.values()))

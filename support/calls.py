@@ -184,7 +184,7 @@ class Calls:
                 loop.add_signal_handler(number, self.interrupt, task)
         async with contextlib.AsyncExitStack() as opened:
             opened.callback(work.close)  # says nothing if it was awaited
-            for model in (model for model in models if model.provider in clients.PACKAGES):
+            for model in (model for model in models if model.provider in clients.ASK):
                 model.client = clients.connect(model.provider, self.timeout, opened)
             try:
                 await work

@@ -4,7 +4,8 @@ How each is asked (`ASK`: requests, replies, pictures as both take them), what i
 which of its faults are worth another try (`retry_after`) and what they are called (`in_words`). A
 provider is asked by one coroutine, (client, model, text, image, schema, how) -> Reply. image is
 (bytes, media type) or None; with a schema the answer is JSON of that form; how has max_output,
-thoughts (ask for them), and where given effort, thinking_budget and seed.
+thoughts (ask for them), and where given effort, thinking_budget and seed. One without an SDK has an
+httpx2.AsyncClient; README.md ("How to hack it") adds one to ASK and TEACHERS.
 
 The SDKs (anthropic, google-genai) are imported here only, where they are first needed; keys and
 base urls come from the environment variables that they define.
@@ -117,8 +118,30 @@ def parse_spec(spec, defaults, price=None):
 
 
 def connect(provider, timeout, opened):
-    """An async client of the provider's SDK, with the SDK's own retries off; closed with `opened`,
-    an AsyncExitStack."""
+    """An async client of the provider's SDK, with the SDK's own retries off, or of plain HTTP for
+    one that has none in PACKAGES; closed with `opened`, an AsyncExitStack."""
+    if provider in PACKAGES:
+        check_package(provider)
+    if provider == "anthropic":
+        import anthropic
+
+        client = anthropic.AsyncAnthropic(max_retries=0, timeout=timeout)
+        opened.push_async_callback(client.close)
+        return client
+    import httpx2
+
+    web = httpx2.AsyncClient(timeout=timeout, limits=httpx2.Limits(max_connections=None))
+    opened.push_async_callback(web.aclose)
+    if provider not in PACKAGES:
+        return web
+    from google import genai
+
+    options = genai.types.HttpOptions(timeout=round(timeout * 1000), httpx_async_client=web)
+    return genai.Client(vertexai=False, http_options=options)
+
+
+def check_package(provider):
+    """ValueError without the provider's SDK, or without a key for it."""
     package, oldest = PACKAGES[provider]
     try:
         version = importlib.metadata.version(package)
@@ -128,19 +151,6 @@ def connect(provider, timeout, opened):
         raise ValueError(f"{package} is {version}: run `pip install -U '{package}>={oldest}'`.")
     if not any(os.environ.get(name) for name in KEYS[provider]):
         raise ValueError(f"No key for {provider}: put it into the variable {KEYS[provider][0]}.")
-    if provider == "anthropic":
-        import anthropic
-
-        client = anthropic.AsyncAnthropic(max_retries=0, timeout=timeout)
-        opened.push_async_callback(client.close)
-        return client
-    import httpx2
-    from google import genai
-
-    web = httpx2.AsyncClient(timeout=timeout, limits=httpx2.Limits(max_connections=None))
-    opened.push_async_callback(web.aclose)
-    options = genai.types.HttpOptions(timeout=round(timeout * 1000), httpx_async_client=web)
-    return genai.Client(vertexai=False, http_options=options)
 
 
 # --- how each is asked
@@ -276,8 +286,9 @@ ASK = {"gemini": ask_gemini, "anthropic": ask_anthropic}
 
 
 def status_of(error):
-    """The HTTP status of an SDK's error, or None."""
-    status = getattr(error, "status_code", None) or getattr(error, "code", None)
+    """The HTTP status of an SDK's error, or of plain HTTP's, or None."""
+    plain = getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(error, "status_code", None) or getattr(error, "code", None) or plain
     return status if isinstance(status, int) else None
 
 

@@ -21,7 +21,7 @@ import torch
 
 import lora
 from model import resolve, stored_tensors
-from support import files, loading, optimizing
+from support import loading, optimizing
 from support.features import Features
 from support.optimizing import trained
 
@@ -35,13 +35,14 @@ def blank_features(args, problems, model=None):
         if args.full or not inside:
             return loading.image_features(vars(args), problems, model)  # pixels, read when used
         shape = model.config.image_tokens, model.config.text.hidden_size
-    elif args.vision != "detr" or args.features:
+    elif args.vision in loading.BLIND or args.features:
         return loading.image_features(vars(args), problems)
     else:
         folder = resolve(args.vision_weights)
         count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())
         print(f"  {folder}: {count:,} numbers, frozen; it sees each picture once, before training")
-        shape = [files.read_json(folder / "config.json")[key] for key in ("num_queries", "d_model")]
+        extract, _, size = loading.eyes(vars(args))
+        shape = extract([torch.zeros(3, size, size)])[0].shape
     rows = {p.id: 0 for p in problems if p.image is not None}
     return Features(torch.zeros(1, *shape).numpy(), rows)
 

@@ -22,6 +22,8 @@ from model import DETR, PaliGemma, resolve, stored_tensors
 from support import files, pictures
 from support.features import Features, cached_features, published_features
 
+BLIND = ("caption", "none")  # --vision of a run that looks at no pictures
+
 
 def load_paligemma(config, folder=None):
     """The base model of a run and, if its folder has them, the adapter or weights trained there."""
@@ -44,7 +46,8 @@ def image_features(config, problems, model=None, skipped=None):
 
     Published feature files are used as they are. Otherwise DETR is loaded only if a picture is not
     in the cache, and sees one size at a time: padding would change its output. A PaliGemma `model`
-    makes its own, projected; they are not kept where its image tower is trained or adapted. With a
+    makes its own, projected; they are not kept where its image tower is trained or adapted. The
+    cache is named by a hash of the weights, not of the code that makes features of them. With a
     list `skipped`, problems whose picture cannot be used go there, as (id, reason).
     """
     if model is not None:
@@ -54,7 +57,7 @@ def image_features(config, problems, model=None, skipped=None):
                 skipped += pictures.unusable(problems, pictures.open_image)
             side, tokens = model.config.vision.image_size, model.config.image_tokens
             return pictures.Pictures(problems, side, tokens)
-    elif config["vision"] != "detr":
+    elif config["vision"] in BLIND:
         return None
     elif config["features"]:
         return published_features(config["features"], config["name_map"])
@@ -125,7 +128,7 @@ def asked_features(config, models, picture):
         seen = None if paligemma else models[-1].fusion
         width = seen and seen.image_dense.in_features
         return width and Features(np.zeros((1, 1, width), np.float16), {})
-    if not paligemma and config["vision"] != "detr":
+    if not paligemma and config["vision"] in BLIND:
         return None
     if not paligemma and config["features"]:
         raise ValueError(

@@ -83,9 +83,10 @@ def strongest(attention, objects, most=8):
 
 def detected(config, problems, features):
     """{id: {"boxes", "labels"}} of the P positions, by DETR's two heads on the features that the
-    model saw; of published features, whose DETR is not here, {"labels": their numbers}."""
+    model saw; of published ones, whose DETR is not here, and of other encoders, {"labels": their
+    numbers}."""
     P = {p.id: features.shape[0] if p.id in features else 0 for p in problems}
-    if config["features"]:
+    if config["features"] or config["vision"] != "detr":
         return {i: {"labels": [f"position {j}" for j in range(n)]} for i, n in P.items()}
     detr, found = DETR.from_pretrained(resolve(config["vision_weights"])), {}
     names = (detr.config.id2label or {}).get
