@@ -14,8 +14,7 @@ Rejection sampling (--attempts) asks again until a reply is kept.
 Here: what is asked, how a reply becomes a trace, what a command does. In support/: clients.py (the
 providers), calls.py and batches.py (many calls, within a limit of money), shaping.py and judging.py
 (what is kept of a reply), ledger.py (the trace file), teacher_flags.py, forecast.py and
-trace_table.py
-(what a command is told, and what it says).
+trace_table.py (what a command is told, and what it says).
 
 Left out on purpose: other providers, tools, conversations, prompt caching, batches for the judge.
 """
@@ -395,8 +394,8 @@ def prepared(args):
     spent += sum(ledger.paid(r) for r in waiting if r["key"] not in traces.records)
     limit = math.inf if args.max_cost is None else args.max_cost
     calls = Calls(args.concurrency, args.timeout, args.retries, limit, spent)
-    teacher = None if source else teacher
-    return Run(args, problems, teacher, judge, calls, traces, pending, source, shots, tokenizer)
+    asked = None if source else teacher
+    return Run(args, problems, asked, judge, calls, traces, pending, source, shots, tokenizer)
 
 
 def to_price(run, left):

@@ -28,7 +28,7 @@ PACKAGES = "torch safetensors tokenizers PIL numpy huggingface_hub anthropic goo
 PACKAGES.append("httpx2")  # google-genai's own, as both SDKs bring it
 MOST = 450  # lines of a file
 LONGER = {  # and why
-    "model.py": 2250,  # five architectures, their weight tables, loading, decoding
+    "model.py": 2260,  # five architectures, their weight tables, loading, decoding
     "lora.py": 550,  # PEFT's files, both ways
     "train.py": 560,  # two systems' runs
 }

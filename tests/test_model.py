@@ -143,6 +143,7 @@ def test_dropout_is_fair(p):
     for apart in (1, 2, 3, 4, 64):
         together = ((kept[apart:] - 1 + p) * (kept[:-apart] - 1 + p)).mean() / (p * (1 - p))
         assert abs(together) < 5 / n**0.5
+    assert [t.dtype for t in out.grad_fn.saved_tensors] == [torch.bool]  # a byte a place is kept
     out.sum().backward()
     assert torch.equal(x.grad, out)
     torch.manual_seed(0)
