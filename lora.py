@@ -232,10 +232,11 @@ def select(model, targets):
     unknown = [target for target in each if not any(fits(path, target) for path in paths)]
     if unknown or not each:
         kinds = sorted({re.sub(r"\.\d+\.", ".{}.", path) for path in paths})
+        where = inside.rstrip(".") or "the model"
         raise ValueError(
             f"No Linear layer of this {type(model).__name__} that can be adapted fits {unknown}. A "
             "list holds names or whole paths, a string is a regular expression for a whole path; "
-            f"names mean layers in {inside or 'the model'}. There are: {', '.join(kinds)}."
+            f"names mean layers in {where}. There are: {', '.join(kinds)}."
         )
     return [path for path in paths if any(fits(path, target) for target in each)]
 

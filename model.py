@@ -2049,17 +2049,22 @@ def finite(t):
 
 def save_weights(module, folder, table, config):
     """Write config.json and model.safetensors in the Hub's layout."""
-    folder = Path(folder)
-    tensors = {table.to_file(name): t for name, t in module.state_dict().items()}
-    if strange := sorted(name for name in tensors if name.startswith("?")):
-        raise ValueError(
-            f"{type(module).__name__} has tensors that its file format has no name for: "
-            f"{', '.join(strange)}. Adapters are saved with lora.save, or put into the weights "
-            "first with lora.merge(model, remove=True)."
-        )
+    folder, tensors = Path(folder), in_file_names(module, table)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def in_file_names(module, table):
+    """{name in the files: tensor} of the module; ValueError if the table lacks one."""
+    tensors = {table.to_file(name): t for name, t in module.state_dict().items()}
+    if strange := sorted(name[1:] for name in tensors if name.startswith("?")):
+        raise ValueError(
+            f"{type(module).__name__} has tensors that its table of file names has no row for: "
+            f"{', '.join(strange)}. A layer of your own needs a row there. Adapters are saved with "
+            "lora.save, or put into the weights first with lora.merge(model, remove=True)."
+        )
+    return tensors
 
 
 def has_weights(folder):

@@ -42,7 +42,7 @@ import data
 import eval as evaluation
 import fusion
 import lora
-from model import rank, resolve, world
+from model import in_file_names, rank, resolve, world
 from support import (
     ablations,
     decoding,
@@ -346,6 +346,7 @@ def start_model(args, features, stage):
     elif model.fusion is None:
         width = model.t5.config.d_model
         model.fusion = fusion.GatedFusion(width, features.shape[1], args.no_image)
+    in_file_names(model, model.KEYS)  # what could not be saved is not trained
     return model
 
 

@@ -333,7 +333,8 @@ def in_words(error):
         return "no reply in time (--timeout)"
     if isinstance(error, Lost):
         return hide(str(error))[:300]
-    text = getattr(error, "api_message", None) or getattr(error, "message", None) or str(error)
+    text = getattr(error, "api_message", None) or getattr(error, "message", None)
+    text = text or getattr(getattr(error, "response", None), "text", None) or str(error)
     return hide(f"{status_of(error) or type(error).__name__}: {' '.join(text.split())}")[:300]
 
 

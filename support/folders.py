@@ -27,6 +27,8 @@ from support.journal import Journal
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)}
 # Flags that change no result, or (threads) only bits of it.
 MAY_DIFFER = ("resume", "dry_run", "save_every", "out", "features_cache", "threads")
+# A finished run and one with others of these belong together: parts of a table, or two stages.
+GO_ON = ("--ablation ", "--alone ", "--teacher-forced ", "--stage ")
 RUN_FLAGS = {  # of a run's config.json, what is read here
     "model": str, "recipe": str, "data": str, "test_split": str, "device": str, "weights": list,
     "epochs": list, "seed": int, "max_output": list, "eval_batch_size": int, "commit": str | None,
@@ -100,7 +102,8 @@ def other_flags(args):
 
 def check_resume(runs):
     """Before anything is done: --resume goes with the flags that an unfinished run of these was
-    started with, and without it nothing that was saved is written over; else a ValueError."""
+    started with. Without it nothing is written over: not what an interrupted run saved, and no
+    finished run of other flags. Else a ValueError."""
     if rank():
         return
     unfinished = [args for args in runs if (Path(args.out) / "last").is_dir()]
@@ -109,6 +112,13 @@ def check_resume(runs):
             raise ValueError(
                 f"{out} has a run that was interrupted: add --resume to go on with it, or delete "
                 f"{' and '.join(map(str, saved))} to begin anew."
+            )
+    for args in runs:
+        other = None if args.resume or args in unfinished else other_flags(args)
+        if other := [x for x in other or () if not x.startswith(GO_ON)]:
+            raise ValueError(
+                f"{args.out} has a finished run of other flags ({'; '.join(other)}): give this one "
+                "another --out, or delete that folder."
             )
     for args in unfinished or runs:
         if args.resume and (other := other_flags(args)):

@@ -557,3 +557,14 @@ def test_sigterm_of_the_command_exits_0(tmp_path):
     told, _ = process.communicate()
     assert process.returncode == 0 and list(tmp_path.glob("run/last/*.json"))
     assert told.endswith("stopped; the same command with --resume goes on from here\n")
+
+
+def test_a_finished_run_is_not_replaced_by_one_of_other_flags(tmp_path):
+    """Two runs of other seeds, or of a hacked fusion, went to one folder, the last was left."""
+    args = parse_args([*PALI, "--alone", "--out", str(tmp_path)])
+    folders.begin(args)
+    folders.complete(tmp_path)
+    folders.check_resume([parse_args([*PALI, "--out", str(tmp_path)])])  # the same, in a table
+    other = parse_args([*PALI, "--alone", "--out", str(tmp_path), "--seed", "7"])
+    with pytest.raises(ValueError, match=r"finished run of other flags \(--seed was \d+, is 7\)"):
+        folders.check_resume([other])

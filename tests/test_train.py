@@ -20,6 +20,7 @@ import fusion
 import train
 from model import T5, T5Config
 from support import optimizing
+from support.features import Features
 from support.flags import MMCOT_DEMO, parse_args
 from support.journal import Journal
 from support.tokenizing import load_tokenizer
@@ -342,3 +343,18 @@ def test_the_demo_learns_to_look_at_the_picture(tmp_path):
     assert metrics["n"] >= 300
     assert metrics["accuracy"]["avg"] > 55
     assert metrics["parse_failures"] < 5
+
+
+def test_a_fusion_that_cannot_be_saved_is_not_trained(monkeypatch):
+    """A hacked layer without a row in the table of names cost a whole stage before it was said."""
+
+    class Mixed(fusion.GatedFusion):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.mix = torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(fusion, "GatedFusion", Mixed)
+    args = parse_args(["--model", "mmcot", "--device", "cpu"])
+    features = Features(torch.zeros(1, 36, 64).numpy(), {})
+    with pytest.raises(ValueError, match="no row for: fusion.mix.bias, fusion.mix.weight"):
+        train.start_model(args, features, 0)
