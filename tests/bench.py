@@ -971,6 +971,7 @@ import torch
 import data, lora, model, train
 from support.flags import parse_args
 from support.journal import Journal
+from support.tokenizing import load_tokenizer
 folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 flags = ["--model", "paligemma", "--data", "none", "--lr", "0.001", "--device", "cpu"]

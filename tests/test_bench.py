@@ -1,6 +1,8 @@
 """bench.py itself: its arithmetic, and that nothing is timed whose outputs differ."""
 
 import json
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import bench
@@ -110,6 +112,14 @@ def test_live_bytes_are_exact():
     assert (
         bench.live_peak(lambda: x.exp().exp().exp().sum(), [x]) == 12_004
     )  # kept for the way back
+
+
+def test_our_start_ends_in_a_step():
+    """A script in a string, where no linter finds a name that has moved."""
+    command = [sys.executable, "-c", bench.OUR_START, str(bench.ROOT / "demo/paligemma"), "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=bench.ROOT)
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout.split()[-1]) < 20
 
 
 @pytest.mark.slow

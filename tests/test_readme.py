@@ -118,7 +118,10 @@ def speeds(rows):
     for x in rows:
         if x["unit"] not in ("times", "GiB") and x["spread"]:
             what, span = f"{x['item']}: {x['case']}", "{:.2f}-{:.2f}".format(*x["spread"])
-            pair = f"{x['ours']:.4g} {x['unit']} | {x['theirs']:.4g}"
+            ours, theirs = (
+                f"{n:,.0f}" if n >= 1000 else f"{n:.4g}" for n in (x["ours"], x["theirs"])
+            )
+            pair = f"{ours} {x['unit']} | {theirs}"
             yield f"| {what} | {x['against']} | {pair} | {x['ratio']:.2f} | {span} |"
 
 
