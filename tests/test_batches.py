@@ -14,6 +14,7 @@ from support.clients import PRICES
 
 
 @both_wires
+@pytest.mark.slow
 def test_a_batch_is_joined_by_id_and_errors_are_asked_again(ask, server, wire):
     questions(ask.folder, 9)
     server.seed, server.script = 3, {"Q3": ["500"], "Q4": ["expired"]}

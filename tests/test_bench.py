@@ -74,6 +74,7 @@ def test_training_that_differs_is_not_timed(monkeypatch):
         bench.main([*QUICK, "--only", "mmcot-train"])
 
 
+@pytest.mark.slow
 def test_the_json_has_the_rows_of_the_table(tmp_path, capsys):
     file = tmp_path / "rows.json"
     bench.main([*QUICK, "--only", "mmcot-decode", "--json", str(file)])
@@ -114,6 +115,7 @@ def test_live_bytes_are_exact():
     )  # kept for the way back
 
 
+@pytest.mark.slow
 def test_our_start_ends_in_a_step():
     """A script in a string, where no linter finds a name that has moved."""
     command = [sys.executable, "-c", bench.OUR_START, str(bench.ROOT / "demo/paligemma"), "1"]

@@ -169,6 +169,7 @@ def ollama(monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_another_teacher(hacked, ollama):
     folder = hacked(TEACHER)
     file = folder / "support/clients.py"

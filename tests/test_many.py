@@ -236,6 +236,7 @@ def one_and_two(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradients_of_two_processes_are_those_of_one(case, one_and_two):
     one, two = (load_file(folder / f"{case}.gradients") for folder in one_and_two)

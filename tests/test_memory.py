@@ -58,6 +58,7 @@ def allocated(model, loss_of, batch):
     return peak + sum(t.untyped_storage().nbytes() for t in there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_count_is_the_allocators(checkpointing, monkeypatch):
     """Of a step with several chunks of the loss; 0.1 % is for what kernels borrow."""

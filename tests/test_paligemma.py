@@ -211,6 +211,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_text_fields_are_honoured(pair, fields, tmp_path):
     """Equal to the reference, and not what the plain config gives: soft-caps got lost silently in
