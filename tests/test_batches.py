@@ -82,6 +82,7 @@ def test_a_batch_that_is_not_taken_is_an_error_in_words(ask, server, wire, statu
 
 @both_wires
 @pytest.mark.parametrize("fault", ["empty", "html", "malformed", "drip", "503"])
+@pytest.mark.slow
 def test_batch_calls_that_fail_in_passing_are_tried_again(ask, server, monkeypatch, wire, fault):
     monkeypatch.setattr(Calls, "pause", lambda self, seconds: asyncio.sleep(0))
     questions(ask.folder, 2)

@@ -19,6 +19,7 @@ html nothing""".split()
 
 
 @both_wires
+@pytest.mark.slow
 def test_passing_faults_are_tried_again(ask, server, wire):
     questions(ask.folder, len(PASSING))
     server.script = {f"Q{i}": [fault] for i, fault in enumerate(PASSING, 1)}
@@ -52,6 +53,7 @@ def test_no_question_is_asked_more_often_than_retries_say(ask, server):
         ("anthropic", {"429:ms=200": 0.2, "529:86400": 0.6}),
     ],
 )
+@pytest.mark.slow
 def test_retry_after_is_obeyed_up_to_a_cap(ask, server, monkeypatch, wire, steps):
     monkeypatch.setattr(clients, "LONGEST_WAIT", 0.6)
     questions(ask.folder, len(steps))

@@ -979,6 +979,7 @@ def fuzz(name, numbers, folder):
 
 
 @pytest.mark.parametrize("name", READERS)
+@pytest.mark.slow
 def test_no_case_gets_past_the_sentences(name, tmp_path):
     fuzz(name, range(12), tmp_path)
 

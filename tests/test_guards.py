@@ -454,6 +454,7 @@ def test_bad_traces_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     name, spoiled, tmp_path, monkeypatch, capsys
 ):

@@ -145,6 +145,7 @@ def test_shape_on_real_thoughts():
 
 
 @needs_tokenizer
+@pytest.mark.slow
 def test_length_is_what_the_student_writes():
     p = problem()
     trace = {"thought": "The belt is longer than <rope>.", "verdict": {"correct": True}}

@@ -196,6 +196,7 @@ def test_outputs_and_gradients_are_pefts(tiny, variant, tmp_path):
 
 
 @pytest.mark.parametrize("variant", OURS)
+@pytest.mark.slow
 def test_peft_loads_ours(tiny, variant, tmp_path):
     ours = tiny.ours()
     names = lora.inject(ours, 3, 5, **OURS[variant])

@@ -648,6 +648,7 @@ def test_sampling_follows_the_generator_and_the_temperature(speaker):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
+@pytest.mark.slow
 def test_sampling_frequencies(speaker, temperature):
     n = 4000
     ids, mask = speaker.ids[:1].expand(n, -1), speaker.mask[:1].expand(n, -1)

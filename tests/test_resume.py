@@ -196,6 +196,7 @@ def test_a_shorter_log_needs_an_older_state(whole, tmp_path, capsys):
     [(journal, "write_safetensors"), (journal, "state_checksum"), (files, "flush"),
      (files, "write_json")],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_full_disk_while_saving_leaves_the_last_state(place, call, whole, tmp_path, monkeypatch):
     calls, real = [], getattr(place, call)
 
