@@ -44,7 +44,7 @@ import pytest
 import torch
 from conftest import ROOT  # puts the repository on the path
 from PIL import Image, PngImagePlugin
-from samples import field
+from samples import annotation, field
 
 import data
 import eval as evaluation
@@ -138,19 +138,7 @@ def scienceqa(folder):
 
 
 def mathvista(folder):
-    entry = {
-        "question": "How long\r\nis it?",
-        "image": "images/1.jpg",
-        "choices": None,
-        "unit": "cm",
-        "precision": 1.0,
-        "answer": "2.5",
-        "question_type": "free_form",
-        "answer_type": "float",
-        "pid": "1",
-        "metadata": {"split": "testmini", "source": "TextVQA", "skills": ["arithmetic reasoning"]},
-        "query": "Hint: Give one decimal.\nQuestion: How long is it? (Unit: cm)",
-    }
+    entry = annotation(1)
     choice = entry | {"choices": ["2", "4"], "answer": "4", "answer_type": "integer"}
     write_json(folder / "annot_testmini.json", {"1": entry, "2": choice, "3": entry})
 
