@@ -113,6 +113,7 @@ class LoRALinear(nn.Linear):
 class Adapted(torch.autograd.Function):
     """Eq. 3 of LoRA for training: W0 x + b + s B A x.
 
+    x (..., I), weight (O, I), bias (O), A (r, I), B (O, r) -> (..., O).
     Keeps x once, in its own dtype, and s A x, which is small. PEFT keeps an fp32 copy of x for each
     layer: a fifth of a step's memory. Sums are made in place where the dtypes agree.
     """
@@ -293,13 +294,24 @@ def in_state(model, merged=None):
 # ----------------------------------------------------------------------------------------------
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Settings of adapter_config.json that load() obeys, and (from peft_type on) those that change
-# nothing. Any other that is set (not null, false or empty) may change the outputs: refused.
-KNOWN = """r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules
-    exclude_modules layers_to_transform peft_type task_type auto_mapping peft_version revision
-    base_model_name_or_path inference_mode megatron_core qalora_group_size runtime_config bias
-    init_lora_weights""".split()
-HARMLESS_INITS = (True, False, "gaussian", "orthogonal")  # the others change the base as well
+NUMBER = int | float
+KINDS = {  # of the settings that are obeyed: the type, and that of the parts
+    "r": (int, None),
+    "lora_alpha": (NUMBER, None),
+    "lora_dropout": (NUMBER, None),
+    "use_rslora": (bool, None),
+    "use_dora": (bool, None),
+    "rank_pattern": (dict, int),
+    "alpha_pattern": (dict, NUMBER),
+    "target_modules": (str | list, str),
+    "exclude_modules": (str | list, str),
+    "layers_to_transform": (int | list, int),
+}
+# Settings of adapter_config.json that are let through: those obeyed, those that change nothing, and
+# two whose values `refuse_unsupported` looks at. Any other that is set (not null, false or empty)
+# may change the outputs: refused.
+KNOWN = [*KINDS, *"""peft_type task_type auto_mapping peft_version revision base_model_name_or_path
+    inference_mode megatron_core qalora_group_size runtime_config bias init_lora_weights""".split()]
 
 
 def file_path(model, path):
@@ -435,21 +447,6 @@ def refuse_unsupported(config, path):
             f"{path} asks for what is not supported here: {listed}. Only LoRA, rsLoRA and DoRA on "
             "named Linear layers are: merge this adapter with PEFT and load the merged model."
         )
-
-
-NUMBER = int | float
-KINDS = {  # of the settings that are obeyed: the type, and that of the parts
-    "r": (int, None),
-    "lora_alpha": (NUMBER, None),
-    "lora_dropout": (NUMBER, None),
-    "use_rslora": (bool, None),
-    "use_dora": (bool, None),
-    "rank_pattern": (dict, int),
-    "alpha_pattern": (dict, NUMBER),
-    "target_modules": (str | list, str),
-    "exclude_modules": (str | list, str),
-    "layers_to_transform": (int | list, int),
-}
 
 
 def check_settings(config, path):

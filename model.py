@@ -512,7 +512,11 @@ class T5(nn.Module):
 
     def head(self, states):
         """(..., D) -> logits (..., V)."""
-        return F.linear(states, (self.lm_head or self.shared).weight)  # (..., V)
+        return F.linear(states, self.head_weight())  # (..., V)
+
+    def head_weight(self):
+        """(V, D): the output layer's, which is the embedding's where they are tied."""
+        return (self.lm_head or self.shared).weight
 
     def forward(self, input_ids, attention_mask, decoder_input_ids):
         """Teacher-forced logits (B, U, V) for (B, T) source ids and (B, U) shifted target ids."""
@@ -531,7 +535,7 @@ class T5(nn.Module):
     @torch.inference_mode()
     def generate_from(self, memory, attention_mask, max_new_tokens, **how):
         """As `generate`, from encoder states (B, T, D), perhaps fused with a picture."""
-        c, weight = self.config, (self.lm_head or self.shared).weight
+        c, weight = self.config, self.head_weight()
         cache = T5Cache(self.decoder, memory, self.mask_bias(attention_mask), max_new_tokens)
         head = linear_of(weight)
 
@@ -1568,9 +1572,10 @@ def decode(
 # ----------------------------------------------------------------------------------------------
 # Quick and small: the formulas above again, for where the plain way costs too much
 #
-# In training, autograd keeps every step of a formula; the three functions here keep what it starts
-# from and compute the rest again. Random numbers, and oneDNN's kernels, are for CPUs. All give what
-# the plain formula gives, up to rounding (dropout: other numbers of the same law).
+# In training, autograd keeps every step of a formula; `Normed`, `GatedGELU` and `CappedAttention`
+# keep what it starts from and compute the rest again. Random numbers, and oneDNN's kernels, are for
+# CPUs. All give what the plain formula gives, up to rounding (dropout: other numbers of the same
+# law).
 # ----------------------------------------------------------------------------------------------
 
 
@@ -1602,7 +1607,7 @@ class GatedGELU(torch.autograd.Function):
     GELU(gate), as large as they are, again on the way back."""
 
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up):  # (B, T, F)
         ctx.save_for_backward(gate, up)
         return F.gelu(gate, approximate="tanh").mul_(up)
 
@@ -2129,7 +2134,8 @@ def of_all_ranks(told):
 # Command line: what a checkpoint holds, without loading it
 # ----------------------------------------------------------------------------------------------
 
-# What stands for a shape's letters in `summary`: large primes, which no config has.
+# What stands for a shape's letters in `summary`: large primes, which no config has; a picture's
+# sides are 32 times one, as DETR divides them by up to that.
 AXIS_SIZES = {"B": 1009, "T": 1013, "U": 1019, "P": 1021, "Y": 32 * 1031, "X": 32 * 1033}
 AXIS_LETTERS = {size: letter for letter, size in AXIS_SIZES.items()}
 AXIS_LETTERS |= {AXIS_SIZES[axis] // n: f"{axis}/{n}" for axis in "YX" for n in (2, 4, 8, 16, 32)}

@@ -104,7 +104,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     refuse_senseless_numbers(parser, args)
-    known = fusion.RECIPES if args.model == "mmcot" else ("reason", "answer")
+    known = RECIPES[args.model]
     if args.recipe not in known:
         parser.error(f"--model {args.model} knows the recipes {', '.join(known)}")
     if args.full and args.adapter:

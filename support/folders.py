@@ -22,6 +22,7 @@ import data
 import fusion
 from model import rank, world
 from support import files, tables
+from support.flags import RECIPES
 from support.journal import Journal
 
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)}
@@ -29,7 +30,7 @@ VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__)
 MAY_DIFFER = ("resume", "dry_run", "save_every", "out", "features_cache", "threads")
 # A finished run and one with others of these belong together: parts of a table, or two stages.
 GO_ON = ("--ablation ", "--alone ", "--teacher-forced ", "--stage ")
-RUN_FLAGS = {  # of a run's config.json, what is read here
+RUN_FLAGS = {  # of a run's config.json, what its readers (eval.py, loading.py ...) rely on
     "model": str, "recipe": str, "data": str, "test_split": str, "device": str, "weights": list,
     "epochs": list, "seed": int, "max_output": list, "eval_batch_size": int, "commit": str | None,
     "traces": str | None, "adapter": str | None, "on_error": str | None,
@@ -150,8 +151,7 @@ def run_config(folder):
         fits = isinstance(value, RUN_FLAGS[key]) and not isinstance(value, bool)
         if not fits or part and not (value and all(isinstance(x, part) for x in value)):
             raise ValueError(f"{file}: {key} is {value!r:.60}, which train.py never writes.")
-    known = {"mmcot": fusion.RECIPES, "paligemma": ("reason", "answer")}
-    recipes = known.get(config["model"], ())
+    recipes = RECIPES.get(config["model"], ())
     if not recipes or config.get("recipe", "answer") not in recipes:
         kind = f"{config['model']!r:.40} with recipe {config.get('recipe')!r:.40}"
         raise ValueError(f"{file}: there is no model {kind}.")

@@ -132,7 +132,7 @@ def stop_unless_moved(model, before, lr, window, stage, step):
     """Every tensor of `steepest` must have changed, unless each number in it is so large that a
     step of `lr` rounds to nothing beside it; and one at least. An optimizer of other tensors, a
     rate too small for all of them and frozen copies learn nothing without a word. RuntimeError."""
-    now = trained(model)
+    now = trained(model) if before else {}
     still = {
         name: (values.abs() * torch.finfo(values.dtype).eps < lr).any()
         for name, (places, values) in before.items()
