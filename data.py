@@ -47,10 +47,10 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from support.choices import LETTERS, final_answer, lettered, movable, shuffled
+from support.dataset.choices import LETTERS, final_answer, lettered, movable, shuffled
+from support.dataset.layouts import SPLITS, mathvista, own_jsonl, scienceqa
+from support.dataset.tokenizers import encode, plain_ids, special_ids
 from support.files import cache_folder
-from support.layouts import SPLITS, mathvista, own_jsonl, scienceqa
-from support.tokenizing import encode, plain_ids, special_ids
 
 NEWLINE = " // "
 
@@ -328,7 +328,7 @@ def question_lines(problem):
 def pali_suffix(problem, trace=None):
     """What PaliGemma is to write: the letter, or the text of a problem without choices.
 
-    With a trace (of support/traces.py) its thought comes first, and the last line is "Answer: B".
+    With a trace (dataset/traces.py) its thought comes first, and the last line is "Answer: B".
     The gold answer stands there if the trace was judged correct, else what the teacher itself said;
     if it said nothing there is no such line.
     """
@@ -436,7 +436,7 @@ def pali_collate(examples, pad_id=0, side="left"):
 
 def main(argv=None):
     """Download a data set (downloads.py says how), then count what is there."""
-    from support import downloads  # a network's modules, which nothing else here needs
+    from support.dataset import downloads  # a network's modules, which nothing else here needs
 
     try:
         folder = downloads.command(argv)

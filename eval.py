@@ -29,19 +29,29 @@ import torch
 import data
 import fusion
 from model import of_all_ranks, rank, resolve
-from support import files, judging, kinds, pictures
-from support.choices import LETTERS
-from support.decoding import Part, before_loop, in_batches, paligemma_inputs, printer, prolonged
-from support.devices import check_device
-from support.folders import run_config
-from support.grading import CUE, grade
-from support.grading import Grade as Grade  # what `grade` gives, for who imports this file
-from support.loading import asked_features, image_features, load_paligemma
-from support.looking import LOOKS, looks
-from support.metrics import grade_all, metrics_of, rationale_scores
-from support.records import bad_records
-from support.report import write_report
-from support.tables import (
+from support import files
+from support.dataset import images as pictures
+from support.dataset.choices import LETTERS
+from support.dataset.tokenizers import load_tokenizer, plain_ids
+from support.distributed import check_device
+from support.evaluation import errors as kinds
+from support.evaluation.decode_cache import (
+    Part,
+    before_loop,
+    in_batches,
+    paligemma_inputs,
+    printer,
+    prolonged,
+)
+from support.evaluation.grading import CUE, grade
+from support.evaluation.grading import (
+    Grade as Grade,  # what `grade` gives, for who imports this file
+)
+from support.evaluation.looking import LOOKS, looks
+from support.evaluation.metrics import grade_all, metrics_of, rationale_scores
+from support.evaluation.models import asked_features, image_features, load_paligemma
+from support.evaluation.report import write_report
+from support.evaluation.tables import (
     Column,
     differences,
     graded_folder,
@@ -50,7 +60,9 @@ from support.tables import (
     table,
     write_graded,
 )
-from support.tokenizing import load_tokenizer, plain_ids
+from support.teachers import judging
+from support.training.examples import bad_records
+from support.training.folders import run_config
 
 
 # --- decoding a run

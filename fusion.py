@@ -15,7 +15,7 @@ single-head nn.MultiheadAttention in Eq. 4, with projections of its own. They ar
 released checkpoints need them, under their names. `gate_dense` is [W_l W_v] side by side.
 
 Left out on purpose: heads, key masks and dropout in the fusion (the released code has none); image
-encoders (model.DETR makes the features once, support/features.py caches them); training (train.py).
+encoders (model.DETR makes the features once, support/dataset/features.py caches them); training.
 
 Axes: B batch, T text length, U target length, D width, P image positions, F their width,
 V vocabulary.
@@ -243,7 +243,7 @@ def write(model, batches, tokenizer, max_new_tokens, part=None, **how):
     """Decode every batch; {id: {"text", "stop": "eos" or "length", "tokens"}}.
 
     `batches` yields `data.collate` dicts, labels not needed, under torchrun those dealt to this
-    process; `how` is as in `model.decode`; `part` is a `Part` of support/decoding.py, which has the
+    process; `how` is as in `model.decode`; `part` is a `decode_cache.Part`, which has the
     batches that are decoded already. The model never sees gold text here; the first published
     commands scored the arg-max of teacher-forced logits instead (see `teacher_forced`).
     """

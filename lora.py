@@ -310,8 +310,12 @@ KINDS = {  # of the settings that are obeyed: the type, and that of the parts
 # Settings of adapter_config.json that are let through: those obeyed, those that change nothing, and
 # two whose values `refuse_unsupported` looks at. Any other that is set (not null, false or empty)
 # may change the outputs: refused.
-KNOWN = [*KINDS, *"""peft_type task_type auto_mapping peft_version revision base_model_name_or_path
-    inference_mode megatron_core qalora_group_size runtime_config bias init_lora_weights""".split()]
+KNOWN = [
+    *KINDS,
+    *"""peft_type task_type auto_mapping peft_version revision base_model_name_or_path
+    inference_mode megatron_core qalora_group_size runtime_config bias init_lora_weights""".split(),
+]
+HARMLESS_INITS = (True, False, "gaussian", "orthogonal")  # the others change the base as well
 
 
 def file_path(model, path):

@@ -30,17 +30,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import data
-from support import clients, files, ledger
-from support.batches import Batches
-from support.calls import Calls, Halt, at_most
-from support.clients import Failed, Model, Reply, picture, seen
-from support.forecast import forecast
-from support.judging import ask_judge, rule_verdict, sure
-from support.shaping import apart, distinct, graded, length, shape
-from support.teacher_flags import parse_args
-from support.tokenizing import load_tokenizer
-from support.trace_table import report
-from support.traces import traces_of, training_notice
+from support import files
+from support.dataset.tokenizers import load_tokenizer
+from support.dataset.traces import traces_of, training_notice
+from support.teachers import cache as ledger
+from support.teachers import providers as clients
+from support.teachers.batch_api import Batches
+from support.teachers.calls import Calls, Halt, at_most
+from support.teachers.forecast import forecast
+from support.teachers.judging import ask_judge, rule_verdict, sure
+from support.teachers.providers import Failed, Model, Reply, picture, seen
+from support.teachers.shaping import apart, distinct, graded, length, shape
+from support.teachers.teacher_flags import parse_args
+from support.teachers.trace_table import report
 
 
 @dataclass

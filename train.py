@@ -43,25 +43,20 @@ import eval as evaluation
 import fusion
 import lora
 from model import in_file_names, rank, resolve, world
-from support import (
-    ablations,
-    decoding,
-    devices,
-    files,
-    flags,
-    folders,
-    guards,
-    loading,
-    looking,
-    metrics,
-    pictures,
-    records,
-    tables,
-)
-from support.dry_run import blank_features, dry_step
-from support.journal import Stopped, in_use
-from support.optimizing import in_chunks, make_optimizer, trained
-from support.tokenizing import load_tokenizer
+from support import distributed as devices
+from support import files
+from support.dataset import images as pictures
+from support.dataset.tokenizers import load_tokenizer
+from support.evaluation import decode_cache as decoding
+from support.evaluation import looking, metrics, tables
+from support.evaluation import models as loading
+from support.training import ablations, folders
+from support.training import checks as guards
+from support.training import examples as records
+from support.training import settings as flags
+from support.training.dry_run import blank_features, dry_step
+from support.training.journal import Stopped, in_use
+from support.training.optim import in_chunks, make_optimizer, trained
 
 # ---- the loss ------------------------------------------------------------------------------------
 
@@ -198,7 +193,7 @@ def fit(model, examples, validate, args, stage, epochs, journal):
               the weights of the best epoch are what is left in the end.
     stage     what this training is called in the log and in errors.
     journal   a `Journal`, which goes on from the last saved step; None in a dry run.
-    What can go wrong without a word stops it with one: see support/guards.py.
+    What can go wrong without a word stops it with one: see support/training/checks.py.
     """
     model.to(args.device)
     generator = torch.Generator().manual_seed(args.seed)

@@ -53,9 +53,9 @@ from model import (
     rotary_angles,
     rotate,
 )
-from support import pictures
-from support.choices import LETTERS
-from support.tokenizing import encode
+from support.dataset import images as pictures
+from support.dataset.choices import LETTERS
+from support.dataset.tokenizers import encode
 
 HERE = Path(__file__).parent
 SIDE = 96  # pixels; scenes are drawn at 128

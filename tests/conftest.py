@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers"), str(ROOT / "tools")]
 os.environ.setdefault("NANOCOT_DATA", str(ROOT.parent / "shared" / "data"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before it
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -22,14 +22,15 @@ torch.set_num_threads(1)  # tiny models; a second thread only waits for a busy c
 @functools.cache
 def gemma():
     """The real PaliGemma's tokenizer: a second to read, so once for all modules."""
-    from support.tokenizing import load_tokenizer
+    from support.dataset.tokenizers import load_tokenizer
 
     return load_tokenizer(Path(os.environ["NANOCOT_DATA"]) / "tokenizers/paligemma")
 
 
 def scored(problems, predictions, faithful=False, rationale_format="QCM-LE", partial=False):
     """The metrics of predictions about these problems, as eval.py makes them."""
-    from support import kinds, metrics
+    from support.evaluation import errors as kinds
+    from support.evaluation import metrics
 
     graded = kinds.explained(metrics.grade_all(problems, predictions, faithful, partial))
     return metrics.metrics_of(graded, faithful, rationale_format)
@@ -40,7 +41,8 @@ def read_once():
     """Most runs look at a few of the demo's 8,600 problems: these, their traces and their facts
     are read once for all tests of a module. Files that a test writes are read each time."""
     import data
-    from support import kinds, records
+    from support.evaluation import errors as kinds
+    from support.training import examples as records
 
     @functools.cache
     def once(read):
@@ -96,7 +98,7 @@ def server(running, monkeypatch):
     """The server as new, the SDKs pointed at it, dummy keys, and no back-off beyond 50 ms."""
     from asking import environment
 
-    from support import clients
+    from support.teachers import providers as clients
 
     server, url = running
     server.reset()

@@ -1,4 +1,4 @@
-"""support/batches.py with the real SDKs against tests/loopback.py: each batch is sent once and paid
+"""teachers/batch_api.py with the real SDKs against loopback.py: each batch is sent once and paid
 for once, whatever comes between.
 """
 
@@ -8,9 +8,9 @@ import json
 import pytest
 from asking import WIRES, Killed, both_wires, interrupted, questions
 
-from support.batches import Batches
-from support.calls import Calls
-from support.clients import PRICES
+from support.teachers.batch_api import Batches
+from support.teachers.calls import Calls
+from support.teachers.providers import PRICES
 
 
 @both_wires

@@ -1,4 +1,4 @@
-"""support/calls.py and clients.py with the real SDKs against tests/loopback.py: faults of every
+"""teachers/calls.py and clients.py with the real SDKs against loopback.py: faults of every
 kind, Ctrl-C, and money.
 """
 
@@ -10,7 +10,7 @@ import loopback
 import pytest
 from asking import KEY, WIRES, both_wires, interrupted, questions, write
 
-from support import clients
+from support.teachers import providers as clients
 
 # --- faults
 

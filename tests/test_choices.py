@@ -1,4 +1,4 @@
-"""support/choices.py: the answer that a teacher's prose ends in, choices in another order."""
+"""dataset/choices.py: the answer that a teacher's prose ends in, choices in another order."""
 
 import random
 import re
@@ -8,7 +8,7 @@ import pytest
 import torch
 from samples import asked, trace
 
-from support.choices import _ANSWER, final_answer, movable, shuffled
+from support.dataset.choices import _ANSWER, final_answer, movable, shuffled
 
 PROSE = [  # what a teacher said, and the answer in it: of rope, belt, neither
     ("(B) 3.9", "B"),

@@ -16,7 +16,8 @@ from test_eval import SCIENCEQA, problem, says
 
 import data
 import eval as scoring
-from support import ablations, metrics, tables
+from support.evaluation import metrics, tables
+from support.training import ablations
 
 MATHVISTA = SCIENCEQA.parent / "mathvista"
 needs_mathvista = pytest.mark.skipif(

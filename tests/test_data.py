@@ -26,10 +26,10 @@ from samples import (
 )
 
 import data
-from support import pictures
-from support.features import Features, cached_features
+from support.dataset import images as pictures
+from support.dataset.features import Features, cached_features
+from support.dataset.tokenizers import encode, load_tokenizer
 from support.files import write_skipped
-from support.tokenizing import encode, load_tokenizer
 
 
 @needs_data

@@ -7,8 +7,8 @@ from conftest import ROOT
 import data
 from demo import make, scenes
 from model import DETR, T5, PaliGemma
-from support import pictures
-from support.tokenizing import encode, load_tokenizer
+from support.dataset import images as pictures
+from support.dataset.tokenizers import encode, load_tokenizer
 
 T5_FOLDER, DETR_FOLDER, PG_FOLDER = (ROOT / "demo" / x for x in ("t5", "detr", "paligemma"))
 

@@ -1,4 +1,4 @@
-"""support/downloads.py: a server that hangs up, checksums, evil archives, the command."""
+"""support/dataset/downloads.py: a server that hangs up, checksums, evil archives, the command."""
 
 import hashlib
 import http.server
@@ -14,7 +14,9 @@ import pytest
 from samples import SCIENCEQA, annotation, needs_data, picture, record, scienceqa, zipped
 
 import data
-from support import downloads, files, pictures
+from support import files
+from support.dataset import downloads
+from support.dataset import images as pictures
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
-from support import grading, metrics, tables  # noqa: E402
-from support.rouge import bleu, rouge_l  # noqa: E402
+from support.evaluation import grading, metrics, tables  # noqa: E402
+from support.evaluation.rouge import bleu, rouge_l  # noqa: E402
 
 SCIENCEQA = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data")) / "scienceqa"
 needs_data = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""support/features.py: the feature cache, whole, torn and shared; the published files."""
+"""support/dataset/features.py: the feature cache, whole, torn and shared; the published files."""
 
 import hashlib
 import itertools
@@ -13,8 +13,8 @@ import torch
 from samples import pictured, scienceqa
 
 import data
-from support import pictures
-from support.features import cached_features, published_features
+from support.dataset import images as pictures
+from support.dataset.features import cached_features, published_features
 
 
 class Extract:

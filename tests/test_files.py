@@ -9,11 +9,13 @@ import pytest
 from samples import OWN
 
 import data
-from support import downloads, files, pictures
-from support.features import _image_sha, published_features
+from support import files
+from support.dataset import downloads
+from support.dataset import images as pictures
+from support.dataset.features import _image_sha, published_features
+from support.dataset.tokenizers import load_tokenizer
+from support.dataset.traces import load_traces
 from support.files import json_lines, read_json
-from support.tokenizing import load_tokenizer
-from support.traces import load_traces
 
 
 def test_a_line_without_end(tmp_path, monkeypatch):

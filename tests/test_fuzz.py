@@ -60,20 +60,16 @@ from model import (
     SigLIPConfig,
     T5Config,
 )
-from support import (
-    downloads,
-    files,
-    folders,
-    metrics,
-    report,
-    tables,
-    tokenizing,
-)
-from support.features import cached_features, published_features
-from support.flags import parse_args
-from support.ledger import Ledger
-from support.pictures import open_image, siglip_pixels, unusable
-from support.traces import load_traces
+from support import files
+from support.dataset import downloads
+from support.dataset import tokenizers as tokenizing
+from support.dataset.features import cached_features, published_features
+from support.dataset.images import open_image, siglip_pixels, unusable
+from support.dataset.traces import load_traces
+from support.evaluation import metrics, report, tables
+from support.teachers.cache import Ledger
+from support.training import folders
+from support.training.settings import parse_args
 
 SAID = (  # the kinds of error that may leave a reader; a subclass (JSONDecodeError) may not
     ValueError,

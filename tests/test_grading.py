@@ -1,4 +1,4 @@
-"""support/grading.py: what is read out of a reply, and how that compares with others' verdicts.
+"""evaluation/grading.py: what is read out of a reply, and how that compares with others' verdicts.
 
 `python tests/test_grading.py` prints the agreement with MathVista's published verdicts on Bard's
 replies and with Claude's on the Gemini answers of pali_reason, and every disagreement.
@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
-from support import grading  # noqa: E402
-from support.choices import LETTERS  # noqa: E402
+from support.dataset.choices import LETTERS  # noqa: E402
+from support.evaluation import grading  # noqa: E402
 
 REAL = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data"))
 BARD = REAL / "mathvista/results/bard/output_bard.json"
@@ -232,7 +232,7 @@ def test_normal_committed_and_agrees():
 
 
 def test_unjudged_traces_are_graded_as_prose():
-    from support import records
+    from support.training import examples as records
 
     trace = {"verdict": {"correct": None}, "answer": "The correct answer is **(A)**, a dog.\n"}
     assert records.holds(trace, choose("dog", "cat", official=False), "correct")

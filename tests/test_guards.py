@@ -22,13 +22,19 @@ import lora
 import model as backbones
 import train
 from model import T5, T5Config
-from support import decoding, dry_run, folders, guards, loading, optimizing, pictures, records
-from support.features import Features
+from support.dataset import images as pictures
+from support.dataset.features import Features
+from support.dataset.tokenizers import load_tokenizer
+from support.dataset.traces import load_traces
+from support.evaluation import decode_cache as decoding
+from support.evaluation import models as loading
 from support.files import read_json, write_json
-from support.flags import parse_args
-from support.journal import Journal, Stopped, in_use
-from support.tokenizing import load_tokenizer
-from support.traces import load_traces
+from support.training import checks as guards
+from support.training import dry_run, folders
+from support.training import examples as records
+from support.training import optim as optimizing
+from support.training.journal import Journal, Stopped, in_use
+from support.training.settings import parse_args
 
 TINY = T5Config(
     vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, dropout_rate=0.1

@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 
 import data
 from model import PaliGemma
-from support import clients, files, pictures
+from support import files
+from support.dataset import images as pictures
+from support.teachers import providers as clients
 
 RECIPES = {
     part.partition("\n")[0]: part
@@ -68,7 +70,7 @@ def hacked(tmp_path):
     """A function that makes a recipe in a copy of the product, which it returns."""
 
     def make(recipe):
-        for path in ("support", "demo", *(p.name for p in ROOT.glob("*.py")), "report.html"):
+        for path in ("support", "demo", *(p.name for p in ROOT.glob("*.py"))):
             copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
             copy(ROOT / path, tmp_path / path)
         for file, old, new in hunks(recipe):
@@ -172,7 +174,7 @@ def ollama(monkeypatch):
 @pytest.mark.slow
 def test_another_teacher(hacked, ollama):
     folder = hacked(TEACHER)
-    file = folder / "support/clients.py"
+    file = folder / "support/teachers/providers.py"
     here = f"127.0.0.1:{ollama.server_port}"
     file.write_text(file.read_text().replace("localhost:11434", here))
     run(folder, TEACHER)

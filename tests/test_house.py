@@ -20,8 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = [
     p.relative_to(ROOT)
-    for folder in ("", "support", "demo")
-    for p in sorted((ROOT / folder).glob("*.py"))
+    for pattern in ("*.py", "support/**/*.py", "demo/*.py")
+    for p in sorted(ROOT.glob(pattern))
     if p.name != "__init__.py"
 ]
 PACKAGES = "torch safetensors tokenizers PIL numpy huggingface_hub anthropic google".split()

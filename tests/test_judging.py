@@ -1,4 +1,4 @@
-"""support/shaping.py, judging.py and trace_table.py: shaping, the rule's and a judge's verdicts,
+"""teachers/shaping.py, judging.py and trace_table.py: shaping, the rule's and a judge's verdicts,
 agreement, the closing table.
 
 Real files (NANOCOT_DATA): pali_reason's traces, MathVista's testmini, the PaliGemma tokenizer.
@@ -18,9 +18,10 @@ from conftest import gemma  # with the import paths, when run as a script
 import data
 import eval as evaluation
 from demo import teacher as demo_teacher
-from support import grading, judging, shaping, tables, trace_table
+from support.dataset.traces import load_traces
+from support.evaluation import grading, tables
 from support.files import read_json
-from support.traces import load_traces
+from support.teachers import judging, shaping, trace_table
 
 REAL = Path(os.environ["NANOCOT_DATA"])
 LIMITS = (384, 256)

@@ -45,12 +45,10 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
 from demo import scenes  # noqa: E402
-from support import (  # noqa: E402
-    kinds,
-    metrics,
-)
-from support.tables import align  # noqa: E402
-from support.traces import load_traces  # noqa: E402
+from support.dataset.traces import load_traces  # noqa: E402
+from support.evaluation import errors as kinds
+from support.evaluation import metrics
+from support.evaluation.tables import align  # noqa: E402
 
 REAL = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data"))
 needs_data = pytest.mark.skipif(

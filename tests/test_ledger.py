@@ -1,4 +1,4 @@
-"""support/ledger.py: nothing is ever asked or paid for twice, whatever is done to the trace file
+"""teachers/cache.py: nothing is ever asked or paid for twice, whatever is done to the trace file
 and to the process that writes it.
 
 `python tests/test_ledger.py` runs the long one by itself and prints its figures: 2,000 questions,
@@ -23,7 +23,8 @@ import pytest
 from asking import WIRES, environment, questions
 from PIL import Image
 
-from support import clients, ledger
+from support.teachers import cache as ledger
+from support.teachers import providers as clients
 
 ROOT = Path(__file__).resolve().parent.parent
 

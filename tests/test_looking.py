@@ -24,11 +24,12 @@ import data
 import eval as scoring
 from fusion import GatedFusion, MultimodalT5
 from model import DETR, T5, PaliGemma, T5Config, decode
-from support import decoding, looking
-from support.features import Features
-from support.flags import parse_args
-from support.loading import image_features
-from support.tokenizing import load_tokenizer, plain_ids
+from support.dataset.features import Features
+from support.dataset.tokenizers import load_tokenizer, plain_ids
+from support.evaluation import decode_cache as decoding
+from support.evaluation import looking
+from support.evaluation.models import image_features
+from support.training.settings import parse_args
 
 T5_FOLDER, DETR_FOLDER, PALIGEMMA = (ROOT / "demo" / n for n in ("t5", "detr", "paligemma"))
 REAL = Path(os.environ["NANOCOT_DATA"]) / "tokenizers"

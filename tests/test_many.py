@@ -27,11 +27,14 @@ import data
 import fusion
 import train
 from model import T5, write_safetensors
-from support import decoding, devices, loading, optimizing
-from support.flags import parse_args
-from support.journal import Journal, Stopped
-from support.pictures import Picture
-from support.tokenizing import load_tokenizer
+from support import distributed as devices
+from support.dataset.images import Picture
+from support.dataset.tokenizers import load_tokenizer
+from support.evaluation import decode_cache as decoding
+from support.evaluation import models as loading
+from support.training import optim as optimizing
+from support.training.journal import Journal, Stopped
+from support.training.settings import parse_args
 
 GIVEN = "--device cpu --limit 9 --epochs 2 --eval-batch-size 2 --max-output 6 4 --lr 3e-5".split()
 MMCOT = """--model mmcot --batch-size 5 --stage2-rationales generated --teacher-forced""".split()

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import lora
 import train
 from model import Gemma2Config, PaliGemma, PaliGemmaConfig, SigLIPConfig
-from support import optimizing
+from support.training import optim as optimizing
 
 
 def small_step(checkpointing):
@@ -79,7 +79,7 @@ def test_the_count_is_the_allocators(checkpointing, monkeypatch):
     ],
 )
 def test_peak_of_the_3b(how, opponent, most):
-    """Every layer adds as many bytes, so two depths say what 26 layers hold (`tests/bench.py --only
+    """Every layer adds as many bytes, so two depths say what 26 layers hold (`tools/bench.py --only
     memory` counts them all, and finds the same)."""
 
     def whole(peak_of, **how):

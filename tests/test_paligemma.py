@@ -1163,7 +1163,7 @@ def occurrences(ids, n):
 def test_sound_thoughts_are_not_stopped():
     """Gemini's own thoughts restate a formula as often as they need it. By the measure of a loop
     first used here (an 8-gram four times) every fifth of them would have been cut off."""
-    from support.traces import load_traces
+    from support.dataset.traces import load_traces
 
     names = ("pali_reason/training.csv", "tokenizers/paligemma/tokenizer.json")
     files = [DATA / name for name in names]

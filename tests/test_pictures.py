@@ -1,4 +1,4 @@
-"""support/pictures.py: odd and hostile pictures, DETR's and SigLIP's pixels."""
+"""support/dataset/images.py: odd and hostile pictures, DETR's and SigLIP's pixels."""
 
 import contextlib
 import struct
@@ -14,7 +14,7 @@ from samples import (
 )
 
 import data
-from support import pictures
+from support.dataset import images as pictures
 
 
 def test_unusable_problems(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from samples import REAL, needs_data, real, record, scienceqa
 
 import data
-from support.tokenizing import load_tokenizer
+from support.dataset.tokenizers import load_tokenizer
 
 GENERATED = "Solution: Look at the  picture.\\nThe ruler\nis longer. Answer: BECAUSE:"
 

@@ -28,7 +28,9 @@ import test_house as house  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import teacher  # noqa: E402
-from support import ablations, flags, tables  # noqa: E402
+from support.evaluation import tables
+from support.training import ablations  # noqa: E402
+from support.training import settings as flags
 
 README = (ROOT / "README.md").read_text()
 

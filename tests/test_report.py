@@ -20,12 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
-from support import (  # noqa: E402
-    metrics,
-    pictures,  # noqa: E402
-    report,
-    tables,
-)
+from support.dataset import images as pictures
+from support.evaluation import metrics, report, tables
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -265,7 +261,7 @@ def id_shown(page):
 
 @pytest.mark.slow
 def test_template_without_results_says_so(opened):
-    page = opened(ROOT / "report.html")
+    page = opened(ROOT / "support/evaluation/report.html")
     assert "it has no results in it" in page.inner_text("body")
     assert not page.locator("main").is_visible()
 

@@ -21,14 +21,20 @@ import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
-from support import decoding, files, folders, guards, journal, kinds, loading, records
-from support.ablations import BASELINES, lines_of
+from support import files
+from support.dataset.tokenizers import load_tokenizer
+from support.dataset.traces import load_traces
+from support.evaluation import decode_cache as decoding
+from support.evaluation import errors as kinds
+from support.evaluation import models as loading
+from support.evaluation.models import image_features
 from support.files import write_json
-from support.flags import parse_args
-from support.journal import Journal, Stopped, in_use
-from support.loading import image_features
-from support.tokenizing import load_tokenizer
-from support.traces import load_traces
+from support.training import checks as guards
+from support.training import examples as records
+from support.training import folders, journal
+from support.training.ablations import BASELINES, lines_of
+from support.training.journal import Journal, Stopped, in_use
+from support.training.settings import parse_args
 
 TINY = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
 MMCOT = """--model mmcot --device cpu --limit 12 --epochs 3 --batch-size 6 --max-output 6 4
@@ -273,7 +279,7 @@ def test_a_signal_outside_training_stops_at_once_and_a_second_one_kills(tmp_path
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     code = """import os, signal, sys; from pathlib import Path
-from support.journal import Journal, in_use
+from support.training.journal import Journal, in_use
 with in_use(Path(sys.argv[1])):
     Journal.training = True
     for i in range(2):

@@ -20,9 +20,9 @@ from samples import (
 )
 
 import data
-from support.choices import LETTERS
-from support.features import Features
-from support.traces import load_traces
+from support.dataset.choices import LETTERS
+from support.dataset.features import Features
+from support.dataset.traces import load_traces
 
 
 def test_prefix(tmp_path):

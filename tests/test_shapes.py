@@ -1,4 +1,4 @@
-"""Every shape comment of the product, against the real tensors: see tests/shapes.py."""
+"""Every shape comment of the product, against the real tensors: see tests/helpers/shapes.py."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from conftest import ROOT
 @pytest.mark.slow
 def test_no_comment_lies():
     """In a process of its own: the product's files are imported in another form there."""
-    command = [sys.executable, str(ROOT / "tests/shapes.py")]
+    command = [sys.executable, str(ROOT / "tests/helpers/shapes.py")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     for name, path in shapes.FILES.items():

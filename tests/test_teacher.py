@@ -1,4 +1,4 @@
-"""teacher.py with the real SDKs against tests/loopback.py: what it makes of every kind of reply, of
+"""teacher.py with the real SDKs against loopback.py: what it makes of every kind of reply, of
 its flags, of a judge's word; and offline.
 """
 
@@ -13,8 +13,9 @@ from loopback import gold
 
 import data
 import teacher
-from support import clients, judging
-from support.traces import load_traces
+from support.dataset.traces import load_traces
+from support.teachers import judging
+from support.teachers import providers as clients
 
 REAL = Path(os.environ["NANOCOT_DATA"])
 

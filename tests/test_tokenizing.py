@@ -1,4 +1,4 @@
-"""support/tokenizing.py: T5's tokenizer from spiece.model, bad files, special tokens in a text."""
+"""dataset/tokenizers.py: T5's tokenizer from spiece.model, bad files, special tokens in a text."""
 
 import json
 import re
@@ -21,8 +21,8 @@ from samples import (
 )
 
 import data
-from support.tokenizing import encode, load_tokenizer, plain_ids, special_ids
-from support.traces import load_traces
+from support.dataset.tokenizers import encode, load_tokenizer, plain_ids, special_ids
+from support.dataset.traces import load_traces
 
 
 def test_tokenizer_from_spiece_equals_sentencepiece(spiece):

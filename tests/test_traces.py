@@ -1,4 +1,4 @@
-"""support/traces.py: a teacher's traces, pali_reason's files, pictures two splits share."""
+"""support/dataset/traces.py: a teacher's traces, pali_reason's files, pictures two splits share."""
 
 import csv
 import json
@@ -21,9 +21,9 @@ from samples import (
 )
 
 import data
-from support import pictures
-from support.choices import final_answer
-from support.traces import load_traces, overlap, training_notice
+from support.dataset import images as pictures
+from support.dataset.choices import final_answer
+from support.dataset.traces import load_traces, overlap, training_notice
 
 
 def test_training_notice(tmp_path):

@@ -19,11 +19,11 @@ import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
-from support import optimizing
-from support.features import Features
-from support.flags import MMCOT_DEMO, parse_args
-from support.journal import Journal
-from support.tokenizing import load_tokenizer
+from support.dataset.features import Features
+from support.dataset.tokenizers import load_tokenizer
+from support.training import optim as optimizing
+from support.training.journal import Journal
+from support.training.settings import MMCOT_DEMO, parse_args
 
 pytestmark = pytest.mark.usefixtures("read_once")
 TINY = T5Config(

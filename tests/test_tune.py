@@ -31,14 +31,19 @@ import lora
 import model as backbones
 import train
 from demo import teacher
-from support import decoding, guards, loading, optimizing, pictures, records
-from support.ablations import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION
-from support.features import Features
+from support.dataset import images as pictures
+from support.dataset.features import Features
+from support.dataset.tokenizers import load_tokenizer, plain_ids, special_ids
+from support.dataset.traces import load_traces
+from support.evaluation import decode_cache as decoding
+from support.evaluation import models as loading
 from support.files import read_json
-from support.flags import parse_args
-from support.journal import Journal
-from support.tokenizing import load_tokenizer, plain_ids, special_ids
-from support.traces import load_traces
+from support.training import checks as guards
+from support.training import examples as records
+from support.training import optim as optimizing
+from support.training.ablations import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION
+from support.training.journal import Journal
+from support.training.settings import parse_args
 
 DEMO = str(ROOT / "demo/paligemma")
 CONFIG = read_json(f"{DEMO}/config.json")
@@ -1462,7 +1467,7 @@ def test_the_demo_learns_to_reason(tmp_path, monkeypatch):
     """The default run, in three of its four epochs and with one of its baselines: `short` above
     has all of them."""
     lines = {name: BASELINES[name] for name in ("base", "distilled")}
-    monkeypatch.setattr("support.ablations.BASELINES", lines)
+    monkeypatch.setattr("support.training.ablations.BASELINES", lines)
     train.main(["--model", "paligemma", "--epochs", "3", "--out", str(tmp_path / "run")])
     metrics = read_json(tmp_path / "run/metrics.json")
     base = read_json(tmp_path / "run/base/metrics.json")

@@ -1,0 +1,244 @@
+"""Hours in miniature: small runs over and over, with faults, and what they leave in memory.
+
+    python tools/soak.py --minutes 30
+
+In turns, a process of its own trains and decodes one of four small runs (mmcot and paligemma, on
+the demo and on a file with planted bad records, --on-error skip), is hit by a fault and resumed
+until it is complete: its files must be those of the run that was never stopped. Faults: SIGKILL,
+SIGTERM, a full disk (a small tmpfs, where one can be mounted) and a torn state. Between them this
+process itself runs one from beginning to end, every third stopped by SIGTERM and resumed, and looks
+at its resident memory and its open files. It fails if a run ends otherwise, if memory would grow by
+more than a quarter in 8 hours, or if a file stays open.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from conftest import ROOT
+from test_resume import MMCOT, PALI, ended, flip, results, started
+
+import data
+import train
+from support.training.journal import Stopped
+
+FAULTS = ("SIGKILL", "SIGTERM", "full disk", "torn state")
+BAD = {"bad answer": "train", "no picture": "train", "torn picture": "val", "26 choices": "test"}
+HOURS, SHARE = 8, 0.25  # memory: may grow by this share in so many hours
+
+
+def planted(folder):
+    """A .jsonl of demo problems with pictures, and one bad record of each kind of BAD; a line of it
+    is no JSON at all."""
+    folder.mkdir()
+    lines = []
+    for split, count in (("train", 16), ("val", 4), ("test", 6)):
+        for p in [p for p in data.load("demo", split) if p.image][:count]:
+            shutil.copy(p.image, folder / f"{p.id}.png")
+            keys = ("id", "question", "answer", "hint", "lecture", "solution")
+            record = {key: getattr(p, key) for key in keys} | {"split": split}
+            lines.append(record | {"choices": list(p.choices), "image": f"{p.id}.png"})
+    (folder / "torn.png").write_bytes((folder / lines[0]["image"]).read_bytes()[:-40])
+    changed = (
+        {"answer": 99},
+        {"image": "gone.png"},
+        {"image": "torn.png"},
+        {"choices": [str(i) for i in range(26)], "answer": 1},
+    )
+    bad = [
+        next(x for x in lines if x["split"] == split) | {"id": name} | change
+        for (name, split), change in zip(BAD.items(), changed, strict=True)
+    ]
+    text = "".join(f"{json.dumps(x)}\n" for x in bad + lines)
+    (folder / "bad.jsonl").write_text(f'{text}{{"id": "half a li\n')
+    return folder / "bad.jsonl"
+
+
+def kinds(folder):
+    """{name: flags} of the runs."""
+    skip = ["--data", str(planted(folder / "data")), "--on-error", "skip"]
+    mmcot = ["--weights", str(ROOT / "demo/t5"), "--vision-weights", str(ROOT / "demo/detr")]
+    small = ["--image-size", "96", "--lr", "0.003", "--max-input", "256", "--threads", "1"]
+    alone = [*PALI, "--alone"]
+    pali = ["--weights", str(ROOT / "demo/paligemma"), "--threads", "1"]
+    return {
+        "mmcot": MMCOT,
+        "paligemma": alone,
+        "mmcot, bad records": [*MMCOT, *mmcot, *small, *skip],
+        "paligemma, bad records": [*alone, *pali, *skip],
+    }
+
+
+def check_skipped(folder):
+    found = [json.loads(line)["id"] for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert len(found) == len(BAD) + 1 and {*BAD} < {*found}, found
+
+
+@contextlib.contextmanager
+def disk(folder):
+    """A function that gives a tmpfs at `folder` so many KiB; None where none can be mounted."""
+    folder.mkdir()
+
+    def mount(size, *how):
+        options = ",".join([*how, f"size={size}k"])
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    can = mount(1000)
+    try:
+        yield mount if can else None
+    finally:
+        subprocess.run(["umount", str(folder)] if can else ["true"], capture_output=True)
+
+
+def struck(fault, flags, folder, seconds, chance, mount):
+    """One run with one fault, resumed until it is complete; how often it was."""
+    if fault == "full disk":
+        mount(chance.randint(2_000, 12_000), "remount")
+    pid, after = started(folder, flags), chance.uniform(0, seconds)
+    if fault == "SIGTERM":
+        timer = threading.Timer(after, os.kill, (pid, signal.SIGTERM))
+        timer.start()
+        status = ended(pid)
+        timer.cancel()
+    else:
+        status = ended(pid, None if fault == "full disk" else after)
+    if fault == "full disk":
+        mount(200_000, "remount")
+    if fault == "torn state" and (torn := sorted(folder.rglob("last/*.safetensors"))):
+        flip(torn[-1])
+    times = 0
+    while status:
+        error = folder.with_suffix(".error")
+        said = error.read_text() if error.exists() else ""
+        fine = status == -signal.SIGKILL or "Stopped" in said or "the disk is full" in said
+        assert fine and times < 3, f"{fault}: status {status}, {said}"
+        error.unlink(missing_ok=True)
+        status, times = ended(started(folder, [*flags, "--resume"])), times + 1
+    return times
+
+
+def in_this_process(flags, folder, stop_after=None):
+    """One run here, or two: stopped by SIGTERM and resumed."""
+    timer = threading.Timer(stop_after or 0, os.kill, (os.getpid(), signal.SIGTERM))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            if stop_after:
+                timer.start()
+            train.main([*flags, "--out", str(folder)])
+        except Stopped:
+            train.main([*flags, "--out", str(folder), "--resume"])
+        finally:
+            timer.cancel()
+
+
+def look():
+    """(MiB resident, open files) of this process, when free memory is given back: how much of it
+    glibc keeps changes by 10 MiB from run to run."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 2**20, len(os.listdir("/proc/self/fd"))
+
+
+def trend(looks):
+    """(MiB an hour, mean of the first and of the last third) of (seconds, MiB), the first third,
+    which warms up, left out of the slope."""
+    third = max(1, len(looks) // 3)
+    times, sizes = np.array(looks[third:] or looks).T
+    pairs = itertools.combinations(range(len(times)), 2)
+    slopes = [(sizes[j] - sizes[i]) / (times[j] - times[i]) for i, j in pairs]  # Theil and Sen
+    slope = 3600 * np.median(slopes) if slopes else 0.0
+    first, last = ([size for _, size in part] for part in (looks[:third], looks[-third:]))
+    return float(slope), float(np.mean(first)), float(np.mean(last))
+
+
+def soak(minutes, seed, folder):
+    """What happened: {"faults": {fault: [runs, resumes]}, "looks": [(seconds, MiB, files)]}."""
+    chance, start, looks = random.Random(seed), time.monotonic(), []
+    runs, resumes, whole = Counter(), Counter(), {}
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two runs
+    with disk(folder / "disk") as mount:
+        flags = kinds(folder)
+        for name in flags:
+            began = time.monotonic()
+            assert ended(started(folder / "whole", flags[name])) == 0, name
+            if "bad" in name:
+                check_skipped(folder / "whole")
+            whole[name] = results(folder / "whole"), time.monotonic() - began
+            shutil.rmtree(folder / "whole")
+        faults = [fault for fault in FAULTS if mount or fault != "full disk"]
+        for turn in itertools.count():
+            if time.monotonic() - start > 60 * minutes and turn >= len(faults):
+                break
+            name, fault = list(flags)[turn % 4], faults[(turn + turn // 4) % len(faults)]
+            expected, seconds = whole[name]
+            out = folder / ("disk/run" if fault == "full disk" else "run")
+            resumes[fault] += struck(fault, flags[name], out, seconds, chance, mount)
+            assert results(out) == expected, f"turn {turn}: {name}, {fault}: other files"
+            runs[fault] += 1
+            shutil.rmtree(out)
+            stop = chance.uniform(0.1, seconds) if turn % 3 == 2 else None
+            in_this_process(flags[name], folder / "run", stop)
+            assert results(folder / "run") == expected, f"turn {turn}: {name}, in this process"
+            shutil.rmtree(folder / "run")
+            looks.append((time.monotonic() - start, *look()))
+            if turn % 10 == 0:
+                print(
+                    f"{looks[-1][0]:6.0f} s  {turn + 1} turns  {looks[-1][1]:.1f} MiB", flush=True
+                )
+    return {"faults": {f: (runs[f], resumes[f]) for f in faults}, "looks": looks}
+
+
+def judge(found, minutes):
+    """Print the table; the sentences of what is wrong."""
+    looks, wrong = found["looks"], []
+    print(f"\n{'fault':12} {'runs':>5} {'resumes':>8}  ended as the run that was never stopped")
+    for fault, (runs, resumes) in found["faults"].items():
+        print(f"{fault:12} {runs:5} {resumes:8}  all")
+    slope, first, last = trend([look[:2] for look in looks])
+    files, bound = [look[2] for look in looks], SHARE * first / HOURS
+    print(f"{len(looks)} runs in this process, the third stopped and resumed")
+    print(f"resident, MiB: {first:.1f} in the first third, {last:.1f} in the last")
+    print(f"its slope, MiB an hour: {slope:+.1f}, at most {bound:.1f}")
+    print(
+        f"open files: {files[0]} after the first, {files[-1]} after the last, {max(files)} at most"
+    )
+    if len(looks) >= 30 and slope > bound:
+        wrong.append(f"memory grows by {slope:.1f} MiB an hour")
+    if max(files[-len(files) // 3 :]) > max(files[: -(-len(files) // 3)]):
+        wrong.append("files stay open")
+    return wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30, help="(%(default)g)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults (%(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["NANOCOT_CACHE"] = f"{folder}/cache"
+        found = soak(args.minutes, args.seed, Path(folder))
+    if wrong := judge(found, args.minutes):
+        sys.exit(f"soak.py: {'; '.join(wrong)}.")
+
+
+if __name__ == "__main__":
+    main()
