@@ -60,7 +60,7 @@ from support.evaluation.tables import (
     table,
     write_graded,
 )
-from support.teachers import judging
+from support.teachers import filters
 from support.training.examples import bad_records
 from support.training.folders import run_config
 
@@ -209,7 +209,7 @@ def judge_of(spec, folder):
     verdicts are kept in the folder's judge.jsonl."""
     if not spec:
         return None
-    return partial(judging.judge_many, spec=spec, cache=Path(folder) / "judge.jsonl")
+    return partial(filters.judge_many, spec=spec, cache=Path(folder) / "judge.jsonl")
 
 
 def target_format(config):

@@ -14,8 +14,7 @@ from loopback import gold
 import data
 import teacher
 from support.dataset.traces import load_traces
-from support.teachers import judging
-from support.teachers import providers as clients
+from support.teachers import filters, providers
 
 REAL = Path(os.environ["NANOCOT_DATA"])
 
@@ -41,7 +40,7 @@ def test_thoughts_are_told_from_answers(ask, server, wire):
         usage, thinking = record["usage"], len(thought) // 4
         assert usage["input"] == len(sent["text"]) // 4 + 258 * (i == 3)
         assert usage["thought"] == thinking and usage["output"] > thinking
-        price = clients.PRICES[WIRES[wire].partition(":")[2]]
+        price = providers.PRICES[WIRES[wire].partition(":")[2]]
         assert usage["cost"] == pytest.approx(
             (usage["input"] * price[0] + usage["output"] * price[1]) / 1e6
         )
@@ -235,10 +234,10 @@ def test_judge_many_goes_on_with_its_cache(ask, server, tmp_path):
     items = [(problem, "It is long.", problem.answer) for problem in problems]
     server.script = {"judge Q2": "500"}
     calls = {"spec": WIRES["gemini"], "cache": tmp_path / "j.jsonl", "retries": 2}
-    first = judging.judge_many(items, **calls)
+    first = filters.judge_many(items, **calls)
     assert [verdict["correct"] for verdict in first] == [True, None, True]
     server.script = {}
-    second = judging.judge_many(items, **calls)
+    second = filters.judge_many(items, **calls)
     assert [verdict["correct"] for verdict in second] == [True] * 3
     assert [len(server.sent(f"Q{i}", "judge")) for i in (1, 2, 3)] == [1, 3, 1]
 
@@ -248,7 +247,7 @@ def test_judge_many_goes_on_with_its_cache(ask, server, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_teacher_says_the_same_every_time(ask, monkeypatch):
-    for names in clients.KEYS.values():
+    for names in providers.KEYS.values():
         for name in names:
             monkeypatch.delenv(name, raising=False)
     files = [ask.folder / "a.jsonl", ask.folder / "b.jsonl"]

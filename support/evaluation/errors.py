@@ -203,7 +203,7 @@ def explained(graded, facts=None, known=None):
 
 def refine(graded, judge):
     """`explained` answers, their kinds corrected by a judge who is shown the picture: a function of
-    (problem, thought, answer) items that gives a verdict of each, as `judging.judge_many` does. It
+    (problem, thought, answer) items that gives a verdict of each, as `filters.judge_many` does. It
     is asked about thoughts, and believed where it finds right what the rule finds right."""
     rows = [i for i, (_, x, _) in enumerate(graded) if thought_of(x) and x["kind"] not in
             ("loop", "cut off", "no parse")]  # fmt: skip

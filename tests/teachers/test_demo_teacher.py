@@ -10,17 +10,14 @@ import json
 import random
 import re
 import shutil
-import sys
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 from statistics import median
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import demo_folder  # noqa: E402
-from demo import scenes, teacher  # noqa: E402
+from data import demo_folder
+from demo import scenes, teacher
 
 N, SEEDS = 48, 24  # problems a family; seeds a problem
 VERDICTS = {  # what the teacher did: (correct, consistent)

@@ -1,7 +1,7 @@
 """teachers/cache.py: nothing is ever asked or paid for twice, whatever is done to the trace file
 and to the process that writes it.
 
-`python tests/test_ledger.py` runs the long one by itself and prints its figures: 2,000 questions,
+`python tests/test_cache.py` runs the long one by itself and prints its figures: 2,000 questions,
 32 at a time, a fifth of the requests failing, and SIGKILL three times.
 """
 
@@ -23,10 +23,9 @@ import pytest
 from asking import WIRES, environment, questions
 from PIL import Image
 
-from support.teachers import cache as ledger
-from support.teachers import providers as clients
+from support.teachers import cache
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_nothing_is_asked_twice_and_other_questions_are_asked_anew(ask, server, monkeypatch):
@@ -42,10 +41,10 @@ def test_nothing_is_asked_twice_and_other_questions_are_asked_anew(ask, server, 
         ask(**more)
         assert len(server.sent()) == 3 * count, more
     Image.new("RGB", (8, 8), "red").save(ask.folder / "3.png")
-    clients.seen.cache_clear()
+    cache.fingerprint.cache_clear()
     ask()
     assert len(server.sent("Q3")) == 6 and len(server.sent()) == 16
-    monkeypatch.setattr(ledger, "VERSION", ledger.VERSION + 1)
+    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
     ask()
     assert len(server.sent()) == 19
     ask("anthropic")
@@ -79,7 +78,7 @@ def test_a_bad_line_in_the_middle_is_refused(ask, server, line):
 
 def test_a_file_in_use_is_refused(ask, server):
     questions(ask.folder, 1)
-    holder = ledger.Ledger(ask.out)
+    holder = cache.Ledger(ask.out)
     with pytest.raises(ValueError, match="in use by another process"):
         ask()
     assert server.log == []
@@ -240,7 +239,7 @@ def sound(figures, kills):
 
 @pytest.mark.slow
 def test_a_thousand_questions_faults_and_three_kills(tmp_path):
-    """`python tests/test_ledger.py` asks 2,000 of each wire."""
+    """`python tests/test_cache.py` asks 2,000 of each wire."""
     sound(killed_run(tmp_path, 1000, "anthropic", kills=3), kills=3)
 
 

@@ -1,4 +1,4 @@
-"""teachers/calls.py and clients.py with the real SDKs against loopback.py: faults of every
+"""teachers/calls.py and providers.py with the real SDKs against loopback.py: faults of every
 kind, Ctrl-C, and money.
 """
 
@@ -10,7 +10,7 @@ import loopback
 import pytest
 from asking import KEY, WIRES, both_wires, interrupted, questions, write
 
-from support.teachers import providers as clients
+from support.teachers import providers
 
 # --- faults
 
@@ -55,7 +55,7 @@ def test_no_question_is_asked_more_often_than_retries_say(ask, server):
 )
 @pytest.mark.slow
 def test_retry_after_is_obeyed_up_to_a_cap(ask, server, monkeypatch, wire, steps):
-    monkeypatch.setattr(clients, "LONGEST_WAIT", 0.6)
+    monkeypatch.setattr(providers, "LONGEST_WAIT", 0.6)
     questions(ask.folder, len(steps))
     server.script = {f"Q{i}": [step] for i, step in enumerate(steps, 1)}
     ask(wire)
@@ -65,10 +65,10 @@ def test_retry_after_is_obeyed_up_to_a_cap(ask, server, monkeypatch, wire, steps
 
 
 def test_back_off_grows_has_jitter_and_a_cap():
-    waits = [[clients.retry_after(TimeoutError(), n) for _ in range(20)] for n in (1, 2, 3, 20)]
-    for some, longest in zip(waits, (0.5, 1, 2, clients.LONGEST_WAIT), strict=True):
+    waits = [[providers.retry_after(TimeoutError(), n) for _ in range(20)] for n in (1, 2, 3, 20)]
+    for some, longest in zip(waits, (0.5, 1, 2, providers.LONGEST_WAIT), strict=True):
         assert longest / 2 <= min(some) < max(some) <= longest
-    assert clients.retry_after(KeyError("a bug of ours"), 1) is None
+    assert providers.retry_after(KeyError("a bug of ours"), 1) is None
 
 
 @both_wires
