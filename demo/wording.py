@@ -4,7 +4,7 @@
 kind. All are templates: " | " separates paraphrases, and {words} come from the scene. The fields of
 a topic are those of ScienceQA's records (arXiv 2209.09513), with a description of the picture.
 
-Left out on purpose: natural language variety. Every sentence can be decided by demo/teacher.py.
+Left out on purpose: natural language variety. Every sentence can be decided by demo/judge.py.
 """
 
 from typing import NamedTuple

@@ -136,7 +136,7 @@ def stated(thought, facts):
     """[(sentence, does it hold)]: what a thought says of the demo's scene, nothing twice."""
     if not facts or not thought:
         return []
-    from demo.teacher import claims
+    from demo.judge import claims
 
     return [(said, so) for said, so in dict(claims(thought, facts)).items() if so is not None]
 

@@ -342,11 +342,11 @@ def ask_demo(problem: data.Problem, seed: int, attempt: int) -> Reply:
 
 
 def demo_verdict(problem: data.Problem, thought: str, answer: str) -> dict:
-    """The verdict of demo.teacher's judge."""
-    from demo import teacher
+    """The verdict of the demo's judge."""
+    from demo.judge import judge
 
     problems, facts = demo_scenes()
-    return teacher.judge(problems[problem.id], facts[problem.id], thought, answer)
+    return judge(problems[problem.id], facts[problem.id], thought, answer)
 
 
 ASK = {"gemini": ask_gemini, "anthropic": ask_anthropic}

@@ -17,7 +17,7 @@ from statistics import median
 import pytest
 
 from data import demo_folder
-from demo import scenes, teacher
+from demo import judge, scenes, teacher
 
 N, SEEDS = 48, 24  # problems a family; seeds a problem
 VERDICTS = {  # what the teacher did: (correct, consistent)
@@ -57,7 +57,7 @@ def statements(scene):
 
 
 def judged(scene, said):
-    return teacher.judge(scene.record, scene.facts, said["thought"], said["answer"])
+    return judge.judge(scene.record, scene.facts, said["thought"], said["answer"])
 
 
 # ---- the teacher -------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_every_kind_of_thought_is_there_for_every_kind_of_question(told):
 
 def test_thought_and_answer_are_as_announced(told):
     for scene, said in told:
-        right, concluded = gold(scene.record), teacher.conclusion(said["thought"])
+        right, concluded = gold(scene.record), judge.conclusion(said["thought"])
         answer, kind = said["answer"], said["kind"]
         if kind == "loop":
             assert answer == "" and concluded is None
@@ -115,7 +115,7 @@ def test_misread_means_as_few_facts_as_lead_elsewhere(told):
             assert sum(read[c] != h for c, h in facts["bars"].items()) == 1
         if facts["kind"] == "magnets":
             poles = re.findall(r"north|south", said["thought"])
-            true = [teacher.POLES[facts["left"][1]], teacher.POLES[facts["right"][0]]]
+            true = [judge.POLES[facts["left"][1]], judge.POLES[facts["right"][0]]]
             assert sum(a != b for a, b in zip(poles, true, strict=True)) == 1
 
 
@@ -149,7 +149,7 @@ def test_facts_without_a_way_to_another_choice_are_an_error(sample):
 
 @pytest.mark.slow
 def test_the_judge_finds_out_what_the_teacher_did(told):
-    assert "kind" not in inspect.signature(teacher.judge).parameters
+    assert "kind" not in inspect.signature(judge.judge).parameters
     for scene, said in told:
         verdict = judged(scene, said)
         assert (verdict["correct"], verdict["consistent"]) == VERDICTS[said["kind"]], said
@@ -164,7 +164,7 @@ def test_the_judge_finds_out_what_the_teacher_did(told):
 def test_false_is_what_the_sound_thought_does_not_say(sample, told):
     true = [set(statements(scene)) for scene in sample]
     for i, (scene, said) in enumerate(told):
-        opening, *found = teacher.claims(said["thought"], scene.facts)
+        opening, *found = judge.claims(said["thought"], scene.facts)
         assert opening[1] is None
         if said["kind"] != "loop":
             assert found.pop()[1] is None  # the conclusion is not a fact
@@ -182,7 +182,7 @@ def test_the_facts_decide(sample):
     for kind, group in groups.items():
         other = [(a, said) for (a, mine), (_, said) in zip(group, group[1:], strict=False)
                  if mine != said]  # fmt: skip
-        false = [any(h is False for _, h in teacher.claims(" ".join(said), a.facts))
+        false = [any(h is False for _, h in judge.claims(" ".join(said), a.facts))
                  for a, said in other]  # fmt: skip
         # The height of another bar than asked for can be right in both scenes.
         assert other and sum(false) >= (0.5 if kind == "height" else 1) * len(other), kind
@@ -192,13 +192,13 @@ def test_solutions_lectures_and_descriptions_hold(sample):
     """The benchmark's own sentences, also of the held-out family."""
     for scene in sample:
         record = scene.record
-        held = [holds for _, holds in teacher.claims(record["solution"], scene.facts)]
+        held = [holds for _, holds in judge.claims(record["solution"], scene.facts)]
         assert True in held and False not in held, (record["solution"], scene.facts)
         spoken = f"Solution: {record['lecture']} {record['solution']}"
-        assert False not in [h for _, h in teacher.claims(spoken, scene.facts)], spoken
+        assert False not in [h for _, h in judge.claims(spoken, scene.facts)], spoken
         for text in (record["lecture"], record["question"]):
-            assert {h for _, h in teacher.claims(text, scene.facts)} <= {None}, text
-        described = [h for _, h in teacher.claims(scene.description, scene.facts)]
+            assert {h for _, h in judge.claims(text, scene.facts)} <= {None}, text
+        described = [h for _, h in judge.claims(scene.description, scene.facts)]
         assert False not in described, (scene.description, scene.facts)
 
 
@@ -285,7 +285,7 @@ WORD = {"family": "text", "kind": "word", "asked": "a name",
     ],
 )  # fmt: skip
 def test_claims(facts, text, holds):
-    assert teacher.claims(text, facts) == [(text, holds)]
+    assert judge.claims(text, facts) == [(text, holds)]
 
 
 @pytest.mark.slow
@@ -297,19 +297,19 @@ def test_claims_read_any_text(sample, told):
             text = said["thought"]
             words = rng.sample(text.split(), len(text.split()))
             for garbled in (text, text.replace(".", ""), " ".join(words), text[i % 40 :]):
-                found = teacher.claims(garbled, scene.facts)
+                found = judge.claims(garbled, scene.facts)
                 kept = " ".join(sentence for sentence, _ in found)
                 assert re.findall(r"[^\s.?]+", kept) == re.findall(r"[^\s.?]+", garbled)
                 assert {holds for _, holds in found} <= {True, False, None}
-    assert teacher.claims("", sample[0].facts) == teacher.claims(" . \n", sample[0].facts) == []
-    one = teacher.claims("The bars show red 3 the bars show blue 4", BARS)
+    assert judge.claims("", sample[0].facts) == judge.claims(" . \n", sample[0].facts) == []
+    one = judge.claims("The bars show red 3 the bars show blue 4", BARS)
     assert one == [("The bars show red 3 the bars show blue 4", False)]  # the second is not so
 
 
 def test_the_judge_says_what_is_wrong():
     record = {"choices": ["red", "blue"], "answer": 1}
     sound = "The bars show red 3, blue 5 and green 1. So the answer is blue."
-    assert teacher.judge(record, BARS, sound, "blue") == {
+    assert judge.judge(record, BARS, sound, "blue") == {
         "correct": True, "consistent": True, "by": "demo",
         "why": "All statements hold and lead to the answer.",
     }  # fmt: skip
@@ -320,7 +320,7 @@ def test_the_judge_says_what_is_wrong():
         ("The highest number is 5.", "blue", "The thought concludes nothing."),
         (f"{sound} So the answer is red.", "blue", "The thought concludes red."),
     ]:
-        verdict = teacher.judge(record, BARS, thought, answer)
+        verdict = judge.judge(record, BARS, thought, answer)
         assert verdict["why"] == why and not verdict["consistent"]
         assert verdict["correct"] == (answer == "blue")
 
@@ -379,7 +379,7 @@ def done(trace):
     """What the teacher did, as its trace shows it."""
     if not trace["answer"]:
         return "loop"
-    concluded = teacher.conclusion(trace["thought"])
+    concluded = judge.conclusion(trace["thought"])
     if concluded == trace["gold"]:
         return "sound" if trace["answer"] == concluded else "slip"
     return "misread" if trace["answer"] == concluded else "lucky"
