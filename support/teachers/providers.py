@@ -153,22 +153,12 @@ def parse_spec(spec: str, defaults: dict, price: Iterable[float] | None = None) 
 
 
 def connect(provider: str, timeout: float, opened: contextlib.AsyncExitStack) -> object:
-    """An async client of the provider's SDK, with the SDK's own retries off, or of plain HTTP for
-    one that has none in PACKAGES; closed with `opened`. ValueError without the SDK or a usable
-    key, or with a SOCKS proxy that cannot be used."""
+    """An async client of the SDK, with its own retries off, or of plain HTTP for a provider that is
+    not in PACKAGES; closed with `opened`. ValueError without SDK, usable key or proxy."""
     if provider in PACKAGES:
         check_package(provider)
         check_keys(provider)
-    try:
-        return open_client(provider, timeout, opened)
-    except ImportError as error:
-        if "socks" not in str(error).lower():
-            raise
-        text = "ALL_PROXY (or HTTPS_PROXY, HTTP_PROXY) names a SOCKS proxy"
-        raise ValueError(f"{text}: run `pip install socksio`, or unset it.") from None
-
-
-def open_client(provider: str, timeout: float, opened: contextlib.AsyncExitStack) -> object:
+    check_proxy()
     if provider == "anthropic":
         import anthropic
 
@@ -187,6 +177,18 @@ def open_client(provider: str, timeout: float, opened: contextlib.AsyncExitStack
     return genai.Client(vertexai=False, http_options=options)
 
 
+def check_proxy() -> None:
+    """ValueError with a SOCKS proxy that cannot be used; Anthropic's client would print a traceback
+    of its own."""
+    import httpx2
+
+    try:
+        httpx2.Client(verify=False).close()
+    except ImportError:
+        text = "ALL_PROXY (or HTTPS_PROXY) names a SOCKS proxy: unset it, or `pip install socksio`"
+        raise ValueError(f"{text}.") from None
+
+
 def check_package(provider: str) -> None:
     """ValueError without the provider's SDK, or with one that is too old."""
     package, oldest = PACKAGES[provider]
@@ -198,8 +200,8 @@ def check_package(provider: str) -> None:
 
 
 def check_keys(provider: str) -> None:
-    """ValueError without a key for the provider, or with one that no provider can have issued: sent
-    all the same, it looks like a fault of the network that is worth another try."""
+    """ValueError without a key, or with one that nobody can have issued, which a client would try
+    again and again as a fault of the network."""
     keys = {name: os.environ[name] for name in KEYS[provider] if os.environ.get(name)}
     if not keys:
         raise ValueError(f"No key for {provider}: put it into the variable {KEYS[provider][0]}.")
@@ -221,8 +223,8 @@ def anthropic_request(model: str, request: Request) -> dict:
         source = {"type": "base64", "media_type": media_type}
         source["data"] = base64.b64encode(body).decode()
         content.insert(0, {"type": "image", "source": source})
-    arguments = {"model": model, "max_tokens": options.max_output}
-    arguments["messages"] = [{"role": "user", "content": content}]
+    messages = [{"role": "user", "content": content}]
+    arguments = {"model": model, "max_tokens": options.max_output, "messages": messages}
     if options.thoughts:
         thinking = {"type": "adaptive"}
         if options.thinking_budget:
@@ -280,8 +282,7 @@ def gemini_request(model: str, request: Request) -> dict:
         if options.effort:
             thinking["thinking_level"] = options.effort.upper()
         config["thinking_config"] = thinking
-    config = types.GenerateContentConfig(**config)
-    return {"model": model, "contents": contents, "config": config}
+    return {"model": model, "contents": contents, "config": types.GenerateContentConfig(**config)}
 
 
 def gemini_reply(chunks: list) -> Reply:
@@ -313,7 +314,7 @@ async def ask_gemini(client: object, model: str, request: Request) -> Reply:
 
 
 def whole_reply(thought: str, answer: str, stop: str | None, usage: dict, why: object) -> Reply:
-    """The Reply; Lost if it was cut, which leaves no reason to stop, or ends normally and empty."""
+    """The Reply; Lost if it was cut, which leaves no reason to stop, or ends normally but empty."""
     if stop is None:
         raise Lost("the reply was cut")
     if stop == "end" and not (thought.strip() or answer.strip()):
