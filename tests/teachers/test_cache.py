@@ -135,8 +135,8 @@ def wait_until(reached, seconds=60):
 
 
 def lives_of(folder, count, wire, kills, latency):
-    """Ask `count` questions, with SIGKILL at `kills` random moments: the requests, the time at which
-    each process ended, and the trace file then."""
+    """Ask `count` questions, with SIGKILL at `kills` random moments: the requests, the time at
+    which each process ended, and the trace file then."""
     questions(folder, count)
     out = folder / "t.jsonl"
     draw = random.Random(0)
