@@ -308,8 +308,7 @@ def gemini_reply(chunks: list) -> Reply:
 
 
 async def ask_gemini(client: object, model: str, request: Request) -> Reply:
-    arguments = gemini_request(model, request)
-    stream = await client.aio.models.generate_content_stream(**arguments)
+    stream = await client.aio.models.generate_content_stream(**gemini_request(model, request))
     return gemini_reply([chunk async for chunk in stream])
 
 
