@@ -135,9 +135,9 @@ def state_sum(facts: dict) -> Stated:
 
 
 def state_word(facts: dict) -> Stated:
-    words, asked = facts["words"], facts["asked"]
+    words = facts["words"]
     stated = [f"{w.capitalize()} is {group}." for w, group in words.items()]
-    return stated, next(w for w, group in words.items() if group == asked)
+    return stated, next(w for w, group in words.items() if group == facts["asked"])
 
 
 # ---- misreading: (facts, n) -> all versions of the facts in which `n` of them are different ------

@@ -201,7 +201,8 @@ class Batches:
         rows, ending = await self.ended(entry)
         self.calls.reserved -= entry["most"]
         messages = dict(rows)
-        replies, failed = {}, {}
+        replies = {}
+        failed = {}
         for key in keys:
             try:
                 replies[key] = self.reply(messages.get(key, f"no reply in its batch, {ending}"))

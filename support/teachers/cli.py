@@ -30,7 +30,7 @@ class TeacherSettings:
     split: str = "train"  # the traces are there to be learned from
     limit: int | None = None  # all problems
     teacher: str = ""  # demo for the demo's data, else gemini, which pali_reason's teacher was
-    judge: str = "rule"  # costs nothing; agrees with Claude on 243 of pali_reason's 251
+    judge: str = "rule"  # free, and agrees with Claude on 243 of pali_reason's 251 traces
     out: str = "traces.jsonl"
     source: str | None = None  # --from, a word that Python keeps for itself
     max_output: int = 16_000  # room for long thoughts; a student learns from some hundreds
@@ -186,36 +186,43 @@ def forecast(
     sizes = [r["usage"]["output"] for r in records if r["usage"].get("output")]
     usual = sum(sizes) / len(sizes) if sizes else USUAL_OUTPUT
     if teacher:
-        share = BATCH_SHARE if settings.batch else 1.0
         reads = sum(input_tokens(teacher.provider, text, size) for text, size in questions)
-        expected = cost({"input": reads, "output": n * usual}, teacher.price, share)
-        most = cost({"input": reads, "output": n * settings.max_output}, teacher.price, share)
+        most = settings.max_output
         many = f"{n * settings.diverse} to {n * settings.attempts}" if settings.attempts > 1 else n
         guess = f"the mean of {len(sizes)} replies" if sizes else "a guess"
         lines.append(
             f"{teacher.spec}: {many} requests, {reads:,} tokens in; out {usual:.0f} each "
-            f"({guess}), {settings.max_output} at most. "
-            + money(expected, most, settings, f"{teacher.name} is known: give --price")
+            f"({guess}), {most} at most. "
+            + money(teacher, "--price", settings, reads, n * usual, n * most, settings.batch)
         )
     if judge.provider in ASK:
         reads = sum(input_tokens(judge.provider, text, size) for text, size in questions)
         reads += n * (JUDGE_PROMPT + round(usual))
-        expected = cost({"input": reads, "output": n * JUDGE_REPLY}, judge.price)
-        most = cost({"input": reads, "output": n * JUDGE_OUTPUT}, judge.price)
         some = "where the rule is not conclusive; for all it would be "
         lines.append(
             f"{judge.spec} judges {'every reply: ' if settings.judge_all else some}"
-            + money(expected, most, settings, f"{judge.name} is known: give --judge-price")
+            + money(judge, "--judge-price", settings, reads, n * JUDGE_REPLY, n * JUDGE_OUTPUT)
         )
     return lines
 
 
-def money(expected: float | None, most: float | None, s: TeacherSettings, unknown: str) -> str:
-    """The part on money of a forecast; expected and most: USD of one attempt at all questions."""
-    if expected is None:
-        return f"No price of {unknown} IN OUT."
-    sums = f"${s.diverse * expected:.2f} expected, ${s.attempts * most:.2f} at most"
-    return f"{sums} (prices of {PRICES_OF})."
+def money(
+    model: Model,
+    flag: str,
+    settings: TeacherSettings,
+    reads: int,
+    usual: float,
+    most: int,
+    batch: bool = False,
+) -> str:
+    """The part on money of a forecast. Tokens of one attempt at all questions: reads in; out usual
+    or, if all replies are as long as they can be, most."""
+    if model.price is None:
+        return f"No price of {model.name} is known: give {flag} IN OUT."
+    share = BATCH_SHARE if batch else 1.0
+    expected = cost({"input": reads, "output": usual}, model.price, share) * settings.diverse
+    highest = cost({"input": reads, "output": most}, model.price, share) * settings.attempts
+    return f"${expected:.2f} expected, ${highest:.2f} at most (prices of {PRICES_OF})."
 
 
 # --- what a trace file holds
@@ -289,8 +296,9 @@ def lengths(records: list[dict], by_id: dict, tokenizer: object) -> list[str]:
 def spread(sizes: Sequence[int]) -> str:
     """Median, 90th percentile (nearest rank) and maximum."""
     sizes = sorted(sizes)
-    ranks = [sizes[math.ceil(len(sizes) * share) - 1] for share in (0.5, 0.9, 1)]
-    return "median {}, p90 {}, max {}".format(*ranks)
+    median = sizes[math.ceil(len(sizes) / 2) - 1]
+    p90 = sizes[math.ceil(len(sizes) * 0.9) - 1]
+    return f"median {median}, p90 {p90}, max {sizes[-1]}"
 
 
 def agreements(records: list[dict]) -> list[str]:

@@ -131,11 +131,10 @@ class Failed(Exception):
 
 def hide(text: str) -> str:
     """The text without the values of the keys in the environment."""
-    for names in KEYS.values():
-        for name in names:
-            key = os.environ.get(name, "")
-            if len(key) >= 6:  # a shorter one is no key, and may be part of any word
-                text = text.replace(key, f"[{name}]")
+    for name in sum(KEYS.values(), ()):
+        key = os.environ.get(name, "")
+        if len(key) >= 6:  # a shorter one is no key, and may be part of any word
+            text = text.replace(key, f"[{name}]")
     return text
 
 
@@ -268,9 +267,8 @@ def gemini_request(model: str, request: Request) -> dict:
 
     options = request.options
     contents = [request.text]
-    if request.image:
-        body, media_type = request.image
-        contents.insert(0, types.Part.from_bytes(data=body, mime_type=media_type))
+    if image := request.image:
+        contents.insert(0, types.Part.from_bytes(data=image[0], mime_type=image[1]))
     config = {"max_output_tokens": options.max_output, "seed": options.seed}
     if request.schema:
         config["response_mime_type"] = "application/json"
@@ -287,7 +285,8 @@ def gemini_request(model: str, request: Request) -> dict:
 
 def gemini_reply(chunks: list) -> Reply:
     """The Reply in the chunks of a stream, or in the one response of a batch. Raises Lost."""
-    thoughts, answers = [], []
+    thoughts = []
+    answers = []
     used = stop = None
     why = ""
     for chunk in chunks:
@@ -415,7 +414,8 @@ def error_message(error: Exception) -> str:
 
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}  # both take them
 MOST_BYTES = 3_900_000  # 5 MB in base64 is Anthropic's limit, and so is the side in pixels
-MOST_PIXELS, REDUCED_PIXELS = 8000, 2048  # a side
+MOST_PIXELS = 8000  # a side
+REDUCED_PIXELS = 2048  # of an image over one of the limits
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 
 
