@@ -299,7 +299,8 @@ def prepare(settings: TeacherSettings) -> Run:
         by_id = {problem.id: problem for problem in problems}
         source = traces_of(by_id, s.source, f"{s.data}, split {s.split}")
         problems = [by_id[id] for id in source]
-    teacher = None if source else providers.parse_spec(s.teacher, providers.TEACHERS, s.price)
+    teacher = providers.parse_spec(s.teacher, providers.TEACHERS, s.price)
+    teacher = None if source else teacher
     judge = providers.parse_spec(s.judge, providers.JUDGES, s.judge_price)
     if s.max_cost is not None:
         for flag, model in (("--price", teacher), ("--judge-price", judge)):
