@@ -469,13 +469,14 @@ class T5(nn.Module):
         max_new_tokens,
         temperature=0.0,
         generator=None,
+        stop_loops=False,
         on_token=None,
     ):
         """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
         options are those of `decode`."""
         memory = self.encode(input_ids, attention_mask)  # (B, T, D)
         return self.generate_from(
-            memory, attention_mask, max_new_tokens, temperature, generator, on_token
+            memory, attention_mask, max_new_tokens, temperature, generator, stop_loops, on_token
         )  # (B, U)
 
     @torch.inference_mode()
@@ -486,6 +487,7 @@ class T5(nn.Module):
         max_new_tokens,
         temperature=0.0,
         generator=None,
+        stop_loops=False,
         on_token=None,
     ):
         """As `generate`, from encoder states (B, T, D), perhaps fused with an image."""
@@ -501,6 +503,7 @@ class T5(nn.Module):
             pad_id=c.pad_token_id,
             temperature=temperature,
             generator=generator,
+            stop_loops=stop_loops,
             on_token=on_token,
         )
 
