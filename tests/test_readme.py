@@ -232,9 +232,11 @@ def commands():
 def test_a_command_is_accepted(page, words):
     script, *arguments = words
     assert (ROOT / script).is_file()
+    if arguments == ["--help"]:
+        return
     parsers = {"train.py": settings.parse_args, "eval.py": evaluation.parse_args}
     parsers["teacher.py"] = teacher.parse_args
-    if script in parsers and arguments != ["--help"]:
+    if script in parsers:
         parsers[script](arguments)
     else:  # their parser is in main: each word that starts with -- must be in their text
         text = (ROOT / script).read_text()
