@@ -9,7 +9,7 @@ docs/ must be in it. After new runs:
     python tests/test_readme.py keep bench.json ...       what bench.py --json wrote
     python tests/test_readme.py keep graded/A graded/B    pali_reason's outputs (docs/results.md)
     python tests/test_kinds.py > tests/results/kinds.txt  anything else that a command prints
-    python tests/test_readme.py write                     the tables, anew; pytest names the prose
+    python tests/test_readme.py write                     the tables again; pytest names the prose
 """
 
 import argparse
