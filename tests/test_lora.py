@@ -19,6 +19,8 @@ from torch import nn
 import lora
 from fusion import GatedFusion, MultimodalT5
 from model import T5, PaliGemma
+from support.checkpoints import peft
+from support.checkpoints.keys import transformers_path
 
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}  # to PEFT
 OURS = {v: {k.removeprefix("use_"): on for k, on in kw.items()} for v, kw in VARIANTS.items()}
@@ -156,7 +158,7 @@ def peft_file(tiny, folder, **config):
 
 def rewrite(folder, rename=None, **settings):
     """Change tensors (a function of {key: tensor}) and settings of an adapter folder."""
-    weights, config = folder / lora.WEIGHTS, folder / lora.CONFIG
+    weights, config = folder / peft.WEIGHTS, folder / peft.CONFIG
     if rename:
         tensors = {k: t.clone() for k, t in load_file(weights).items()}
         save_file(rename(tensors), weights, {"format": "pt"})
@@ -190,7 +192,7 @@ def test_outputs_and_gradients_are_pefts(tiny, variant, tmp_path):
     assert len(grads) == len(names) * (3 if variant == "dora" else 2)
     for path, layer in lora.adapters(ours).items():
         for name, p in layer.adapter().items():
-            expected = grads[f"{ours.hub_path(path)}.{name}"]
+            expected = grads[f"{transformers_path(type(ours), path)}.{name}"]
             assert expected.abs().max() > 1e-3
             close(p.grad / expected.abs().max(), expected / expected.abs().max())
 
@@ -205,7 +207,7 @@ def test_peft_loads_ours(tiny, variant, tmp_path):
     theirs = PeftModel.from_pretrained(tiny.theirs(), tmp_path)
     close(run(ours, tiny), run(theirs, tiny))
     adapted = {n.split(".lora_A")[0] for n, _ in theirs.named_modules() if n.endswith("lora_A")}
-    assert adapted == {f"base_model.model.{ours.hub_path(path)}" for path in names}
+    assert adapted == {f"base_model.model.{transformers_path(type(ours), path)}" for path in names}
     config = theirs.peft_config["default"]
     assert config.base_model_name_or_path == "org/name"
     assert config.task_type == ("SEQ_2_SEQ_LM" if tiny.name == "t5" else "CAUSAL_LM")
@@ -221,7 +223,7 @@ def test_our_file_round_trip(tiny, variant, tmp_path):
     for layer in lora.adapters(again).values():
         assert (layer.r, layer.alpha, layer.dropout) == (3, 5, 0.25)
         assert all(p.requires_grad for p in layer.adapter().values())
-    assert (tmp_path / lora.WEIGHTS).stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / peft.WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
 class Layers(nn.Module):
@@ -461,7 +463,7 @@ def test_merged_weights_are_pefts_and_save_as_a_plain_checkpoint(tiny, variant, 
     for path in names:
         close(
             plain.get_submodule(path).weight.data,
-            expected.get_submodule(ours.hub_path(path)).weight.data,
+            expected.get_submodule(transformers_path(type(ours), path)).weight.data,
             1e-6,
         )
     with torch.no_grad():
@@ -488,7 +490,7 @@ def test_saving_while_merged_writes_the_same_adapter(t5, tmp_path):
     lora.save(scramble(ours), tmp_path / "a")
     lora.merge(ours)
     lora.save(ours, tmp_path / "b")
-    files = [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in "ab"]
+    files = [(tmp_path / name / peft.WEIGHTS).read_bytes() for name in "ab"]
     assert files[0] == files[1]
 
 
@@ -543,7 +545,7 @@ def test_older_key_spellings(paligemma, spelling, tmp_path):
         return key.replace("model.model.vision_tower.", f"model.{vision}")
 
     rewrite(tmp_path, lambda tensors: {older(k): t for k, t in tensors.items()})
-    assert any(vision in key for key in load_file(tmp_path / lora.WEIGHTS))
+    assert any(vision in key for key in load_file(tmp_path / peft.WEIGHTS))
     ours = paligemma.ours()
     names = lora.load(ours, tmp_path)
     assert len(names) == 4 and VISION_Q in names
@@ -670,7 +672,7 @@ def test_config_and_file_must_agree(t5, adapter):
         lora.load(t5.ours(), adapter)
 
 
-@pytest.mark.parametrize("name", (lora.CONFIG, lora.WEIGHTS))
+@pytest.mark.parametrize("name", (peft.CONFIG, peft.WEIGHTS))
 def test_absent_and_torn_files(t5, name, adapter):
     path = adapter / name
     path.write_bytes(path.read_bytes()[:-20])
@@ -729,7 +731,7 @@ def test_adapters_that_are_not_finite_are_named(t5, bad, adapter):
 
 @pytest.mark.parametrize("text", (b"[" * 100_000, b"\xe9", b"[]", b"5", b""))
 def test_a_config_that_is_none(t5, text, adapter):
-    (adapter / lora.CONFIG).write_bytes(text)
+    (adapter / peft.CONFIG).write_bytes(text)
     with pytest.raises(ValueError, match="adapter_config.json|cannot be read"):
         lora.load(t5.ours(), adapter)
 

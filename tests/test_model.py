@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from model import DETR, T5, DETRConfig, T5Config
+from model import DETR, T5, T5Config
+from support.checkpoints import hub
+from support.checkpoints.keys import DETR_KEYS, T5_KEYS
 
 VERSIONS = ("v1.0", "v1.1")
 V1_1 = oracle.V1_1
@@ -164,7 +166,7 @@ def test_t5_gradients(pair):
         module.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     theirs = {n: p.grad for n, p in oracle.t5_stored_parameters(pair.hf).items()}
-    ours = {model.T5_KEYS.to_file(n): p.grad for n, p in t5.named_parameters()}
+    ours = {T5_KEYS.to_file(n): p.grad for n, p in t5.named_parameters()}
     assert ours.keys() == theirs.keys()
     for name, grad in ours.items():
         assert grad.abs().max() > 0, name
@@ -247,10 +249,10 @@ def test_t5_starts_from_scratch_as_the_reference_does(version):
     config = sizes | (V1_1 if version == "v1.1" else {})
     torch.manual_seed(0)
     hf = T5ForConditionalGeneration(HFConfig.from_dict(config)).state_dict()
-    ours = T5(model.from_config(T5Config, config))
+    ours = T5(hub.from_config(T5Config, config))
     ours.init_weights(torch.Generator().manual_seed(0))
     for name, p in ours.named_parameters():
-        theirs = hf[model.T5_KEYS.to_file(name)]
+        theirs = hf[T5_KEYS.to_file(name)]
         if p.dim() == 1:
             assert (p == 1).all(), name
         else:  # 256 numbers or more: a sampling error of 4 % a side
@@ -276,13 +278,13 @@ def test_t5_full_shapes_by_key(size):
 
     config, tensors, parameters = T5_SIZES[size]
     with torch.device("meta"):
-        ours = T5(model.from_config(T5Config, config))
+        ours = T5(hub.from_config(T5Config, config))
         hf = T5ForConditionalGeneration(HFConfig.from_dict({"vocab_size": 32128} | config))
     theirs = {name: tuple(t.shape) for name, t in hf.state_dict().items()}
     del theirs["encoder.embed_tokens.weight"], theirs["decoder.embed_tokens.weight"]
     if size.startswith("t5"):
         del theirs["lm_head.weight"]
-    assert file_names(model.T5_KEYS, ours) == theirs
+    assert file_names(T5_KEYS, ours) == theirs
     assert len(theirs) == tensors
     assert sum(p.numel() for p in ours.parameters()) == parameters
 
@@ -565,7 +567,7 @@ def test_cached_equals_recomputed(speaker):
 def test_cached_equals_recomputed_beyond_the_last_bucket(speaker):
     """150 steps: query positions in the cache count on, and distances pass 128."""
     no_end = T5.from_pretrained(speaker.folder)
-    no_end.config = model.from_config(T5Config, vars(no_end.config) | {"eos_token_id": -1})
+    no_end.config = hub.from_config(T5Config, vars(no_end.config) | {"eos_token_id": -1})
     ids, mask = speaker.ids[:2], speaker.mask[:2]
     ours = no_end.generate(ids, mask, max_new_tokens=150)
     assert ours.shape == (2, 150)
@@ -710,7 +712,7 @@ def detr_files(tmp_path_factory):
 
 def detr_shapes(name):
     with torch.device("meta"):
-        return file_names(model.DETR_KEYS, DETR(DETRConfig.from_hub(oracle.DETR_CONFIGS[name])))
+        return file_names(DETR_KEYS, DETR(hub.model_config(DETR, oracle.DETR_CONFIGS[name])))
 
 
 @torch.no_grad()
@@ -774,7 +776,7 @@ def test_layout_c_differs_from_layout_a():
 def test_detr_defaults_are_the_familys():
     from transformers import DetrConfig
 
-    ours, theirs = vars(DETRConfig.from_hub({"model_type": "detr"})), DetrConfig()
+    ours, theirs = vars(hub.model_config(DETR, {"model_type": "detr"})), DetrConfig()
     for name in ours.keys() - {"backbone", "backbone_kwargs", "num_labels", "id2label"}:
         assert ours[name] == getattr(theirs, name), name
     assert ours["backbone"] == theirs.backbone_config.backbone
@@ -786,7 +788,7 @@ def test_detr_config_of_transformers_5(name):
     """It moves the backbone into backbone_config and drops the old fields."""
     newer = GOLDEN["configs"][name]["config_5x"]
     assert "backbone" not in newer
-    assert DETRConfig.from_hub(newer) == DETRConfig.from_hub(oracle.DETR_CONFIGS[name])
+    assert hub.model_config(DETR, newer) == hub.model_config(DETR, oracle.DETR_CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", released_slow(["tiny-dc5", *RELEASED]))
@@ -1117,11 +1119,11 @@ def test_a_hub_id_without_network_is_one_sentence():
 @pytest.mark.parametrize("where", ["no/such/folder", "./missing", "plain-name"])
 def test_a_path_that_is_nothing(where):
     with pytest.raises(FileNotFoundError, match="neither a folder"):
-        model.resolve(where)
+        hub.resolve(where)
 
 
 def test_a_folder_is_itself(tmp_path):
-    assert model.resolve(str(tmp_path)) == tmp_path
+    assert hub.resolve(str(tmp_path)) == tmp_path
 
 
 def fake_hub(monkeypatch, repository, folder):
@@ -1149,13 +1151,13 @@ FILES = ["config.json", "tokenizer.json", "spiece.model", "flax_model.msgpack", 
 def test_the_hub_gives_safetensors_where_there_are_any(monkeypatch, tmp_path):
     repository = dict.fromkeys([*FILES, "model.safetensors", "pytorch_model.bin"], b"x")
     fetched = fake_hub(monkeypatch, repository, tmp_path)
-    assert model.resolve("org/name") == tmp_path
+    assert hub.resolve("org/name") == tmp_path
     assert set(fetched) == {"config.json", "tokenizer.json", "spiece.model", "model.safetensors"}
 
 
 def test_the_hub_gives_the_pickle_where_there_is_nothing_else(monkeypatch, tmp_path):
     fetched = fake_hub(monkeypatch, dict.fromkeys([*FILES, "pytorch_model.bin"], b"x"), tmp_path)
-    assert model.resolve("allenai/unifiedqa-t5-base") == tmp_path
+    assert hub.resolve("allenai/unifiedqa-t5-base") == tmp_path
     assert {"config.json", "spiece.model", "pytorch_model.bin"} <= set(fetched)
     assert not {"flax_model.msgpack", "tf_model.h5"} & set(fetched)
 
@@ -1176,4 +1178,4 @@ def test_gated_and_missing_repositories(name, kind, sentence, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(kind, match=sentence):
-        model.resolve("org/name")
+        hub.resolve("org/name")

@@ -5,6 +5,7 @@ a tensor that is missing, unexpected or of another shape is an error that names 
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from support.checkpoints.keys import KeyTable, table_of
+from support.files import checksum
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -136,9 +138,16 @@ def head_is_tied(folder: str | Path) -> bool:
 
 
 def source_of(pickle: Path) -> str:
-    """What a converted file says it was made from: changes when the pickle is written again."""
+    """What a converted file says it was made from: it changes when the pickle is written again.
+    The contents count, not the time, so that the same pickle always gives the same file."""
     stat = pickle.stat()
-    return f"{pickle.name} {stat.st_size} {stat.st_mtime_ns}"
+    return sha256(pickle, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def sha256(path: Path, size: int, mtime: int) -> str:
+    """A file's checksum, computed once for each size and time of its last change."""
+    return checksum(path)
 
 
 def is_outdated(single: Path, pickle: Path) -> bool:
