@@ -1,7 +1,9 @@
 """Checkpoint folders as on the Hub: finding one, its config.json, building the model, and back.
 
-The model classes are passed in (`load(T5, "allenai/unifiedqa-t5-base")`); what differs between
-architectures is in BUILDERS and DESCRIBERS, by the name of the class.
+The model classes are passed in, `load(T5, "allenai/unifiedqa-t5-base")`: what differs between
+architectures goes by the name of the class.
+
+Left out: sharded pickles, folders inside a Hub repository.
 """
 
 import contextlib

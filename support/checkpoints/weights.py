@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from support.checkpoints.keys import KeyTable, table_of
-from support.files import checksum
+from support.files import checksum, write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+SOURCE = "model.safetensors.source.json"  # next to a converted pickle: checksums of the two
 LISTED = 5  # names of each kind in a refusal; --keys prints all
 
 
@@ -137,34 +138,34 @@ def head_is_tied(folder: str | Path) -> bool:
 # ----------------------------------------------------------------------------------------------
 
 
-def source_of(pickle: Path) -> str:
-    """What a converted file says it was made from: it changes when the pickle is written again.
-    The contents count, not the time, so that the same pickle always gives the same file."""
-    stat = pickle.stat()
-    return sha256(pickle, stat.st_size, stat.st_mtime_ns)
+def is_outdated(single: Path, pickle: Path) -> bool:
+    """Whether `single` was converted here from other contents of the pickle next to it. A file of
+    somebody else's is never replaced."""
+    note = single.with_name(SOURCE)
+    if not note.is_file():
+        return False
+    source = json_object(note)
+    return source.get(PICKLE) != sha256(pickle) and source.get(SINGLE) == sha256(single)
+
+
+def sha256(path: Path) -> str:
+    """A file's checksum, computed once for each size and time of its last change."""
+    stat = path.stat()
+    return sha256_at(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache
-def sha256(path: Path, size: int, mtime: int) -> str:
-    """A file's checksum, computed once for each size and time of its last change."""
+def sha256_at(path: Path, size: int, mtime: int) -> str:
     return checksum(path)
 
 
-def is_outdated(single: Path, pickle: Path) -> bool:
-    """Whether `single` was converted here from another state of the pickle next to it. A file that
-    does not say so is not ours and never replaced."""
-    with opened(single) as file:
-        source = (file.metadata() or {}).get("converted_from")
-    return source is not None and source != source_of(pickle)
-
-
 def convert_pickle(path: Path) -> None:
-    """Convert pytorch_model.bin to model.safetensors next to it.
+    """Convert pytorch_model.bin to model.safetensors next to it, and note what it was made from.
 
     Only tensors are unpickled (`weights_only=True`); a file that holds code is refused. Several
     names of one tensor (T5's tied embeddings) are stored once, as safetensors wants it.
     """
-    source = source_of(path)  # before reading: if it changes meanwhile, it is converted again
+    source = sha256(path)  # before reading: if it changes meanwhile, it is converted again
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a broken pickle makes its reader raise almost anything
@@ -182,10 +183,13 @@ def convert_pickle(path: Path) -> None:
         t = tensors[name]
         kept.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else name, name)
     unique = {name: tensors[name] for name in kept.values()}
+    target = path.with_name(SINGLE)
     try:
-        write_safetensors(unique, path.with_name(SINGLE), {"converted_from": source})
+        write_safetensors(unique, target)
     except (RuntimeError, ValueError, SafetensorError) as e:  # tensors that overlap in memory
         raise ValueError(f"{path} could not be converted to {SINGLE} next to it ({e}).") from e
+    # Not in the file's own metadata, whose order is random: the same weights keep their checksum.
+    write_json(path.with_name(SOURCE), {PICKLE: source, SINGLE: sha256(target)})
 
 
 def is_plain(t: object) -> bool:
@@ -346,14 +350,12 @@ def is_finite(t: torch.Tensor) -> bool:
 # ----------------------------------------------------------------------------------------------
 
 
-def write_safetensors(
-    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
+def write_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write next to `path`, then rename: whoever has the old file mapped keeps a whole one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
     try:
-        save_file(contiguous, temporary, {"format": "pt", **(metadata or {})})
+        save_file(contiguous, temporary, {"format": "pt"})
         temporary.chmod(0o644)  # the library writes for the owner alone
         os.replace(temporary, path)
     finally:

@@ -99,6 +99,17 @@ def test_older_key_spellings(paligemma, spelling, tmp_path):
     close(run(ours, paligemma), run(theirs, paligemma))
 
 
+@pytest.mark.parametrize("prefix", ("_orig_mod.", "module.", "base_model.model._orig_mod."))
+def test_names_of_wrappers_are_stripped(t5, prefix, adapter):
+    expected = t5.ours()
+    lora.load(expected, adapter)
+    start = "base_model.model." if prefix.startswith("base") else ""
+    rewrite(adapter, lambda ts: {prefix + k.removeprefix(start): t for k, t in ts.items()})
+    ours = t5.ours()
+    lora.load(ours, adapter)
+    assert torch.equal(run(ours, t5), run(expected, t5))
+
+
 def test_a_layer_missing_from_an_old_spelling_is_seen(paligemma, tmp_path):
     peft_file(paligemma, tmp_path)
     new, old = "model.model.language_model.layers", "model.language_model.model.layers"
@@ -120,6 +131,7 @@ CONFIGS = {
     "exclude list": {"exclude_modules": ["v_proj", "SelfAttention.v"]},
     "exclude regex": {"exclude_modules": r".*(self_attn\.q_proj|EncDecAttention.*)"},
     "gaussian": {"init_lora_weights": "gaussian"},
+    "eva": {"init_lora_weights": "eva"},
     "one layer": {"layers_to_transform": 1, "target_modules": ["q_proj", "q"]},
     "layers": {"layers_to_transform": [0, 2], "target_modules": ["q_proj", "q"]},
     "all-linear": {"target_modules": "all-linear"},
@@ -237,7 +249,7 @@ WRONG_SETTINGS = [
     ("r", -1, "of another shape"),
     ("lora_alpha", [16], "wrong type"),
     ("lora_alpha", float("nan"), "wrong type"),
-    ("lora_dropout", 7, "no share"),
+    ("lora_dropout", 7, "lora_dropout"),
     ("use_dora", "no", "wrong type"),
     ("rank_pattern", [8], "wrong type"),
     ("rank_pattern", {"q": "8"}, "wrong type"),
