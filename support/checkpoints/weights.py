@@ -189,7 +189,7 @@ def convert_pickle(path: Path) -> None:
     except (RuntimeError, ValueError, SafetensorError) as e:  # tensors that overlap in memory
         raise ValueError(f"{path} could not be converted to {SINGLE} next to it ({e}).") from e
     # Not in the file's own metadata, whose order is random: the same weights keep their checksum.
-    write_json(path.with_name(SOURCE), {PICKLE: source, SINGLE: sha256(target)})
+    write_json({PICKLE: source, SINGLE: sha256(target)}, path.with_name(SOURCE))
 
 
 def is_plain(t: object) -> bool:
