@@ -28,6 +28,7 @@ import torch
 
 import data
 import fusion
+from model import stop_reason
 from support import files
 from support.checkpoints.hub import resolve
 from support.dataset import images as pictures
@@ -175,9 +176,12 @@ def continue_batch(model, batch, tokenizer, budget, loops, how):
     device, told = model.language_model.embed_tokens.weight.device, {}
     ids = batch.pop("ids")
     batch = paligemma_inputs(model, {k: v.to(device) for k, v in batch.items()})
-    new_ids, stops = model.write(max_new_tokens=budget, stop_loops=loops, **batch, **how)
-    for problem_id, row, stop in zip(ids, new_ids.tolist(), stops, strict=True):
-        ends = [i for i in (model.config.eos_token_id, model.config.pad_token_id) if i in row]
+    new_ids = model.generate(**batch, max_new_tokens=budget, stop_loops=loops, **how)  # (B, U)
+    eos, pad = model.config.eos_token_id, model.config.pad_token_id
+    for problem_id, row in zip(ids, new_ids.cpu(), strict=True):
+        stop = stop_reason(row, eos, pad, loops)
+        row = row.tolist()
+        ends = [i for i in (eos, pad) if i in row]
         row = row[: min(map(row.index, ends))] if ends else row
         text = tokenizer.decode(row, skip_special_tokens=True)
         tokens = len(row) + (stop == "eos")

@@ -141,12 +141,24 @@ class MultimodalT5(Pretrained):
         return self.t5.head(states)  # (B, U, V)
 
     @torch.inference_mode()
-    def generate(self, input_ids, attention_mask, image_features=None, *, max_new_tokens, **how):
-        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
-
-        `how` is as in `model.decode`."""
+    def generate(
+        self,
+        input_ids,
+        attention_mask,
+        image_features=None,
+        *,
+        max_new_tokens,
+        temperature=0.0,
+        generator=None,
+        stop_loops=False,
+        on_token=None,
+    ):
+        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
+        options are those of `model.decode`."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
-        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **how)  # (B, U)
+        return self.t5.generate_from(
+            memory, attention_mask, max_new_tokens, temperature, generator, stop_loops, on_token
+        )  # (B, U)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -103,14 +103,11 @@ def t5_loss(model, batch, args):
 
 
 def paligemma_loss(model, batch, args):
-    """As `cross_entropy`; token t is predicted by the state at t - 1. The states before the first
-    token that is learned are not computed in the top layer."""
-    labels = batch["labels"][:, 1:]  # (B, T-1)
-    U = labels.shape[1] - int((labels != -100).any(0).int().argmax())
+    """As `cross_entropy`; token t is predicted by the state at t - 1."""
     inputs = decoding.paligemma_inputs(model, batch)
-    states = model.states(**inputs, last=U + 1)[:, :-1]  # (B, U, D)
+    states = model.states(**inputs)[:, :-1]  # (B, T-1, D)
     weight = model.language_model.embed_tokens.weight
-    return cross_entropy(model.head, weight, states, labels[:, -U:], args)
+    return cross_entropy(model.head, weight, states, batch["labels"][:, 1:], args)
 
 
 LOSS = {"mmcot": t5_loss, "paligemma": paligemma_loss}

@@ -28,7 +28,7 @@ PACKAGES = "torch safetensors tokenizers PIL numpy huggingface_hub anthropic goo
 PACKAGES.append("httpx2")  # google-genai's own, as both SDKs bring it
 MOST = 450  # lines of a file
 LONGER = {  # and why
-    "model.py": 1450,  # five architectures, decoding
+    "model.py": 1270,  # five architectures, decoding
     "train.py": 560,  # two systems' runs
 }
 
