@@ -28,12 +28,13 @@ import torch
 
 import data
 import fusion
-from model import of_all_ranks, rank, resolve, stop_reason
+from model import stop_reason
 from support import files
+from support.checkpoints.hub import resolve
 from support.dataset import images as pictures
 from support.dataset.choices import LETTERS
 from support.dataset.tokenizers import load_tokenizer, plain_ids
-from support.distributed import check_device
+from support.distributed import check_device, gather_dicts, rank
 from support.evaluation import errors as kinds
 from support.evaluation.decode_cache import (
     Part,
@@ -167,7 +168,7 @@ def continued(model, examples, tokenizer, config, budget, loops=False, on_token=
         draw = {"temperature": heat, "generator": torch.Generator(device).manual_seed(seed)}
         given = (model, batch, tokenizer, budget, loops, draw | {"on_token": on_token})
         told.append(part.batch(what, continue_batch, *given) if part else continue_batch(*given))
-    return of_all_ranks(told)
+    return gather_dicts(told)
 
 
 def continue_batch(model, batch, tokenizer, budget, loops, how):

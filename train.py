@@ -42,11 +42,13 @@ import data
 import eval as evaluation
 import fusion
 import lora
-from model import in_file_names, rank, resolve, world
 from support import distributed as devices
 from support import files
+from support.checkpoints.hub import resolve
+from support.checkpoints.weights import in_file_names
 from support.dataset import images as pictures
 from support.dataset.tokenizers import load_tokenizer
+from support.distributed import rank, world
 from support.evaluation import decode_cache as decoding
 from support.evaluation import looking, metrics, tables
 from support.evaluation import models as loading
@@ -338,7 +340,7 @@ def start_model(args, features, stage):
     elif model.fusion is None:
         width = model.t5.config.d_model
         model.fusion = fusion.GatedFusion(width, features.shape[1], args.no_image)
-    in_file_names(model, model.KEYS)  # what could not be saved is not trained
+    in_file_names(model)  # what could not be saved is not trained
     return model
 
 
