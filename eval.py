@@ -28,12 +28,13 @@ import torch
 
 import data
 import fusion
-from model import of_all_ranks, rank, resolve
+from model import stop_reason
 from support import files
+from support.checkpoints.hub import resolve
 from support.dataset import images as pictures
 from support.dataset.choices import LETTERS
 from support.dataset.tokenizers import load_tokenizer, plain_ids
-from support.distributed import check_device
+from support.distributed import check_device, gather_dicts, rank
 from support.evaluation import errors as kinds
 from support.evaluation.decode_cache import (
     Part,
@@ -167,7 +168,7 @@ def continued(model, examples, tokenizer, config, budget, loops=False, on_token=
         draw = {"temperature": heat, "generator": torch.Generator(device).manual_seed(seed)}
         given = (model, batch, tokenizer, budget, loops, draw | {"on_token": on_token})
         told.append(part.batch(what, continue_batch, *given) if part else continue_batch(*given))
-    return of_all_ranks(told)
+    return gather_dicts(told)
 
 
 def continue_batch(model, batch, tokenizer, budget, loops, how):
@@ -175,9 +176,12 @@ def continue_batch(model, batch, tokenizer, budget, loops, how):
     device, told = model.language_model.embed_tokens.weight.device, {}
     ids = batch.pop("ids")
     batch = paligemma_inputs(model, {k: v.to(device) for k, v in batch.items()})
-    new_ids, stops = model.write(max_new_tokens=budget, stop_loops=loops, **batch, **how)
-    for problem_id, row, stop in zip(ids, new_ids.tolist(), stops, strict=True):
-        ends = [i for i in (model.config.eos_token_id, model.config.pad_token_id) if i in row]
+    new_ids = model.generate(**batch, max_new_tokens=budget, stop_loops=loops, **how)  # (B, U)
+    eos, pad = model.config.eos_token_id, model.config.pad_token_id
+    for problem_id, row in zip(ids, new_ids.cpu(), strict=True):
+        stop = stop_reason(row, eos, pad, loops)
+        row = row.tolist()
+        ends = [i for i in (eos, pad) if i in row]
         row = row[: min(map(row.index, ends))] if ends else row
         text = tokenizer.decode(row, skip_special_tokens=True)
         tokens = len(row) + (stop == "eos")

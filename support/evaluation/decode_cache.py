@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 import data
-from model import rank, world
 from support import files
+from support.distributed import rank, world
 
 
 def in_batches(examples, batch_size, label, collate=data.collate, dealt=True):
     """Collated batches of like lengths, with progress on a terminal as they are used up. Under
-    torchrun those of this process (see `model.of_all_ranks`), unless they are not to be dealt."""
+    torchrun those of this process (see `gather_dicts`), unless they are not to be dealt."""
     start, done = time.monotonic(), 0
     order = data.batches([len(e["input_ids"]) for e in examples], batch_size)
     order = order[rank() :: world()] if dealt else order

@@ -21,8 +21,9 @@ import torch
 
 import data
 import fusion
-from model import DETR, resolve
+from model import DETR
 from support import files
+from support.checkpoints.hub import resolve
 from support.evaluation.decode_cache import in_batches, paligemma_inputs, prolonged, spelled
 from support.evaluation.grading import CUE
 

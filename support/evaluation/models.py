@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 import lora
-from model import DETR, PaliGemma, resolve, stored_tensors
+from model import DETR, PaliGemma
 from support import files
+from support.checkpoints.hub import resolve
+from support.checkpoints.weights import weight_files
 from support.dataset import images as pictures
 from support.dataset.features import Features, cached_features, published_features
 
@@ -96,7 +98,7 @@ def paligemma_extractor(model):
 def checkpoint_hash(folder):
     """Twelve hex digits over the weight files of a checkpoint."""
     digest = hashlib.sha256()
-    for path in sorted({path for path, _ in stored_tensors(folder).values()}):
+    for path in weight_files(folder):
         digest.update(bytes.fromhex(files.checksum(path)))
     return digest.hexdigest()[:12]
 
