@@ -123,19 +123,19 @@ def test_diverse_keeps_distinct_rationales(ask, server):
 @both_wires
 @pytest.mark.parametrize("batch", [(), ("--batch",)])
 def test_hints_and_prompts_are_recorded_and_are_other_questions(ask, server, wire, batch):
-    questions(ask.folder, 2, solution="The rope of Q0: is the longest.")
+    questions(ask.folder, 3, solution="The rope of Q0: is the longest.")
     ask(wire, *batch)
     ask(wire, "--hint-gold", *batch)
     hint = f"answer is known to be {'ABC'[gold('Q1')]}"
     assert [hint in entry["text"] for entry in server.sent("Q1")] == [False, True]
-    assert sorted(record["hint"] for record in ask.records()) == [False, False, True, True]
+    assert sorted(record["hint"] for record in ask.records()) == [False] * 3 + [True] * 3
     for more in (["--zero-shot-cot"], ["--shots", "1"]):
         ask(wire, *more, *batch)
         sent = server.sent("Q1")[-1]
         record = ask.records()[-1]
         params = sent.get("params", {})
         assert not params.get("thinking") and not params.get("thinkingConfig")
-        assert sent["text"].count("Question: ") == len(more)
+        assert {e["text"].count("Question: ") for e in server.sent()[-3:]} == {len(more)}
         assert ("step by step" in sent["text"]) == (more == ["--zero-shot-cot"])
         if more == ["--zero-shot-cot"]:
             assert record["thought"] and record["kept"] and "answer is" not in record["answer"]

@@ -36,6 +36,7 @@ def test_no_question_is_asked_more_often_than_retries_say(ask, server):
     assert list(ask.by_id()) == ["q4"] and "Traceback" not in err
     failed = re.findall(r"^failed: (q\d): ", err, re.MULTILINE)
     assert sorted(failed) == ["q1", "q2", "q3"]  # in the order of their failing
+    assert float(re.search(r"\$([\d.]+) at most", err)[1]) > 0  # 500 is free, half a reply is not
     server.script = {}
     ask(retries=3)
     assert [len(server.sent(f"Q{i}")) for i in range(1, 5)] == [4, 4, 4, 1]

@@ -150,6 +150,7 @@ def test_distinct():
     assert not filters.distinct(moved, [one])
     other = "I count the circles one by one: red, red, blue, red, blue, which makes 5."
     assert filters.distinct(other, [one])
+    assert not filters.distinct("There are 3 red circles and 2 blue circles.", [one + other])
     assert filters.distinct("Yes.", ["No."]) and not filters.distinct("Yes.", ["yes"])
 
 

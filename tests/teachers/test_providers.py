@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 from asking import WIRES, both_wires, questions
@@ -45,6 +46,9 @@ def test_back_off_grows_has_jitter_and_a_cap():
         waits = [providers.retry_after(TimeoutError(), tries) for _ in range(20)]
         assert longest / 2 <= min(waits) < max(waits) <= longest
     assert providers.retry_after(KeyError("a bug of ours"), 1) is None
+    busy = providers.Lost("busy")
+    busy.response = SimpleNamespace(status_code=429, headers={"retry-after": "3"})
+    assert all(3 <= providers.retry_after(busy, 1) <= 3.3 for _ in range(20))
 
 
 @pytest.mark.parametrize(
