@@ -32,6 +32,7 @@ from PIL import Image
 
 from demo.drawing import MAGNETS, RGB, SIDE, SPECIES, level, render
 from demo.wording import PHRASES, TOPICS, joined, plural
+from support.files import cache_folder
 
 SCRIPTS = [Path(__file__).with_name(f"{name}.py") for name in ("scenes", "drawing", "wording")]
 GRID = 6  # cells a side
@@ -341,6 +342,19 @@ def write(folder, sizes=SIZES, seed=0):
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def demo_folder() -> Path:
+    """The demo, drawn at first use. The folder's name has a hash of the scripts that draw it."""
+    scripts = b"".join(script.read_bytes() for script in SCRIPTS)
+    folder = cache_folder() / f"demo-{hashlib.sha256(scripts).hexdigest()[:10]}"
+    if not folder.is_dir():
+        try:
+            write(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run has drawn the same meanwhile
+                raise
+    return folder
 
 
 def _fill(folder, sizes, seed):

@@ -1,4 +1,4 @@
-"""support/dataset/downloads.py: a server that hangs up, checksums, evil archives, the command."""
+"""support/dataset/sources.py: a server that hangs up, checksums, evil archives, the command."""
 
 import hashlib
 import http.server
@@ -15,8 +15,8 @@ from samples import SCIENCEQA, annotation, needs_data, picture, record, scienceq
 
 import data
 from support import files
-from support.dataset import downloads
 from support.dataset import images as pictures
+from support.dataset import sources
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -53,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.files, running.drops, running.log, running.ranges = {}, Counter(), [], True
         running.url = f"http://127.0.0.1:{running.server_port}"
@@ -110,10 +110,10 @@ def test_download_goes_on_in_a_later_run(server, tmp_path):
     server.files["big"], path = os.urandom(3_000_000), tmp_path / "big"
     server.drops["big"] = 99
     with pytest.raises(ConnectionError, match="connection was lost after .* of 3000000 bytes"):
-        downloads.download(f"{server.url}/big", path, attempts=1)
+        sources.download(f"{server.url}/big", path, attempts=1)
     assert not path.exists() and (tmp_path / "big.part").stat().st_size == 1_500_000
     server.drops.clear()
-    downloads.download(f"{server.url}/big", path)
+    sources.download(f"{server.url}/big", path)
     assert path.read_bytes() == server.files["big"] and server.log[-1][1] == "bytes=1500000-"
     assert not (tmp_path / "big.part").exists()
 
@@ -121,7 +121,7 @@ def test_download_goes_on_in_a_later_run(server, tmp_path):
 def test_download_from_a_server_without_range(server, tmp_path):
     server.files["big"], server.ranges = os.urandom(100_000), False
     server.drops["big"] = 1
-    downloads.download(f"{server.url}/big", tmp_path / "big")
+    sources.download(f"{server.url}/big", tmp_path / "big")
     assert (tmp_path / "big").read_bytes() == server.files["big"]
 
 
@@ -129,7 +129,7 @@ def test_download_of_a_part_that_is_whole_or_stale(server, tmp_path):
     server.files["big"] = b"0123456789"
     for part in (b"0123456789", b"0123456789 and more"):
         (tmp_path / "big.part").write_bytes(part)
-        downloads.download(f"{server.url}/big", tmp_path / "big")
+        sources.download(f"{server.url}/big", tmp_path / "big")
         assert (tmp_path / "big").read_bytes() == server.files["big"]
 
 
@@ -137,23 +137,23 @@ def test_download_checksums(server, tmp_path):
     server.files["a"] = b"hello"
     right = hashlib.sha1(b"blob 5\0hello").hexdigest()  # what git hash-object says
     assert right == "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"
-    downloads.download(f"{server.url}/a", tmp_path / "a", right)
+    sources.download(f"{server.url}/a", tmp_path / "a", right)
     for wrong in ("0" * 40, "0" * 64):
         with pytest.raises(ValueError, match=f"/a has checksum .*, not {wrong}"):
-            downloads.download(f"{server.url}/a", tmp_path / "b", wrong)
+            sources.download(f"{server.url}/a", tmp_path / "b", wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 @needs_data
 def test_recorded_checksums_are_of_the_original_files():
     for name, local in (("pid_splits.json", "pid_splits_full.json"), ("captions.json",) * 2):
-        checksum = downloads.SCIENCEQA[name][1]
+        checksum = sources.SCIENCEQA[name][1]
         assert files.checksum(SCIENCEQA / local, checksum) == checksum
 
 
 def test_download_errors_are_sentences(server, tmp_path):
     with pytest.raises(ConnectionError, match="/gone could not be fetched .*404.*--addresses"):
-        downloads.download(f"{server.url}/gone", tmp_path / "gone")
+        sources.download(f"{server.url}/gone", tmp_path / "gone")
     assert len(server.log) == 1  # not asked for again
     table = tmp_path / "table.json"
     argv = ["scienceqa", "--to", str(tmp_path), "--addresses", str(table)]
@@ -190,7 +190,7 @@ def test_evil_zip(tmp_path, entry):
     folder.mkdir(parents=True)
     archive.write_bytes(zipped([("train/1/image.png", b"x"), (entry, b"/etc")]))
     with pytest.raises(ValueError, match="train.zip .* would leave the folder"):
-        downloads.unpack(archive, folder, "train")
+        sources.unpack(archive, folder, "train")
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b", "train.zip"]
 
 
@@ -210,7 +210,7 @@ def test_hostile_zip(tmp_path, entries, sentence):
         for name, content in entries:
             file.writestr(name or zipfile.ZipInfo(""), content)
     with pytest.raises(ValueError, match=f"train.zip .*{sentence}"):
-        downloads.unpack(archive, tmp_path, "train")
+        sources.unpack(archive, tmp_path, "train")
     assert [path.name for path in tmp_path.iterdir()] == ["train.zip"]
 
 
@@ -221,7 +221,7 @@ def test_a_zip_with_a_password(tmp_path):
         whole[start] |= 1
     archive.write_bytes(whole)
     with pytest.raises(ValueError, match="train.zip is not a whole zip file .*encrypted"):
-        downloads.unpack(archive, tmp_path, "train")
+        sources.unpack(archive, tmp_path, "train")
 
 
 TABLES = [[], {"../../x.json": ["http://x", None]}, {"val.zip": [5, None]}, {"val.zip": ["x", 5]}]
@@ -241,11 +241,11 @@ def test_broken_zip(tmp_path):
     whole = zipped([("train/1/image.png", b"x" * 1000), ("val/1/image.png", b"x")])
     archive.write_bytes(whole)
     with pytest.raises(ValueError, match="train.zip has no folder test"):
-        downloads.unpack(archive, tmp_path, "test")
+        sources.unpack(archive, tmp_path, "test")
     for broken in (whole[:500], whole.replace(b"x" * 1000, b"y" * 1000)):
         archive.write_bytes(broken)
         with pytest.raises(ValueError, match="train.zip is not a whole zip file"):
-            downloads.unpack(archive, tmp_path, "train")
+            sources.unpack(archive, tmp_path, "train")
     assert [path.name for path in tmp_path.iterdir()] == ["train.zip"]
 
 
