@@ -163,7 +163,7 @@ def test_many_and_no_choices(tmp_path):
     many = record(choices=list("uvwxyz"), answer=5)
     [problem] = data.load(scienceqa(tmp_path, {"77": many}), "test")
     assert data.prompt(problem, "QCM-A")[1] == "The answer is (F)."
-    with pytest.raises(ValueError, match="Problem 77 has 6 choices"):
+    with pytest.raises(ValueError, match="Problem 77 .*6"):
         data.prompt(problem, "QCM-A", faithful=True)
     (tmp_path / "own.jsonl").write_text('{"id": 3, "question": "How many?", "answer": 12}')
     [problem] = data.load(tmp_path / "own.jsonl", "train")
@@ -171,5 +171,5 @@ def test_many_and_no_choices(tmp_path):
         "Question: How many? Context: N/A Answer:",
         "The answer is 12.",
     )
-    with pytest.raises(ValueError, match="no prompt format 'QCM-X'"):
+    with pytest.raises(ValueError, match="'QCM-X'"):
         data.prompt(problem, "QCM-X")
