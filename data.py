@@ -42,9 +42,9 @@ class Problem:
 
     answer  the gold text; of a multiple-choice question, one of `choices`.
     image   a path, or None. ScienceQA: image.png, else choice_0.png, as Multimodal-CoT has it.
-    meta    answer_index (None without choices), split, caption ("" if none), has_image, and what
-            else the record has (subject, grade, topic, category, skill, task). has_image is what
-            the IMG score counts: an image of the question, not one of the choices.
+    meta    answer_index (None without choices), split, caption ("" if none), has_image, and the
+            record's other keys (subject, grade, topic, category, skill, task). has_image counts for
+            the IMG score: an image of the question, not one of the choices.
     """
 
     id: str
@@ -72,7 +72,7 @@ def load(where: str | Path, split: str, skipped: list | None = None) -> list[Pro
     downloaded = where in ("scienceqa", "mathvista")
     path = cache_folder() / where if downloaded else Path(where)
     if where == "demo":
-        from demo.scenes import demo_folder  # late: nothing but the demo needs what draws it
+        from demo.scenes import demo_folder  # late: only the demo needs it
 
         path = demo_folder()
     read = sources.reader_of(path)

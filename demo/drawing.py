@@ -20,9 +20,17 @@ MAGNETS = {"NS": "magnet north left", "SN": "magnet south left"}  # poles from l
 # fmt: off
 RGB = {"red": (214, 48, 48), "blue": (48, 88, 214), "green": (44, 160, 74),
        "yellow": (240, 200, 40)}
-INK, WHITE, LEAF, BEAK = (50, 50, 56), (250, 250, 250), (70, 170, 60), (245, 170, 30)
-FUR, PINK, FOX, SEA = (150, 150, 160), (240, 170, 180), (232, 120, 36), (40, 170, 190)
-SKY, SHELL, SKIN = (140, 80, 190), (150, 90, 50), (222, 190, 130)
+INK = (50, 50, 56)
+WHITE = (250, 250, 250)
+LEAF = (70, 170, 60)
+BEAK = (245, 170, 30)
+FUR = (150, 150, 160)
+PINK = (240, 170, 180)
+FOX = (232, 120, 36)
+SEA = (40, 170, 190)
+SKY = (140, 80, 190)
+SHELL = (150, 90, 50)
+SKIN = (222, 190, 130)
 # Animals as (method of ImageDraw, colour, points in fractions of the box).
 PICTOGRAMS = {
     "grass": [("polygon", LEAF, p) for p in (

@@ -60,7 +60,7 @@ HERE = Path(__file__).parent
 SIDE = 96  # pixels; scenes are drawn at 128
 SEED = 1_000_003  # not the benchmark's seed; train split only
 FAMILIES = [f for f in scenes.FAMILIES if f not in scenes.HELD_OUT]
-# Prompt formats of the text questions. LEA and ALE have LE's source: they could not be told apart.
+# Prompt formats of the text questions. Without LEA and ALE: their source is LE's, word for word.
 FORMATS = ["QCM-LE"] * 4 + ["QCMG-A"] * 5 + ["QCM-A"]
 
 

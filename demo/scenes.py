@@ -412,14 +412,14 @@ def fill(folder: Path, sizes: dict[str, int], seed: int) -> None:
         splits[split] = pids
         splits[f"mini{split}"] = pids[: max(1, size // 10)]
         for i, pid in enumerate(pids):
-            made = problem(families[i % len(families)], split, seed, i)
-            problems[pid] = made.record
-            facts[pid] = made.facts
-            if made.image:
-                captions[pid] = made.caption
+            one = problem(families[i % len(families)], split, seed, i)
+            problems[pid] = one.record
+            facts[pid] = one.facts
+            if one.image:
+                captions[pid] = one.caption
                 path = folder / "images" / split / pid / "image.png"
                 path.parent.mkdir(parents=True)
-                made.image.save(path, compress_level=1)
+                one.image.save(path, compress_level=1)
     tables = {
         "problems": problems,
         "pid_splits": splits,

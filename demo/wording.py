@@ -36,7 +36,9 @@ class Topic(NamedTuple):
 
 
 # fmt: off
-NAT, SOC, LAN = "natural science", "social science", "language science"
+NAT = "natural science"
+SOC = "social science"
+LAN = "language science"
 SHAPES_TEXT = ("The picture shows {counted} on a plain background. | "
                "There are some shapes in the picture: {each}.",
                "some coloured shapes | a group of shapes on a table",

@@ -1,6 +1,6 @@
 """The demo's two tokenizers, in T5's form and in Gemma's: a piece for each word of a few hundred.
 
-Unigram models (Kudo, arXiv 1804.10959) that are written down and not trained: training is made for
+Unigram models (Kudo, arXiv 1804.10959) that are written down and not trained: training is meant for
 large corpora, and breaks two hundred words into fragments. Each word is a piece with the logarithm
 of its share as score; every ASCII character is one as well, as a fallback. Other characters are
 <unk>.

@@ -1,4 +1,4 @@
-"""What the image towers make of images, kept on disk: our cache, and the published files.
+"""Features that the image towers extract, kept on disk: our cache, and the published files.
 
 `Features` gives an example the features of its image; `cached_features` computes each distinct
 image once and keeps it; `published_features` reads the files of Multimodal-CoT (Zhang et al., arXiv
@@ -163,7 +163,7 @@ def read_manifest(folder: Path, fingerprint: str, size: int) -> dict:
         raise ValueError(f"{error} Delete {folder}.") from None
     if (manifest["fingerprint"], manifest["size"]) != (fingerprint, size):
         raise ValueError(
-            f"The feature cache {folder} was made by checkpoint {manifest['fingerprint']} at size "
+            f"The feature cache {folder} comes from checkpoint {manifest['fingerprint']} at size "
             f"{manifest['size']}, but this run has checkpoint {fingerprint} at size {size}. Delete "
             f"{folder} or name another folder with --features-cache."
         )

@@ -41,7 +41,7 @@ def problem_fields(
     id: str, record: dict, where: str, image: Path | None, caption: str = ""
 ) -> dict:
     """{name: value} of a Problem's FIELDS, checked; the record's other keys go to meta. ValueError
-    with `where` and what is wrong."""
+    with `where` and the fault."""
     choices = tuple(field(record, "choices", list, where, []))
     if not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f'{where}: "choices" is not a list of texts.')
@@ -105,7 +105,8 @@ def scienceqa(folder: Path, split: str, skipped: list | None = None) -> list[dic
     problems = []
     for pid in known:
         with noted(skipped, pid):
-            record, where = records[pid], f"{file}, problem {pid:.60}"
+            record = records[pid]
+            where = f"{file}, problem {pid:.60}"
             for key in ("choices", "hint", "image", "lecture", "solution", "subject", "grade"):
                 field(record, key, object, where)  # null is for problem_fields to judge
             image_folder = f"images/{field(record, 'split', str, where)}/{pid}"
@@ -271,12 +272,14 @@ def fetch_rest(url: str, part: Path) -> None:
             have = 0  # the server ignores Range and sends the whole file
         length = reply.headers.get("Content-Length", "0")
         total = have + (int(length) if length.isdecimal() else 0)
-        first, start = have, time.monotonic()
+        first = have
+        start = time.monotonic()
         with open(part, "ab" if have else "wb") as file:
             while block := reply.read(1 << 20):
                 have += file.write(block)
-                done, todo = (have - first) / 1e6, (total - first) / 1e6
-                files.progress(f"{part.stem}, MB", done, todo, start)
+                files.progress(
+                    f"{part.stem}, MB", (have - first) / 1e6, (total - first) / 1e6, start
+                )
     if have < total:  # http.client does not report it
         raise ConnectionError(f"the connection was lost after {have} of {total} bytes")
 

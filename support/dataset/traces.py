@@ -1,8 +1,8 @@
 """A teacher's traces, in every form they come in, and whether training leaks into the test.
 
 Traces as teacher.py writes them; the files of github.com/axeld5/pali_reason, whose teacher was
-Gemini and whose judge was Claude; the images that two splits share; what MathVista (Lu et al.,
-arXiv 2310.02255) may be used for.
+Gemini and whose judge was Claude; the images that two splits share; whether MathVista (Lu et
+al., arXiv 2310.02255) may be trained on.
 """
 
 import contextlib
@@ -199,5 +199,5 @@ def training_notice(where: str | Path) -> str:
     return (
         "MathVista is a test set: its authors license it for testing, not for training. Scores on "
         "testmini of a model trained on part of it are contaminated; report them only for the "
-        "problems it was not trained on (split test) and say so. See dataset/traces.py, overlap."
+        "problems it was not trained on (split test) and say so. See support/dataset/traces.py."
     )
