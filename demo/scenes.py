@@ -23,7 +23,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -299,17 +299,11 @@ def draft_text(rng: random.Random) -> Draft:
     return Draft("sum", choices, answer, {"name": rng.choice(NAMES), "blocks": blocks}, words)
 
 
-DRAFT: dict[str, Callable[[random.Random], Draft]] = {
-    "magnets": draft_magnets,
-    "count": draft_count,
-    "compare": draft_compare,
-    "cup": draft_cup,
-    "bars": draft_bars,
-    "groups": draft_groups,
-    "chain": draft_chain,
-    "position": draft_position,
+DRAFT = {
+    "magnets": draft_magnets, "count": draft_count, "compare": draft_compare, "cup": draft_cup,
+    "bars": draft_bars, "groups": draft_groups, "chain": draft_chain, "position": draft_position,
     "text": draft_text,
-}
+}  # fmt: skip
 FAMILIES = tuple(DRAFT)
 
 
@@ -327,8 +321,7 @@ def split_of(draft: Draft) -> str:
 def caption_template(rng: random.Random, topic: Topic) -> str:
     roll = rng.random()
     detail = topic.true if roll < 0.5 else ""
-    if roll < 0.15:
-        detail = topic.wrong
+    detail = topic.wrong if roll < 0.15 else detail
     return f"{rng.choice(topic.caption.split(' | '))} {detail}".strip()
 
 
@@ -420,11 +413,7 @@ def fill(folder: Path, sizes: dict[str, int], seed: int) -> None:
                 path = folder / "images" / split / pid / "image.png"
                 path.parent.mkdir(parents=True)
                 one.image.save(path, compress_level=1)
-    tables = {
-        "problems": problems,
-        "pid_splits": splits,
-        "captions": {"captions": captions},
-        "scenes": facts,
-    }
+    tables = {"problems": problems, "pid_splits": splits, "captions": {"captions": captions}}
+    tables["scenes"] = facts
     for name, table in tables.items():
         (folder / f"{name}.json").write_text(json.dumps(table, indent=1), encoding="utf-8")

@@ -37,9 +37,7 @@ MOST_TEXT = 100_000  # characters of one text of a problem; the longest in Scien
 # --- Readers --------------------------------------------------------------------------------------
 
 
-def problem_fields(
-    id: str, record: dict, where: str, image: Path | None, caption: str = ""
-) -> dict:
+def problem_fields(id: str, record: dict, where: str, image: Path | None, caption: str) -> dict:
     """{name: value} of a Problem's FIELDS, checked; the record's other keys go to meta. ValueError
     with `where` and the fault."""
     choices = tuple(field(record, "choices", list, where, []))
@@ -61,24 +59,13 @@ def problem_fields(
     meta |= {"answer_index": index, "has_image": has_image}
     for key in ("split", "caption"):
         field(meta, key, str, where)
-    hint, lecture, solution = (
-        field(record, key, str, where, "") for key in ("hint", "lecture", "solution")
-    )
-    question = field(record, "question", str, where)
-    longest = max(map(len, [question, str(answer), *choices, hint, lecture, solution]))
+    texts = {key: field(record, key, str, where, "") for key in ("hint", "lecture", "solution")}
+    texts |= {"question": field(record, "question", str, where), "answer": str(answer)}
+    longest = max(map(len, [*texts.values(), *choices]))
     if longest > MOST_TEXT:
         raise ValueError(f"{where}: a text has {longest} characters; at most {MOST_TEXT} are read.")
-    return {
-        "id": id,
-        "question": question,
-        "choices": choices,
-        "answer": str(answer),
-        "hint": hint,
-        "image": None if image is None else str(image),
-        "lecture": lecture,
-        "solution": solution,
-        "meta": meta,
-    }
+    path = None if image is None else str(image)
+    return {"id": id, "choices": choices, "image": path, "meta": meta} | texts
 
 
 def not_empty(problems: list, skipped: list | None, message: str) -> list:
@@ -163,7 +150,7 @@ def mathvista(folder: Path, split: str, skipped: list | None = None) -> list[dic
             known = {key: value for key, value in record.items() if value is not None}
             if not 0 <= field(known, "precision", int | float, where, 0) < 9:
                 raise ValueError(f'{where}: "precision" is not a number of decimals.')
-            problems.append(problem_fields(pid, record, where, image))
+            problems.append(problem_fields(pid, record, where, image, ""))
     message = f"{file} has none of the problems of the split {split}."
     return not_empty(problems, skipped, message)
 
@@ -195,7 +182,7 @@ def own_jsonl(file: Path, split: str, skipped: list | None = None) -> list[dict]
             image = record.get("image")
             if image is not None:
                 image = inside(file.parent, field(record, "image", str, where), where)
-            problems.append(problem_fields(id, record, f"{where} (id {id:.60})", image))
+            problems.append(problem_fields(id, record, f"{where} (id {id:.60})", image, ""))
     problems = [problem for problem in problems if problem["meta"]["split"] in wanted]
     message = f'{file} has no record with "split": "{split}" (the default is "train").'
     return not_empty(problems, skipped, message)
@@ -212,22 +199,16 @@ def reader_of(path: Path) -> Callable | None:
 
 # --- Downloads ------------------------------------------------------------------------------------
 
-REPOSITORY = "https://raw.githubusercontent.com/lupantech/ScienceQA"
 COMMIT = "2cbf8318e07b9ece895bb2ae605e71e38d623264"
+DATA = f"https://raw.githubusercontent.com/lupantech/ScienceQA/{COMMIT}/data"
 BUCKET = "https://scienceqa.s3.us-west-1.amazonaws.com/images"
+PROBLEMS_ID = "3920b762556abfbfa001f298c9740c36d4e041e1"
+SPLITS_ID = "bde005092576ebebfed08087879ff774fcd75b62"
+CAPTIONS_ID = "38726c2097b97e73b95582857c95de225f6682a8"
 SCIENCEQA = {  # file: address, checksum (a git blob id or a sha256; None: nobody recorded one yet)
-    "problems.json": (
-        f"{REPOSITORY}/{COMMIT}/data/scienceqa/problems.json",
-        "3920b762556abfbfa001f298c9740c36d4e041e1",
-    ),
-    "pid_splits.json": (
-        f"{REPOSITORY}/{COMMIT}/data/scienceqa/pid_splits.json",
-        "bde005092576ebebfed08087879ff774fcd75b62",
-    ),
-    "captions.json": (
-        f"{REPOSITORY}/{COMMIT}/data/captions.json",
-        "38726c2097b97e73b95582857c95de225f6682a8",
-    ),
+    "problems.json": (f"{DATA}/scienceqa/problems.json", PROBLEMS_ID),
+    "pid_splits.json": (f"{DATA}/scienceqa/pid_splits.json", SPLITS_ID),
+    "captions.json": (f"{DATA}/captions.json", CAPTIONS_ID),
     "train.zip": (f"{BUCKET}/train.zip", None),
     "val.zip": (f"{BUCKET}/val.zip", None),
     "test.zip": (f"{BUCKET}/test.zip", None),
