@@ -174,9 +174,7 @@ PAINTERS = {  # by the first word of a class
 }
 
 
-def render(
-    rng: random.Random, objects: list[tuple[str, Box]], chart: Box | tuple[()] = ()
-) -> Image.Image:
+def render(rng: random.Random, objects: list[tuple], chart: tuple = ()) -> Image.Image:
     """An RGB image of SIDE x SIDE pixels: (class name, box) objects over the axes of a chart, if
     there is its box. Colours and background vary a little, by the random.Random."""
     image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), tint(rng, (246, 245, 240), 8))

@@ -7,12 +7,11 @@ same files (Hub layout, safetensors, tokenizer.json) and through the same code:
         demo/scenes.py described in words, as UnifiedQA was trained on text QA. It knows no image.
   detr  a small DETR, trained to find the objects of such images. It knows no question.
   paligemma  a PaliGemma 2 of a third of a million parameters: it has described images, answered
-        questions about images with a bare letter (which taught it little), and reasoned in steps
+        questions about them with a bare letter (which taught it little), and reasoned in steps
         about scenes described in words. It has never reasoned about an image.
 
-None was trained on a val or test scene, nor on the held-out family: reading DETR's features through
-the gated fusion, and reasoning about an image as a teacher does, are left for `train.py`. In place
-of DETR's Hungarian matching an object belongs to the query of the grid cell of its centre.
+None was trained on a val or test scene, nor on the held-out family. In place of DETR's Hungarian
+matching an object belongs to the query of the grid cell of its centre.
 
 Axes: n scenes, B batch, S pixels down and across, Q queries, L classes, N heads, H width of one.
 """
@@ -33,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 import data
 from demo import scenes, teacher
@@ -82,7 +81,7 @@ def problem_of(record: dict, hint: str) -> data.Problem:
     )
 
 
-def drawn_scene(index: int) -> tuple[torch.Tensor, list] | None:
+def drawn_scene(index: int) -> tuple[Tensor, list] | None:
     """Pretraining scene `index`: pixels and objects, or None for a scene without an image."""
     scene = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED, index)
     return (detr_pixels(scene.image, SIDE).half(), scene.objects) if scene.image else None
@@ -151,7 +150,7 @@ def swap_norms(module: nn.Module, old: type, new: type) -> None:
             swap_norms(child, old, new)
 
 
-def detr_targets(objects: list) -> tuple[torch.Tensor, torch.Tensor]:
+def detr_targets(objects: list) -> tuple[Tensor, Tensor]:
     """Class (Q,) and box (Q, 4) per query: an object belongs to the grid cell of its centre."""
     classes = torch.full((scenes.GRID**2,), len(scenes.CLASSES))
     boxes = torch.zeros(scenes.GRID**2, 4)
@@ -165,9 +164,7 @@ def detr_targets(objects: list) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def report_detr(
-    model: DETR, pixels: torch.Tensor, classes: torch.Tensor, boxes: torch.Tensor
-) -> None:
+def report_detr(model: DETR, pixels: Tensor, classes: Tensor, boxes: Tensor) -> None:
     """Print the detector's accuracy on images it was not trained on."""
     logits, predicted = model(pixels.cpu())
     right = logits.argmax(-1) == classes.cpu()  # (B, Q)
@@ -419,7 +416,7 @@ def make_paligemma(args: argparse.Namespace) -> None:
     model.save_pretrained(out)
 
 
-def noisy_image(pixels: bytes) -> torch.Tensor:
+def noisy_image(pixels: bytes) -> Tensor:
     """Bytes -> (3, S, S) in -1..1, a little noisy, so that no grey level is memorised."""
     x = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(SIDE, SIDE, 3)
     x = x.permute(2, 0, 1).float() / 127.5 - 1  # (3, S, S)

@@ -23,7 +23,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,9 +90,7 @@ def pick(rng: random.Random, values: Iterable, n: int) -> tuple[list, int]:
     return rng.sample(list(values), n), rng.randrange(n)
 
 
-def placed(
-    name: str, cx: float, cy: float, width: int, height: int | None = None
-) -> tuple[str, tuple]:
+def placed(name: str, cx: float, cy: float, width: int, height: int = 0) -> tuple[str, tuple]:
     """An object and its box (x0, y0, x1, y1) around a centre; a square without a height."""
     height = height or width
     x0 = round(cx - width / 2)
@@ -119,9 +117,7 @@ def draft_magnets(rng: random.Random) -> Draft:
     return Draft("magnets", choices, answer, {"left": left, "right": right}, words, objects)
 
 
-def scatter(
-    rng: random.Random, names: Sequence[str], cells: Sequence | None = None
-) -> tuple[list, dict[str, str]]:
+def scatter(rng: random.Random, names: list, cells: list | None = None) -> tuple[list, dict]:
     """Objects, one a cell of the grid, and the words that all shape families use."""
     cells = cells or [divmod(i, GRID) for i in rng.sample(range(GRID * GRID), len(names))]
     objects = []

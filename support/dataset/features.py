@@ -201,18 +201,18 @@ def open_array(folder: Path, manifest: dict, count: int) -> np.memmap:
 def add_rows(
     array: np.memmap,
     manifest: dict,
-    todo: list,
+    todo: list[tuple[str, Any]],
     extract: Extract,
     pixels: Pixels,
     folder: Path,
     skip: bool,
-    chunk: int = 32,
 ) -> dict[str, str]:
     """Add the features of each (sha, problem) of todo. With `skip`, {sha: reason} of the images
-    that cannot be used; otherwise the first of them is a ValueError."""
+    that cannot be used; otherwise ValueError, when the images before it are done."""
+    chunk = 32
     start = time.monotonic()
     unusable = {}
-    decoded = decoded_pixels([problem for _, problem in todo], manifest["size"], pixels, skip)
+    decoded = decoded_pixels([problem for _, problem in todo], manifest["size"], pixels)
     for first in range(0, len(todo), chunk):
         items = [(sha, problem, next(decoded)) for sha, problem in todo[first : first + chunk]]
         unusable |= {sha: reason for sha, _, reason in items if isinstance(reason, str)}
@@ -220,39 +220,34 @@ def add_rows(
         results = extract([image for *_, image in usable]) if usable else []
         for (sha, problem, _), features in zip(usable, results, strict=True):
             features = features.detach().cpu().half()  # fp16 ends at 65504
-            if not torch.isfinite(features).all():
+            if torch.isfinite(features).all():
+                row = len(manifest["rows"])
+                array[row] = features.numpy()  # (P, F)
+                manifest["rows"][sha] = row
+            else:
                 unusable[sha] = f"Problem {problem.id}: the features of its image are not finite."
-                if skip:
-                    continue
-                raise ValueError(unusable[sha])
-            row = len(manifest["rows"])
-            array[row] = features.numpy()  # (P, F)
-            manifest["rows"][sha] = row
         save_manifest(array, manifest, folder)
+        if unusable and not skip:
+            raise ValueError(next(iter(unusable.values())))
         progress("images", first + len(items), len(todo), start)
     return unusable
 
 
-def decoded_pixels(
-    problems: list, size: int, pixels: Pixels, skip: bool, ahead: int = 64
-) -> Iterator[torch.Tensor | str]:
-    """The problems' pixels in order; with `skip`, the reason in place of pixels that cannot be had.
-    A few threads decode at most `ahead` images in advance."""
+def decoded_pixels(problems: list, size: int, pixels: Pixels) -> Iterator[torch.Tensor | str]:
+    """The problems' pixels in order, or the reason in place of pixels that cannot be had. A few
+    threads decode at most 64 images in advance."""
 
     def decode(problem):
         try:
             return pixels(open_image(problem.image), size)
         except (OSError, ValueError) as error:
-            reason = f"Problem {problem.id}: {error}"
-            if skip:
-                return reason
-            raise ValueError(reason) from None
+            return f"Problem {problem.id}: {error}"
 
     with ThreadPoolExecutor(4) as pool:
         queue = deque()
         for problem in problems:
             queue.append(pool.submit(decode, problem))
-            if len(queue) == ahead:
+            if len(queue) == 64:
                 yield queue.popleft().result()
         while queue:
             yield queue.popleft().result()

@@ -119,15 +119,11 @@ def test_feature_cache_bad_input(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"Problem 1: .*{broken}"):
         cached_features(problems, Extract(), "w", 32, cache_)
     rest = [problem for problem in problems if problem.id != "1"]
-
     for value in (float("inf"), 70_000.0):  # the second is more than fp16 has
-
-        def infinite(pixels, value=value):
-            return [torch.full((2, 3), value) for _ in pixels]
-
+        extract = lambda pixels: [torch.full((2, 3), value) for _ in pixels]  # noqa: B023, E731
         with pytest.raises(ValueError, match=r"Problem \w+: "):
-            cached_features(rest, infinite, "w", 32, cache_)
-    cached_features(rest, Extract(), "w", 32, cache_)
+            cached_features(rest, extract, "w", 32, tmp_path / "infinite")
+    cached_features(rest, Extract(fail_after=0), "w", 32, cache_)  # kept when the first one failed
     (cache_ / "features.npy").write_bytes((cache_ / "features.npy").read_bytes()[:100])
     with pytest.raises(ValueError, match=str(cache_)):
         cached_features(rest, Extract(), "w", 32, cache_)
