@@ -131,6 +131,9 @@ def test_solutions_state_the_facts_and_end_in_the_answer(everything):
             assert facts[left][1 if left == "left" else 0] == side[0].upper()
         for g, k in re.findall(r"(\d) rings? with (\d) dots", solution):
             assert (facts["rings"], facts["dots"]) == (int(g), int(k))
+        for left, sign, right, result in re.findall(r"(\d+) ([x+]) (\d+) = (\d+)", solution):
+            operation = int.__mul__ if sign == "x" else int.__add__
+            assert operation(int(left), int(right)) == int(result)
         for food, eater in re.findall(r"from the (\w+) to the (\w+)", solution):
             chain = facts["order"][:: 1 if facts["arrow"] == "right" else -1]
             assert chain.index(eater) == chain.index(food) + 1
