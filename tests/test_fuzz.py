@@ -51,7 +51,7 @@ def within_limits():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("examples", [25, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_or_refused(name, examples, tmp_path, monkeypatch):
     write, read, pattern = READERS[name]
