@@ -323,7 +323,7 @@ def test_a_byte_order_mark_is_fine(tmp_path):
 EVIL_RECORDS = [
     ({"split": ["test"]}, '"split" is'),
     ({"caption": 5}, '"caption" is 5'),
-    ({"answer": float("nan"), "choices": []}, '"answer" is nan, which is no number'),
+    ({"answer": float("nan"), "choices": []}, '"answer" is nan'),
     ({"answer": 1e999, "choices": []}, '"answer" is inf'),
     ({"question": "a" * 100_001}, "a text has 100001 characters"),
     ({"image": "/etc/passwd"}, "/etc/passwd is outside"),
