@@ -29,7 +29,7 @@ import train
 from model import T5
 from support import distributed as devices
 from support.checkpoints.weights import write_safetensors
-from support.dataset.images import Picture
+from support.dataset.images import LazyImage
 from support.dataset.tokenizers import load_tokenizer
 from support.evaluation import decode_cache as decoding
 from support.evaluation import models as loading
@@ -103,7 +103,7 @@ def as_process(patch, rank, world):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_row_of_a_window_is_dealt_once(world, monkeypatch):
     """Seven rows in batches of at most 3; two have pictures, and the image tower is trained."""
-    picture = Picture("x.png", 8)
+    picture = LazyImage("x.png", 8)
     rows = [{"id": i, "labels": [-100, 5]} for i in range(7)]
     rows[2] |= {"image_features": picture}
     rows[5] |= {"image_features": picture}
@@ -185,9 +185,9 @@ def paligemma_and_rows(args):
     problems = problems[:3] + problems[-4:]
     features = loading.image_features(vars(args), problems, model)
     traces = [{"thought": "x" * 3 * i, "verdict": {"correct": True}} for i in range(7)]
-    rows = [(p, "reason", t, True) for p, t in zip(problems, traces, strict=True)]
+    rows = [data.TrainRow(p, "reason", t) for p, t in zip(problems, traces, strict=True)]
     tokenizer = load_tokenizer(args.weights[0])
-    return model, data.pali_examples(rows, tokenizer, features, vars(args))
+    return model, data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix)
 
 
 SEEING = "q_proj vision_tower.encoder.layers.0.mlp.fc1 multi_modal_projector.linear"

@@ -30,7 +30,7 @@ import eval as evaluation
 import lora
 import model as backbones
 import train
-from demo import teacher
+from demo import scenes, teacher
 from support.checkpoints import peft
 from support.dataset import images as pictures
 from support.dataset.features import Features
@@ -101,11 +101,11 @@ def examples(tokenizer):
     by_id = {p.id: p for p in problems[:2] + problems[-4:]}
     traces = [t for t in demo_traces() if t["id"] in by_id]
     args = settings()
-    rows = [(by_id[t["id"]], "reason", t, True) for t in traces]
-    rows += [(row[0], "answer", None, True) for row in rows[:2]]
+    rows = [data.TrainRow(by_id[t["id"]], "reason", t) for t in traces]
+    rows += [data.TrainRow(row.problem, "answer") for row in rows[:2]]
     model = loading.load_paligemma(vars(args))
     features = loading.image_features(vars(args), list(by_id.values()), model)
-    made = data.pali_examples(rows, tokenizer, features, vars(args))
+    made = data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix)
     assert len(made) == 8 and len({len(e["labels"]) for e in made}) > 4
     assert len({"image_features" in e for e in made}) == 2
     return made
@@ -271,7 +271,7 @@ def rows_of(problems, *flags, **changed):
 
 def verdicts(n):
     """(problem ids, their verdicts) of the first n demo problems, from the file itself."""
-    folder = data.demo_folder()
+    folder = scenes.demo_folder()
     ids = [p.id for p in data.load("demo", "train")[:n]]
     told = {t["id"]: t["verdict"] for t in lines_of(teacher.traces(folder))}
     return ids, [told[i] for i in ids]
@@ -468,8 +468,8 @@ def test_rows_for_the_validation_loss_are_not_trained_on(tuned, tokenizer, monke
     held = set(ids[::20])
     assert len(held) == 2 and {e["id"] for e in got.examples} == set(ids) - held
     assert len(got.examples) == 2 * (len(ids) - 2)
-    rows = [row for row in got.rows if row[0].id in held]
-    rows = data.pali_examples(rows, tokenizer, got.features, vars(got.args))
+    rows = [row for row in got.rows if row.problem.id in held]
+    rows = data.pali_examples(rows, tokenizer, got.features, max_suffix=got.args.max_suffix)
     assert len(rows) == 4
     loss = train.mean_loss(got.model, rows, got.args)
     assert got.validate(got.model)["val_loss"] == pytest.approx(loss, abs=2e-6)
@@ -826,7 +826,7 @@ def test_full_training_sees_pictures_not_a_cache():
     model = loading.load_paligemma(vars(args))
     problem = next(p for p in data.load("demo", "train") if p.image)
     features = loading.image_features(vars(args), [problem], model)
-    assert isinstance(features, pictures.Pictures)
+    assert isinstance(features, pictures.LazyImages)
 
 
 @pytest.mark.slow
@@ -839,7 +839,7 @@ def test_adapters_on_the_image_tower_see_pictures_too(tmp_path):
     config, (model,), _ = evaluation.load_run(run_.folder)
     problems = [p for p in data.load("demo", "test") if p.image][:2]
     seen = loading.image_features(config, problems, model)
-    assert isinstance(seen, pictures.Pictures)
+    assert isinstance(seen, pictures.LazyImages)
     plain = loading.load_paligemma(config)
     assert isinstance(loading.image_features(config, problems, plain), Features)
 

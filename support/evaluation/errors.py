@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import data
+from demo import scenes
 from support import files
 from support.dataset.choices import LETTERS
 from support.dataset.traces import load_traces
@@ -186,7 +187,7 @@ def known_types(config):
 
 def scene_facts(where):
     """{id: facts} of the demo, or of a folder like it; {} of other data."""
-    path = (data.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
+    path = (scenes.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
     return files.read_json(path) if path.is_file() else {}
 
 

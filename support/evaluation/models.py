@@ -59,7 +59,7 @@ def image_features(config, problems, model=None, skipped=None):
             if skipped is not None:
                 skipped += pictures.unusable(problems, pictures.open_image)
             side, tokens = model.config.vision.image_size, model.config.image_tokens
-            return pictures.Pictures(problems, side, tokens)
+            return pictures.LazyImages(problems, side, tokens)
     elif config["vision"] in BLIND:
         return None
     elif config["features"]:

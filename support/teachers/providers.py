@@ -28,6 +28,7 @@ from pathlib import Path
 from PIL import Image
 
 import data
+from demo import scenes
 from support import files
 from support.dataset import images
 
@@ -177,8 +178,7 @@ def connect(provider: str, timeout: float, opened: contextlib.AsyncExitStack) ->
 
 
 def check_proxy() -> None:
-    """ValueError with a SOCKS proxy that cannot be used; Anthropic's client would print a traceback
-    of its own."""
+    """ValueError with an unusable SOCKS proxy, at which Anthropic's client prints a traceback."""
     import httpx2
 
     try:
@@ -325,7 +325,7 @@ def whole_reply(thought: str, answer: str, stop: str | None, usage: dict, why: o
 @functools.cache
 def demo_scenes() -> tuple[dict, dict]:
     """The demo's (problems, facts) by id, as demo.teacher takes them."""
-    folder = data.demo_folder()
+    folder = scenes.demo_folder()
     return files.read_json(folder / "problems.json"), files.read_json(folder / "scenes.json")
 
 

@@ -16,7 +16,6 @@ from statistics import median
 
 import pytest
 
-from data import demo_folder
 from demo import judge, scenes, teacher
 
 N, SEEDS = 48, 24  # problems a family; seeds a problem
@@ -368,7 +367,7 @@ def done(trace):
 @pytest.mark.slow
 def test_shares_of_the_real_demo(tmp_path):
     for name in ("problems", "pid_splits", "scenes"):
-        shutil.copy(demo_folder() / f"{name}.json", tmp_path)
+        shutil.copy(scenes.demo_folder() / f"{name}.json", tmp_path)
     start = time.process_time()
     traces = lines(teacher.traces(tmp_path))
     assert time.process_time() - start < 10
