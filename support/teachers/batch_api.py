@@ -119,7 +119,7 @@ class Batches:
 
     def __init__(
         self, traces: str, model: Model | None, calls: Calls, reasons_in_reply: bool = False
-    ):
+    ) -> None:
         self.file = Path(f"{traces}.batches.json")
         self.model = model
         self.calls = calls

@@ -55,7 +55,7 @@ class Ledger:
     line that is not a record, FileNotFoundError if there is no such folder.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         folder = self.path.absolute().parent
         if not folder.is_dir():

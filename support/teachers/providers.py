@@ -121,7 +121,7 @@ class Model:
 class Lost(Exception):
     """A reply that is incomplete or cannot be read: ask again. usage: what it cost, if known."""
 
-    def __init__(self, message: str, usage: dict | None = None):
+    def __init__(self, message: str, usage: dict | None = None) -> None:
         super().__init__(message)
         self.usage = usage
 
