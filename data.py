@@ -40,19 +40,25 @@ import hashlib
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from support.dataset.choices import LETTERS, final_answer, lettered, movable, shuffled
+from support.dataset.features import Features
+from support.dataset.images import Pictures
 from support.dataset.layouts import SPLITS, mathvista, own_jsonl, scienceqa
 from support.dataset.tokenizers import encode, plain_ids, special_ids
 from support.files import cache_folder
 
 NEWLINE = " // "
+ImageSource = Features | Pictures  # what gives an example its image
 
 
 # --- Problems -------------------------------------------------------------------------------------
@@ -209,36 +215,40 @@ def _one_line(text, faithful):
 # --- Tokens and batches ---------------------------------------------------------------------------
 
 
-def examples(problems, fmt, tokenizer, features, generated, config):
+def examples(
+    problems: Sequence[Problem],
+    fmt: str,
+    tokenizer: Tokenizer,
+    features: ImageSource | None = None,
+    generated: dict[str, str] | None = None,
+    *,
+    max_input: int,
+    max_output: int,
+    captions: bool = False,
+    faithful: bool = False,
+) -> list[dict]:
     """Dicts {"id", "input_ids", "labels", "image_features"?} of problems in one prompt format.
 
-    features   `Features`, or None for a text-only run.
-    generated  {id: rationale} that G stands for; None puts in the gold ones.
-    config     a run's flags: vision ("caption" puts captions into the context), faithful_text (in
-               `prompt`, and truncation as the original has it), max_input, max_output (one limit,
-               or one a stage).
+    features    `Features`, or None for a text-only run.
+    generated   {id: rationale} that G stands for; None puts in the gold ones.
+    max_input   the most tokens of a source, max_output of a target; more are cut (`encode`).
+    captions    puts captions into the context.
+    faithful    as in `prompt`, and truncation as the original has it.
     """
-    pairs = [
-        prompt(
-            problem,
-            fmt,
-            None if generated is None else generated[problem.id],
-            caption=config["vision"] == "caption",
-            faithful=config["faithful_text"],
-        )
-        for problem in problems
-    ]
-    longest = config["max_output"][-1 if "G" in fmt else 0]
-    tail = 1 if config["faithful_text"] else 16
-    made = []
-    sources = encode(tokenizer, [source for source, _ in pairs], config["max_input"], tail)
-    targets = encode(tokenizer, [target for _, target in pairs], longest, tail)
+    pairs = []
+    for problem in problems:
+        rationale = None if generated is None else generated[problem.id]
+        pairs.append(prompt(problem, fmt, rationale, captions, faithful))
+    tail = 1 if faithful else 16
+    sources = encode(tokenizer, [source for source, _ in pairs], max_input, tail)
+    targets = encode(tokenizer, [target for _, target in pairs], max_output, tail)
+    rows = []
     for problem, source, target in zip(problems, sources, targets, strict=True):
-        example = {"id": problem.id, "input_ids": source, "labels": target}
+        row = {"id": problem.id, "input_ids": source, "labels": target}
         if features is not None:
-            example["image_features"] = features.stored(problem.id)  # (P, F), read in collate
-        made.append(example)
-    return made
+            row["image_features"] = features.stored(problem.id)  # (P, F), read in collate
+        rows.append(row)
+    return rows
 
 
 def collate(examples, pad_id=0):
@@ -367,43 +377,66 @@ def sequence(tokenizer, prefix, suffix=None, image_tokens=0, layout="paligemma",
     }
 
 
-def pali_examples(rows, tokenizer, features, config):
+class TrainRow(NamedTuple):
+    """One sequence for PaliGemma: a problem, a task ("answer" or "reason"), a teacher's trace or
+    None, and whether the row has a suffix (to train on) or not (to decode from)."""
+
+    problem: Problem
+    task: str
+    trace: dict | None = None
+    has_suffix: bool = True
+
+
+def pali_examples(
+    rows: Sequence[TrainRow],
+    tokenizer: Tokenizer,
+    features: ImageSource | None = None,
+    *,
+    max_suffix: int,
+    max_prefix: int | None = None,
+    layout: str = "paligemma",
+    eos_in_loss: bool = True,
+    shuffle_choices: bool = False,
+    seed: int = 0,
+) -> list[dict]:
     """Dicts {"id", "input_ids", "token_type_ids", "labels"?, "image_features"?} for `pali_collate`.
 
-    rows      (problem, task, trace or None, whether to give a suffix), one a row.
-    features  `Features` of I positions, or None for a run without pictures. A problem without a
-              picture has no image tokens.
-    config    a run's flags: max_suffix (tokens, with <eos>), max_prefix (tokens; None: any),
-              layout and eos_in_loss (see `sequence`), shuffle_choices with seed (see `shuffled`).
+    features         `Features` of I positions, or `Pictures`; None for a run without images. A
+                     problem without an image has no image tokens.
+    max_suffix       tokens, with <eos>; max_prefix, without <bos> and newline (None: any number).
+    layout           see `sequence`; eos_in_loss too.
+    shuffle_choices  `shuffled` by `seed`, where no text names a choice by its letter.
 
     A training row that is too long is left out and counted on stderr, never cut. Rows without a
-    suffix have no limit: a test without its long questions would be another test.
+    suffix have no limit: leaving out long questions would change the test set.
     """
-    generator = torch.Generator().manual_seed(config.get("seed", 0))
-    how = {key: config[key] for key in ("layout", "eos_in_loss") if key in config}
-    limits = {"max_prefix": config.get("max_prefix"), "max_suffix": config["max_suffix"]}
-    made, left_out = [], dict.fromkeys(limits, 0)
+    generator = torch.Generator().manual_seed(seed)
+    limits = {"max_prefix": max_prefix, "max_suffix": max_suffix}
+    left_out = dict.fromkeys(limits, 0)
+    examples = []
     for problem, task, trace, has_suffix in rows:
-        if has_suffix and config.get("shuffle_choices") and movable(problem, trace):
+        if has_suffix and shuffle_choices and movable(problem, trace):
             problem = shuffled(problem, generator)
-        pictured = features is not None and problem.id in features
-        tokens = features.shape[0] if pictured else 0
+        has_image = features is not None and problem.id in features
+        image_tokens = features.shape[0] if has_image else 0
+        prefix = pali_prefix(problem, task)
         suffix = pali_suffix(problem, trace) if has_suffix else None
-        example = sequence(tokenizer, pali_prefix(problem, task), suffix, tokens, **how)
-        told = sum(example["token_type_ids"])
-        seen = len(example["input_ids"]) - told - tokens - 2  # without <bos> and newline
-        long = {"max_prefix": seen, "max_suffix": told}
-        over = [k for k, limit in limits.items() if limit is not None and long[k] > limit]
+        example = sequence(tokenizer, prefix, suffix, image_tokens, layout, eos_in_loss)
+        suffix_length = sum(example["token_type_ids"])
+        prefix_length = len(example["input_ids"]) - suffix_length - image_tokens - 2
+        lengths = {"max_prefix": prefix_length, "max_suffix": suffix_length}
+        over = [key for key, most in limits.items() if most is not None and lengths[key] > most]
         if over and has_suffix:
             left_out[over[0]] += 1
             continue
-        stored = {"image_features": features.stored(problem.id)} if pictured else {}  # (I, D)
-        made.append({"id": problem.id} | example | stored)
-    for limit, count in left_out.items():
+        if has_image:
+            example["image_features"] = features.stored(problem.id)  # (I, D)
+        examples.append({"id": problem.id} | example)
+    for key, count in left_out.items():
         if count:
-            text = f"{count} of {len(rows)} rows were left out: over {limit} {limits[limit]}."
+            text = f"{count} of {len(rows)} rows were left out: over {key} {limits[key]}."
             print(text, file=sys.stderr)
-    return made
+    return examples
 
 
 def pali_collate(examples, pad_id=0, side="left"):

@@ -77,7 +77,17 @@ def predict(models, problems, config, tokenizer, features, on_token=None, part=N
 
     def make_batches(generated=None):
         fmt = formats[0] if generated is None else formats[-1]
-        examples = data.examples(problems, fmt, tokenizer, features, generated, config)
+        examples = data.examples(
+            problems,
+            fmt,
+            tokenizer,
+            features,
+            generated,
+            max_input=config["max_input"],
+            max_output=lengths[0] if generated is None else lengths[-1],
+            captions=config["vision"] == "caption",
+            faithful=config["faithful_text"],
+        )
         return in_batches(examples, config["eval_batch_size"], f"{fmt} decoded")
 
     if len(formats) == 2:
@@ -120,8 +130,15 @@ def paligemma_write(model, problems, config, tokenizer, features, **how):
     last "Answer:". "ids" are what the model wrote, without <eos>.
     """
     reasons, budgets = config["recipe"] == "reason", config["max_output"]
-    rows = [(p, config["recipe"], None, False) for p in problems]
-    examples = {e["id"]: e for e in data.pali_examples(rows, tokenizer, features, config)}
+    rows = [data.TrainRow(p, config["recipe"], has_suffix=False) for p in problems]
+    made = data.pali_examples(
+        rows,
+        tokenizer,
+        features,
+        max_suffix=config["max_suffix"],
+        layout=config.get("layout", "paligemma"),
+    )
+    examples = {e["id"]: e for e in made}
     loops = reasons and config["loop_stop"]
     first = budgets[0] if reasons else budgets[-1]
     told = continued(model, examples.values(), tokenizer, config, first, loops=loops, **how)
@@ -250,7 +267,16 @@ def evaluate(folder, models, problems, config, tokenizer, features, flags):
 def teacher_forced_rouge(model, problems, config, tokenizer, features):
     """ROUGE-L of arg-max logits that read the gold rationale: what the first published commands
     scored, and stage 2 then read. Shown to be compared with; nothing here uses these texts."""
-    examples = data.examples(problems, "QCM-LE", tokenizer, features, None, config)
+    examples = data.examples(
+        problems,
+        "QCM-LE",
+        tokenizer,
+        features,
+        max_input=config["max_input"],
+        max_output=config["max_output"][0],
+        captions=config["vision"] == "caption",
+        faithful=config["faithful_text"],
+    )
     batches = in_batches(examples, config["eval_batch_size"], "teacher-forced")
     texts = fusion.teacher_forced(model, batches, tokenizer)
     graded = [(p, {"rationale": texts[p.id]}, None) for p in problems]

@@ -320,8 +320,10 @@ def run_stage(args, stage, splits, tokenizer, features, journal):
     generated = None
     if stage == 1 and args.stage2_rationales == "generated":
         generated = own_rationales(args, splits, tokenizer, features, journal)
-    train = data.examples(splits["train"], fmt, tokenizer, features, generated, vars(args))
-    val = data.examples(splits["val"], fmt, tokenizer, features, None, vars(args))
+    limits = {"max_input": args.max_input, "max_output": args.max_output[-1 if "G" in fmt else 0]}
+    limits |= {"captions": args.vision == "caption", "faithful": args.faithful_text}
+    train = data.examples(splits["train"], fmt, tokenizer, features, generated, **limits)
+    val = data.examples(splits["val"], fmt, tokenizer, features, None, **limits)
     records.show_example(train[0], tokenizer, fmt)
     model = start_model(args, features, stage)
     epochs = args.epochs[min(stage, len(args.epochs) - 1)]
@@ -356,7 +358,16 @@ def own_rationales(args, splits, tokenizer, features, journal):
         seen = [p for i, p in enumerate(problems) if i not in held]
         unseen = [p for i, p in enumerate(problems) if i in held]
         model = run_stage(args, 0, splits | {"train": seen}, tokenizer, features, journal)
-        examples = data.examples(unseen, "QCM-LE", tokenizer, features, None, vars(args))
+        examples = data.examples(
+            unseen,
+            "QCM-LE",
+            tokenizer,
+            features,
+            max_input=args.max_input,
+            max_output=args.max_output[0],
+            captions=args.vision == "caption",
+            faithful=args.faithful_text,
+        )
         batches = decoding.in_batches(examples, args.eval_batch_size, "own rationales")
         part = decoding.Part(args.out, [model])
         texts = fusion.write(model, batches, tokenizer, args.max_output[0], part)
@@ -376,18 +387,18 @@ def run_paligemma(args):
     if args.epochs[0]:
         make_trainable(args, model)
     rows = records.training_rows(args, splits["train"], skipped) if args.epochs[0] else []
-    learned = {row[0].id: row[0] for row in rows}
+    learned = {row.problem.id: row.problem for row in rows}
     splits |= {"train": [*learned.values()], "val": splits["val"][: args.eval_problems]}
     with devices.in_turn():
         features, splits = records.with_pictures(args, splits, skipped, model)
     left, test = {p.id for p in splits["train"]}, splits[args.test_split]
-    rows = [row for row in rows if row[0].id in left]
+    rows = [row for row in rows if row.problem.id in left]
     if not isinstance(features, pictures.Pictures):
         model.vision_tower = None  # all pictures were looked at: 0.8 GiB of the 3B's 5.7 in bf16
     folders.begin(args)  # only now: a run that cannot start leaves nothing
     counts = records.told_skipped(args, skipped)
     if rows and args.data != "demo":  # its splits are disjoint by construction
-        records.warn_of_overlap([row[0] for row in rows], test)
+        records.warn_of_overlap([row.problem for row in rows], test)
     if args.epochs[0]:
         with folders.opened_journal(args) as journal:
             model = tune(args, model, rows, splits["val"], tokenizer, features, journal)
@@ -416,7 +427,16 @@ def tune(args, model, rows, val, tokenizer, features, journal):
     validated on real answers to the problems `val`; returns the model. ValueError if --max-suffix
     leaves no row to train on. `journal` as in `fit`."""
     config, val = vars(args), val[: args.eval_problems]
-    examples = data.pali_examples(rows, tokenizer, features, config)
+    examples = data.pali_examples(
+        rows,
+        tokenizer,
+        features,
+        max_suffix=args.max_suffix,
+        layout=args.layout,
+        eos_in_loss=args.eos_in_loss,
+        shuffle_choices=args.shuffle_choices,
+        seed=args.seed,
+    )
     ids = list(dict.fromkeys(example["id"] for example in examples))
     held_ids = set(ids[:: max(20, len(ids) // 100)])  # for the validation loss: 5 % or 100 problems
     held_back = [e for e in examples if e["id"] in held_ids]
@@ -510,7 +530,7 @@ def dry_paligemma(args, splits, tokenizer):
     model = loading.load_paligemma(vars(args))
     make_trainable(args, model)
     rows = records.training_rows(args, splits["train"])
-    features = blank_features(args, [row[0] for row in rows], model)
+    features = blank_features(args, [row.problem for row in rows], model)
     tune(args, model, rows, splits["val"], tokenizer, features, None)
 
 

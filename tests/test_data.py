@@ -404,17 +404,19 @@ def test_examples(spiece, tmp_path):
     problems, tokenizer = data.load(folder, "test"), load_tokenizer(spiece)
     stored = np.random.default_rng(0).normal(size=(1, 2, 3)).astype(np.float16)
     features = Features(stored, {"1": 0})
-    config = {"vision": "caption", "faithful_text": False, "max_input": 60, "max_output": [60, 8]}
+    limits = {"max_input": 60, "max_output": 60}
     whole = tokenizer.encode(data.prompt(problems[0], "QCM-LE", caption=True)[0]).ids
-    first, second = data.examples(problems, "QCM-LE", tokenizer, features, None, config)
+    first, second = data.examples(problems, "QCM-LE", tokenizer, features, captions=True, **limits)
     assert first["id"] == "1" and first["input_ids"] == whole[:44] + whole[-16:]
     assert len(second["labels"]) == 60 and second["labels"][-1] == 1
     batch = data.collate([first, second])
     np.testing.assert_array_equal(batch["image_features"][0], stored[0].astype(np.float32))
     assert batch["image_features"].dtype == torch.float32 and not batch["image_features"][1].any()
     told = {"1": "Solution: the belt.", "2": "Solution: the rope."}
-    config |= {"vision": "none", "faithful_text": True, "max_input": 512}
-    first, second = data.examples(problems, "QCMG-A", tokenizer, None, told, config)
+    limits = {"max_input": 512, "max_output": 8}
+    first, second = data.examples(
+        problems, "QCMG-A", tokenizer, None, told, faithful=True, **limits
+    )
     for problem, example in zip(problems, (first, second), strict=True):
         source, target = data.prompt(problem, "QCMG-A", told[problem.id], faithful=True)
         assert example["input_ids"] == tokenizer.encode(source).ids

@@ -356,12 +356,11 @@ def use(problems, told=()):
     t5, gemma = tokenizers()
     unusable(problems, open_image)
     some = [p for p in problems if not unusable([replace(p, image=None)])][:3]
-    config = {"vision": "caption", "faithful_text": False, "max_input": 64, "max_output": [64, 8]}
-    data.examples(some, "QCM-LE", t5, None, None, config)
-    rows = [(p, "reason", None, True) for p in some] + [(p, "answer", None, False) for p in some]
-    rows += [(p, "reason", trace, True) for p, trace in zip(some, told, strict=False)]
-    flags = {"max_suffix": 64, "max_prefix": None, "shuffle_choices": True}
-    data.pali_examples(rows, gemma, None, flags)
+    data.examples(some, "QCM-LE", t5, max_input=64, max_output=64, captions=True)
+    rows = [data.TrainRow(p, "reason") for p in some]
+    rows += [data.TrainRow(p, "answer", has_suffix=False) for p in some]
+    rows += [data.TrainRow(p, "reason", trace) for p, trace in zip(some, told, strict=False)]
+    data.pali_examples(rows, gemma, max_suffix=64, shuffle_choices=True)
     for p in some:
         json.dumps([p.id, p.question, p.answer, *p.choices], ensure_ascii=False).encode()
 

@@ -73,7 +73,9 @@ def pali():
     tokenizer = load_tokenizer(PALI)
     verdict = dict.fromkeys(("correct", "consistent"), True)
     rows = [
-        (p, "reason", {"thought": "It is so. " * i, "answer": p.answer, "verdict": verdict}, True)
+        data.TrainRow(
+            p, "reason", {"thought": "It is so. " * i, "answer": p.answer, "verdict": verdict}
+        )
         for i, p in enumerate(problems, 1)
     ]
 
@@ -85,7 +87,11 @@ def pali():
         generator = torch.Generator().manual_seed(0)
         array = torch.randn(3, seen, text.hidden_size, generator=generator).numpy()
         features = Features(array, {p.id: i for i, p in enumerate(problems)})
-        return model, args, data.pali_examples(rows, tokenizer, features, vars(args))
+        return (
+            model,
+            args,
+            data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix),
+        )
 
     return made
 

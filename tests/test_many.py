@@ -184,9 +184,9 @@ def paligemma_and_rows(args):
     problems = problems[:3] + problems[-4:]
     features = loading.image_features(vars(args), problems, model)
     traces = [{"thought": "x" * 3 * i, "verdict": {"correct": True}} for i in range(7)]
-    rows = [(p, "reason", t, True) for p, t in zip(problems, traces, strict=True)]
+    rows = [data.TrainRow(p, "reason", t) for p, t in zip(problems, traces, strict=True)]
     tokenizer = load_tokenizer(args.weights[0])
-    return model, data.pali_examples(rows, tokenizer, features, vars(args))
+    return model, data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix)
 
 
 SEEING = "q_proj vision_tower.encoder.layers.0.mlp.fc1 multi_modal_projector.linear"

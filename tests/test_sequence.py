@@ -97,10 +97,11 @@ def test_pali_examples(capsys):
     stored = np.random.default_rng(0).normal(size=(1, 4, 6)).astype(np.float16)
     features = Features(stored, {"1": 0})
     plain, long = asked(id="2"), trace("long " * 50)
-    rows = [(asked(), "answer", None, True), (plain, "reason", trace(), True)]
-    rows += [(plain, "reason", long, True), (plain, "reason", None, False)]
-    rows += [(replace(plain, question="why " * 50), "answer", None, suffix) for suffix in (1, 0)]
-    made = data.pali_examples(rows, gemma(), features, {"max_suffix": 11, "max_prefix": 40})
+    rows = [data.TrainRow(asked(), "answer"), data.TrainRow(plain, "reason", trace())]
+    rows += [data.TrainRow(plain, "reason", long), data.TrainRow(plain, "reason", None, False)]
+    wordy = replace(plain, question="why " * 50)
+    rows += [data.TrainRow(wordy, "answer", None, suffix) for suffix in (True, False)]
+    made = data.pali_examples(rows, gemma(), features, max_suffix=11, max_prefix=40)
     said = capsys.readouterr().err
     assert "1 of 6 rows were left out: over max_suffix 11." in said
     assert "1 of 6 rows were left out: over max_prefix 40." in said
@@ -113,25 +114,25 @@ def test_pali_examples(capsys):
     assert 257152 not in second["input_ids"] and "labels" not in third
     assert len(fourth["input_ids"]) > 60 and "labels" not in fourth  # a test question is kept
     exact = sum(second["token_type_ids"])
-    config = {"max_suffix": exact, "max_prefix": None, "layout": "seed", "eos_in_loss": False}
-    [example] = data.pali_examples(rows[1:2], gemma(), None, config)
+    seed = {"layout": "seed", "eos_in_loss": False}
+    [example] = data.pali_examples(rows[1:2], gemma(), max_suffix=exact, **seed)
     assert example["labels"][-1] == -100 and example["input_ids"][-1] == 1
     assert example["input_ids"].index(2) > 1
-    assert not data.pali_examples(rows[1:2], gemma(), None, config | {"max_suffix": exact - 1})
+    assert not data.pali_examples(rows[1:2], gemma(), max_suffix=exact - 1, **seed)
     assert "over max_suffix" in capsys.readouterr().err
 
 
 @needs_tokenizer
 def test_shuffled_rows():
-    rows = [(asked(), "answer", None, True)] * 40
+    rows = [data.TrainRow(asked(), "answer")] * 40
     rows += [
-        (asked(), "reason", trace("Option (B) it is."), True),
-        (asked(), "answer", None, False),
+        data.TrainRow(asked(), "reason", trace("Option (B) it is.")),
+        data.TrainRow(asked(), "answer", None, False),
     ]
-    config = {"max_suffix": 16, "max_prefix": None, "shuffle_choices": True, "seed": 3}
+    config = {"max_suffix": 16, "shuffle_choices": True, "seed": 3}
 
     def texts(**changes):
-        made = data.pali_examples(rows, gemma(), None, config | changes)
+        made = data.pali_examples(rows, gemma(), **config | changes)
         return [gemma().decode(example["input_ids"]) for example in made]
 
     shuffled = texts()

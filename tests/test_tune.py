@@ -100,11 +100,11 @@ def examples(tokenizer):
     by_id = {p.id: p for p in problems[:2] + problems[-4:]}
     traces = [t for t in demo_traces() if t["id"] in by_id]
     args = settings()
-    rows = [(by_id[t["id"]], "reason", t, True) for t in traces]
-    rows += [(row[0], "answer", None, True) for row in rows[:2]]
+    rows = [data.TrainRow(by_id[t["id"]], "reason", t) for t in traces]
+    rows += [data.TrainRow(row.problem, "answer") for row in rows[:2]]
     model = loading.load_paligemma(vars(args))
     features = loading.image_features(vars(args), list(by_id.values()), model)
-    made = data.pali_examples(rows, tokenizer, features, vars(args))
+    made = data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix)
     assert len(made) == 8 and len({len(e["labels"]) for e in made}) > 4
     assert len({"image_features" in e for e in made}) == 2
     return made
@@ -467,8 +467,8 @@ def test_rows_for_the_validation_loss_are_not_trained_on(tuned, tokenizer, monke
     held = set(ids[::20])
     assert len(held) == 2 and {e["id"] for e in got.examples} == set(ids) - held
     assert len(got.examples) == 2 * (len(ids) - 2)
-    rows = [row for row in got.rows if row[0].id in held]
-    rows = data.pali_examples(rows, tokenizer, got.features, vars(got.args))
+    rows = [row for row in got.rows if row.problem.id in held]
+    rows = data.pali_examples(rows, tokenizer, got.features, max_suffix=got.args.max_suffix)
     assert len(rows) == 4
     loss = train.mean_loss(got.model, rows, got.args)
     assert got.validate(got.model)["val_loss"] == pytest.approx(loss, abs=2e-6)

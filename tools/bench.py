@@ -411,9 +411,17 @@ class Questions:
         self.features = Features(random.astype(np.float16), rows)
 
     def examples(self, fmt, generated=None, limit=None):
-        how = {"vision": "detr", "faithful_text": False, "max_input": 512, "max_output": [512, 64]}
+        longest = 64 if "G" in fmt else 512
         problems = self.problems[:limit]
-        return data.examples(problems, fmt, self.tokenizer, self.features, generated, how)
+        return data.examples(
+            problems,
+            fmt,
+            self.tokenizer,
+            self.features,
+            generated,
+            max_input=512,
+            max_output=longest,
+        )
 
 
 def mmcot_train(args):

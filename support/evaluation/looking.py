@@ -58,7 +58,17 @@ def fusion_looks(models, problems, predictions, config, tokenizer, features):
     stages, formats = fusion.stage_names(config["recipe"]), fusion.RECIPES[config["recipe"]]
     for stage, fmt, model in zip(stages, formats, models, strict=True):
         told = generated if "G" in fmt else None
-        examples = data.examples(problems, fmt, tokenizer, features, told, config)
+        examples = data.examples(
+            problems,
+            fmt,
+            tokenizer,
+            features,
+            told,
+            max_input=config["max_input"],
+            max_output=config["max_output"][-1 if "G" in fmt else 0],
+            captions=config["vision"] == "caption",
+            faithful=config["faithful_text"],
+        )
         label = f"{stage} looked at"
         for batch in in_batches(examples, config["eval_batch_size"], label, dealt=False):
             names = ("input_ids", "attention_mask", "image_features")
@@ -110,8 +120,14 @@ def paligemma_looks(model, problems, predictions, config, tokenizer, features):
     answered. An <image> token that it said is left out: no picture is behind it."""
     written = {x["id"]: [i for i in x["ids"] if i != model.config.image_token_index]
                for x in predictions}  # fmt: skip
-    rows = [(p, config["recipe"], None, False) for p in problems if written[p.id]]
-    examples = data.pali_examples(rows, tokenizer, features, config)
+    rows = [data.TrainRow(p, config["recipe"], has_suffix=False) for p in problems if written[p.id]]
+    examples = data.pali_examples(
+        rows,
+        tokenizer,
+        features,
+        max_suffix=config["max_suffix"],
+        layout=config.get("layout", "paligemma"),
+    )
     start, found = time.monotonic(), {}
     for done, example in enumerate(examples, 1):
         found[example["id"]] = paligemma_look(model, example, written[example["id"]], tokenizer)
