@@ -47,9 +47,10 @@ from support import distributed as devices
 from support import files
 from support.dataset import images as pictures
 from support.dataset.tokenizers import load_tokenizer
-from support.evaluation import decode_cache as decoding
-from support.evaluation import looking, metrics, tables
-from support.evaluation import models as loading
+from support.evaluation import metrics, tables
+from support.evaluation.decode_cache import DecodeCache
+from support.evaluation.decoding import t5_texts
+from support.evaluation.models import load_paligemma, paligemma_inputs
 from support.training import ablations, folders
 from support.training import checks as guards
 from support.training import examples as records
@@ -105,7 +106,7 @@ def paligemma_loss(model, batch, args):
     token that is learned are not computed in the top layer."""
     labels = batch["labels"][:, 1:]  # (B, T-1)
     U = labels.shape[1] - int((labels != -100).any(0).int().argmax())
-    inputs = decoding.paligemma_inputs(model, batch)
+    inputs = paligemma_inputs(model, batch)
     states = model.states(**inputs, last=U + 1)[:, :-1]  # (B, U, D)
     weight = model.language_model.embed_tokens.weight
     return cross_entropy(model.head, weight, states, labels[:, -U:], args)
@@ -368,10 +369,9 @@ def own_rationales(args, splits, tokenizer, features, journal):
             captions=args.vision == "caption",
             faithful=args.faithful_text,
         )
-        batches = decoding.in_batches(examples, args.eval_batch_size, "own rationales")
-        part = decoding.Part(args.out, [model])
-        texts = fusion.write(model, batches, tokenizer, args.max_output[0], part)
-        generated |= {problem_id: told["text"] for problem_id, told in texts.items()}
+        options = {"batch_size": args.eval_batch_size, "cache": DecodeCache(args.out, [model])}
+        texts = t5_texts(model, examples, tokenizer, args.max_output[0], **options)
+        generated |= {problem_id: result["text"] for problem_id, result in texts.items()}
     return generated
 
 
@@ -383,7 +383,7 @@ def run_paligemma(args):
     print(f"{Path(args.out)}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
     splits, skipped = records.load_splits(args)
     tokenizer = load_tokenizer(resolve(args.weights[0]))
-    model = loading.load_paligemma(vars(args))
+    model = load_paligemma(args)
     if args.epochs[0]:
         make_trainable(args, model)
     rows = records.training_rows(args, splits["train"], skipped) if args.epochs[0] else []
@@ -426,7 +426,7 @@ def tune(args, model, rows, val, tokenizer, features, journal):
     """Fit what `make_trainable` chose to these rows, as `records.training_rows` gives them,
     validated on real answers to the problems `val`; returns the model. ValueError if --max-suffix
     leaves no row to train on. `journal` as in `fit`."""
-    config, val = vars(args), val[: args.eval_problems]
+    val = val[: args.eval_problems]
     examples = data.pali_examples(
         rows,
         tokenizer,
@@ -449,7 +449,7 @@ def tune(args, model, rows, val, tokenizer, features, journal):
     records.show_example(examples[0], tokenizer, args.recipe)
 
     def validate(model):
-        predictions = evaluation.predict([model.eval()], val, config, tokenizer, features)
+        predictions = evaluation.predict([model.eval()], val, args, tokenizer, features)
         right = sum(g.correct for *_, g in metrics.grade_all(val, predictions))
         accuracy = {"val_accuracy": round(100 * right / len(val), 2)} if val else {}
         return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
@@ -475,23 +475,17 @@ def run_one(args):
     """The metrics of a run, which is trained and decoded unless it is complete."""
     if folders.is_complete(args):
         print(f"{args.out}: complete already", flush=True)
-        return tables.metrics_then(Path(args.out))
+        return tables.read_metrics(args.out)
     return {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model](args)
 
 
 def scored(args, models, problems, tokenizer, features, counts):
     """The metrics of a run, whose models decode these problems now; it is complete then. `counts`
     of skipped records by split, or None, go into the table."""
-    how = argparse.Namespace(
-        faithful_parse=False,
-        teacher_forced=args.model == "mmcot" and args.teacher_forced,
-        looks=looking.LOOKS,
-        report=True,
-        skipped=counts,
-    )
-    out, config = Path(args.out), vars(args)
-    scores = evaluation.evaluate(out, models, problems, config, tokenizer, features, how)
-    folders.complete(out)
+    forced = args.model == "mmcot" and args.teacher_forced
+    how = {"teacher_forced": forced, "skipped": counts}
+    scores = evaluation.evaluate(args.out, models, problems, args, tokenizer, features, **how)
+    folders.complete(Path(args.out))
     return scores
 
 
@@ -527,7 +521,7 @@ def dry_paligemma(args, splits, tokenizer):
     """`dry_run` of a paligemma run, whose splits and tokenizer are loaded."""
     if not args.epochs[0]:
         return print("  nothing is trained: it only decodes")
-    model = loading.load_paligemma(vars(args))
+    model = load_paligemma(args)
     make_trainable(args, model)
     rows = records.training_rows(args, splits["train"])
     features = blank_features(args, [row.problem for row in rows], model)

@@ -60,7 +60,7 @@ def with_pictures(args, splits, skipped, model=None):
     ValueError if a split has no problem left."""
     problems = [p for ps in splits.values() for p in ps]
     bad = None if skipped is None else []
-    features = loading.image_features(vars(args), problems, model, bad)
+    features = loading.image_features(args, problems, model, bad)
     if not bad:
         return features, splits
     reasons = dict(bad)
