@@ -39,7 +39,8 @@ from model import PaliGemma, in_file_names, rank, resolve, world
 from support import distributed, files
 from support.dataset.images import Pictures
 from support.dataset.tokenizers import load_tokenizer
-from support.evaluation import decode_cache, metrics, models, tables
+from support.evaluation import decoding, metrics, models, tables
+from support.evaluation.decode_cache import DecodeCache
 from support.training import ablations, checks, examples, optim, runs
 from support.training.dry_run import blank_features, dry_step
 from support.training.examples import Inputs, Rows, Splits
@@ -105,7 +106,7 @@ def paligemma_loss(
     token that is learned are not computed in the top layer."""
     labels = batch["labels"][:, 1:]  # (B, T-1)
     U = labels.shape[1] - int((labels != -100).any(0).int().argmax())
-    inputs = decode_cache.paligemma_inputs(model, batch)
+    inputs = models.paligemma_inputs(model, batch)
     states = model.states(**inputs, last=U + 1)[:, :-1]  # (B, U, D)
     weight = model.language_model.embed_tokens.weight
     return cross_entropy(model.head, weight, states, labels[:, -U:], weighting, label_smoothing)
@@ -299,11 +300,13 @@ def plan_stage(
     """The plan of stage 0 or 1 of the recipe, with a fresh model. `generated`, {id: rationale},
     takes the place of the gold rationales in training."""
     fmt = fusion.RECIPES[settings.recipe][stage]
-    train = examples.stage_rows(settings, fmt, inputs, inputs.splits["train"], generated)
-    val = examples.stage_rows(settings, fmt, inputs, inputs.splits["val"])
-    examples.show_example(train[0], inputs.tokenizer, fmt)
+    splits, tokenizer, features = inputs.splits, inputs.tokenizer, inputs.features
+    rows_of = models.stage_examples
+    train = rows_of(settings, splits["train"], fmt, tokenizer, features, generated)
+    val = rows_of(settings, splits["val"], fmt, tokenizer, features)
+    examples.show_example(train[0], tokenizer, fmt)
     weights = settings.weights[min(stage, len(settings.weights) - 1)]
-    model = start_model(weights, inputs.features, settings.no_image, settings.seed)
+    model = start_model(weights, features, settings.no_image, settings.seed)
 
     def validate(loss_of):
         return {"val_loss": round(optim.mean_loss(loss_of, val, settings.batch_size), 6)}
@@ -334,6 +337,7 @@ def own_rationales(
     """{id: rationale} of the training problems, each written by a stage-1 model that did not train
     on it. Training stage 2 on these closes the gap to what it reads at test time."""
     problems = inputs.splits["train"]
+    tokenizer, features = inputs.tokenizer, inputs.features
     # Shuffled: every second problem of a file may be of the same kind (in the demo it is).
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(problems), generator=generator)
@@ -345,10 +349,15 @@ def own_rationales(
         unseen = [p for i, p in enumerate(problems) if i in held_out]
         fold_inputs = replace(inputs, splits=inputs.splits | {"train": learned})
         model = fit(plan_stage(settings, 0, fold_inputs), checkpoints)
-        rows = examples.stage_rows(settings, "QCM-LE", inputs, unseen)
-        batches = decode_cache.in_batches(rows, settings.eval_batch_size, "own rationales")
-        cache = decode_cache.Part(settings.out, [model])
-        texts = fusion.write(model, batches, inputs.tokenizer, settings.max_output[0], cache)
+        rows = models.stage_examples(settings, unseen, "QCM-LE", tokenizer, features)
+        texts = decoding.t5_texts(
+            model,
+            rows,
+            tokenizer,
+            settings.max_output[0],
+            batch_size=settings.eval_batch_size,
+            cache=DecodeCache(settings.out, [model]),
+        )
         generated |= {id: text["text"] for id, text in texts.items()}
     return generated
 
@@ -442,7 +451,7 @@ def run_one(settings: Settings, stop: StopRequest) -> dict | None:
     """The metrics of a run, which is trained and decoded unless it is complete."""
     if runs.is_complete(settings):
         print(f"{settings.out}: complete already", flush=True)
-        return tables.metrics_then(Path(settings.out))
+        return tables.read_metrics(settings.out)
     run = {"mmcot": run_mmcot, "paligemma": run_paligemma}[settings.model]
     return run(settings, stop)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import data
 from model import rank
 from support.evaluation import report, tables
-from support.training.settings import Settings, bad_records
+from support.training.examples import bad_records
+from support.training.settings import Settings
 
 Table = dict[str, dict]
 
@@ -84,7 +85,7 @@ def show(settings: Settings, lines: dict[str, Settings], rows: dict[str, dict]) 
     if rank():
         return
     print(f"\n{tables.runs_table(rows)}")
-    problems = data.load(settings.data, settings.test_split, bad_records(settings))
+    problems = data.load(settings.data, settings.test_split, bad_records(settings.on_error))
     problems = problems[: settings.limit]
     columns = {}
     for name in sorted(lines, key=lambda name: lines[name].out != settings.out):  # itself first

@@ -23,7 +23,7 @@ from support.dataset import images
 from support.dataset.traces import load_traces, overlap, training_notice
 from support.evaluation import grading, models
 from support.training.optim import Rows
-from support.training.settings import MultimodalSettings, PaliGemmaSettings, Settings, bad_records
+from support.training.settings import PaliGemmaSettings, Settings
 
 Splits = dict[str, list[Problem]]
 Skipped = dict[str, list[tuple[str, str]]]  # {split: [(id, reason)]} of bad records
@@ -41,12 +41,17 @@ class Inputs:
 # ---- problems, and bad records -------------------------------------------------------------------
 
 
+def bad_records(on_error: str) -> list[tuple[str, str]] | None:
+    """The list that a run's bad records go to with --on-error skip; None: the first is an error."""
+    return [] if on_error == "skip" else None
+
+
 def load_splits(settings: Settings) -> tuple[Splits, Skipped | None]:
     """The problems of all three splits, and with --on-error skip the bad records (else None: the
     first is the error). No split is cut off another: ValueError if one is missing."""
     names = ("train", "val", settings.test_split)
     splits = {}
-    skipped = {name: bad_records(settings) for name in names}
+    skipped = {name: bad_records(settings.on_error) for name in names}
     try:
         for name in names:
             problems = data.load(settings.data, name, skipped[name])
@@ -190,31 +195,6 @@ def warn_of_overlap(train: list[Problem], test: list[Problem]) -> None:
         some = ", ".join(sorted(shared)[:5])
         share = f"{len(shared)} of {len(test)}"
         print(f"{share} test problems show an image that is trained on ({some}).")
-
-
-# ---- rows as ids ---------------------------------------------------------------------------------
-
-
-def stage_rows(
-    settings: MultimodalSettings,
-    fmt: str,
-    inputs: Inputs,
-    problems: list[Problem],
-    generated: dict[str, str] | None = None,
-) -> Rows:
-    """mmcot: problems in a prompt format of the recipe; `generated`, {id: rationale}, stands for
-    the gold rationales."""
-    return data.examples(
-        problems,
-        fmt,
-        inputs.tokenizer,
-        inputs.features,
-        generated,
-        max_input=settings.max_input,
-        max_output=settings.max_output[-1 if "G" in fmt else 0],
-        captions=settings.vision == "caption",
-        faithful=settings.faithful_text,
-    )
 
 
 def tuning_rows(

@@ -93,7 +93,7 @@ def mean_loss(loss_of: LossOf, rows: Rows, batch_size: int) -> float:
 
 @dataclass
 class Plan:
-    """A training before its first step: train.py's `fit` takes the steps, a dry run measures one."""
+    """A training before its first step: `train.fit` takes the steps, a dry run measures one."""
 
     stage: str  # its name in the log and in errors
     loss_of: LossOf

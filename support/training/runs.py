@@ -104,7 +104,7 @@ def is_complete(settings: Settings) -> bool:
     names = fusion.stage_names(settings.recipe) if settings.model == "mmcot" else ()
     if len(names) == 2 and settings.stage == names[0]:  # no answers to score yet
         return (out / names[0] / "model.safetensors").is_file()
-    return bool(tables.metrics_then(out))
+    return bool(tables.read_metrics(out))
 
 
 def changed_settings(settings: Settings) -> dict[str, str] | None:

@@ -440,8 +440,3 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return type(value) in (int, float)  # not bool, which is an int
     return type(value) is hint
-
-
-def bad_records(settings: Settings | None) -> list[tuple[str, str]] | None:
-    """The list that a run's bad records go to with --on-error skip; None: the first is an error."""
-    return [] if settings is not None and settings.on_error == "skip" else None
