@@ -77,20 +77,13 @@ class LoRALinear(nn.Linear):
             norm = (self.weight + self.delta()).norm(dim=1)  # (O,)
         return self.lora_magnitude_vector / norm
 
-    base_forward = nn.Linear.forward  # W0 x + b; while decoding, model.onednn's in its place
-
     def forward(self, x):
         """(..., I) -> (..., O), in the dtype the base gives."""
-        if self.original is not None:
-            return self.base_forward(x)
-        drops = self.training and self.dropout
-        if torch.is_grad_enabled() and not drops and self.lora_magnitude_vector is None:
-            # As the plain LoRA below, with less kept for the way back.
-            A, B = self.lora_A.weight, self.lora_B.weight
-            return Adapted.apply(x, self.weight, self.bias, A, B, self.scaling)  # (..., O)
-        out = self.base_forward(x)  # (..., O)
-        dropped = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout, self.training)
-        low = self.lora_B(self.lora_A(dropped) * self.scaling)  # (..., r) -> (..., O)
+        out = F.linear(x, self.weight, self.bias)  # (..., O)
+        if self.original is not None:  # merged: the adapter is in `weight`
+            return out
+        x = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout, self.training)
+        low = self.lora_B(self.lora_A(x) * self.scaling)  # (..., r) -> (..., O)
         if self.lora_magnitude_vector is None:
             # Eq. 3 (LoRA)
             return (out + low).to(out.dtype)  # (..., O)
@@ -108,46 +101,6 @@ class LoRALinear(nn.Linear):
 
     def unmerge(self):
         self.weight.data, self.original = self.original.to(self.weight), None
-
-
-class Adapted(torch.autograd.Function):
-    """Eq. 3 of LoRA for training: W0 x + b + s B A x.
-
-    x (..., I), weight (O, I), bias (O), A (r, I), B (O, r) -> (..., O).
-    Keeps x once, in its own dtype, and s A x, which is small. PEFT keeps an fp32 copy of x for each
-    layer: a fifth of a step's memory. Sums are made in place where the dtypes agree.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling):
-        low = F.linear(x.to(A.dtype), A) * scaling  # (..., r)
-        ctx.scaling = scaling
-        ctx.save_for_backward(x, weight, A, B, low)
-        return plus(F.linear(x, weight, bias), low, B.T)  # (..., O)
-
-    @staticmethod
-    def backward(ctx, given):
-        x, weight, A, B, low = ctx.saved_tensors
-        wanted, flat = ctx.needs_input_grad, given.reshape(-1, given.shape[-1])  # (n, O)
-        exact = flat.to(A.dtype)
-        of_low = exact @ B * ctx.scaling  # (n, r)
-        of_B = exact.T @ low.view(-1, low.shape[-1])  # (O, r)
-        del exact
-        x = x.reshape(-1, x.shape[-1])  # (n, I)
-        of_A = of_low.T @ x.to(A.dtype)  # (r, I)
-        of_x = plus(given @ weight, of_low.view(*given.shape[:-1], -1), A) if wanted[0] else None
-        # The base is frozen, unless somebody unfreezes it.
-        of_weight = flat.T @ x if wanted[1] else None
-        of_bias = flat.sum(0) if wanted[2] else None
-        return of_x, of_weight, of_bias, of_A, of_B, None
-
-
-def plus(out, a, b):
-    """out (..., O) + a (..., r) b (r, O), in the dtype of `out`; `out` is overwritten."""
-    if out.dtype != a.dtype:
-        return (out + a @ b).to(out.dtype)
-    out.view(-1, out.shape[-1]).addmm_(a.view(-1, a.shape[-1]), b)
-    return out
 
 
 def adopt(new, old):

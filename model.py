@@ -211,8 +211,6 @@ class T5Norm(nn.Module):
 
     def forward(self, x):  # (..., D)
         # Eq. RMSNorm (T5): w x / sqrt(mean(x^2) + eps)
-        if x.dtype == torch.float32 and not torch.is_grad_enabled():  # no cast: the same, quicker
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # (..., D)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # (..., D)
 
 
@@ -222,11 +220,12 @@ class T5Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
+        self.heads = config.num_heads
         self.q_proj = nn.Linear(config.d_model, inner, bias=False)
         self.k_proj = nn.Linear(config.d_model, inner, bias=False)
         self.v_proj = nn.Linear(config.d_model, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, N*H) -> (B, N, S, H)
@@ -238,21 +237,10 @@ class T5Attention(nn.Module):
     def forward(self, x, k, v, bias):
         """x (B, T, D), k and v (B, N, S, H), additive bias (B or 1, N or 1, T, S) -> (B, T, D)."""
         q = self.split(self.q_proj(x))  # (B, N, T, H)
-        p = self.dropout.p if self.training else 0.0
         # Eq. attention (T5): softmax(q k^T + bias) v
-        if p and x.device.type == "cpu":  # what SDPA does there as well, with a slower dropout
-            weights = (q @ k.transpose(2, 3)).add_(bias).softmax(-1)  # (B, N, T, S)
-            out = self.dropout(weights) @ v  # (B, N, T, H)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p, scale=1.0)
+        weights = (q @ k.transpose(2, 3) + bias).float().softmax(-1).to(v.dtype)  # (B, N, T, S)
+        out = self.dropout(weights) @ v  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
-
-    def step(self, x, k, v, bias):
-        """One query a row: x (B, D), k and v (B*N, S, H), bias (B*N, 1, S) -> (B, D)."""
-        q = self.q_proj(x).view(k.shape[0], 1, -1)  # (B*N, 1, H)
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2))  # (B*N, 1, S)
-        out = torch.bmm(scores.softmax(-1), v)  # (B*N, 1, H)
-        return self.o_proj(out.view(x.shape[0], -1))  # (B, D)
 
 
 class T5FeedForward(nn.Module):
@@ -269,7 +257,7 @@ class T5FeedForward(nn.Module):
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
             setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x):  # (..., D)
         if self.gated:
@@ -285,30 +273,31 @@ class T5Block(nn.Module):
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        norm = (config.d_model, config.layer_norm_epsilon)
+        width = config.d_model
+        eps = config.layer_norm_epsilon
         self.is_decoder = is_decoder
-        self.self_attn, self.self_attn_norm = T5Attention(config), T5Norm(*norm)
+        self.self_attn = T5Attention(config)
+        self.self_attn_norm = T5Norm(width, eps)
         if is_decoder:
-            self.cross_attn, self.cross_attn_norm = T5Attention(config), T5Norm(*norm)
-        self.ffn, self.ffn_norm = T5FeedForward(config), T5Norm(*norm)
-        self.dropout = Dropout(config.dropout_rate)
+            self.cross_attn = T5Attention(config)
+            self.cross_attn_norm = T5Norm(width, eps)
+        self.ffn = T5FeedForward(config)
+        self.ffn_norm = T5Norm(width, eps)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x, bias, memory=None, memory_bias=None):
+    def forward(self, x, bias, memory=None, memory_bias=None, cache=None):
         """x (B, T, D) -> (B, T, D). `bias` and `memory_bias` are added to the scores of the two
-        attentions; `memory` are the encoder's states, which a decoder's block reads."""
+        attentions; `memory` (B, S, D) are the encoder's states, which a decoder's block reads.
+        With a `LayerCache` x are the newest tokens, and the memory is in the cache already."""
         h = self.self_attn_norm(x)
-        x = x + self.dropout(self.self_attn(h, *self.self_attn.keys_values(h), bias))
+        k, v = self.self_attn.keys_values(h)  # (B, N, T, H)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, N, S, H), of all tokens so far
+        x = x + self.dropout(self.self_attn(h, k, v, bias))
         if self.is_decoder:
-            h, kv = self.cross_attn_norm(x), self.cross_attn.keys_values(memory)
-            x = x + self.dropout(self.cross_attn(h, *kv, memory_bias))
+            k, v = cache.memory if cache is not None else self.cross_attn.keys_values(memory)
+            x = x + self.dropout(self.cross_attn(self.cross_attn_norm(x), k, v, memory_bias))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
-
-    def step(self, x, cache, bias, memory_bias):
-        """The same for one new token a row: x (B, D) -> (B, D), `cache` a `T5LayerCache`."""
-        h, attn = self.self_attn_norm(x), self.self_attn
-        x = x + attn.step(h, *cache.append(attn.k_proj(h), attn.v_proj(h)), bias)
-        x = x + self.cross_attn.step(self.cross_attn_norm(x), cache.ck, cache.cv, memory_bias)
-        return x + self.ffn(self.ffn_norm(x))
 
 
 def relative_bucket(distance, bidirectional, buckets=32, max_distance=128):
@@ -343,7 +332,7 @@ class T5Stack(nn.Module):
         )
         self.block = nn.ModuleList(T5Block(config, is_decoder) for _ in range(layers))
         self.final_layer_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def position_bias(self, start, end):
         """Bias (1, N, T, S) for the queries start..end-1 over the keys 0..end-1."""
@@ -363,69 +352,17 @@ class T5Stack(nn.Module):
             bias = bias.masked_fill(distance > 0, torch.finfo(bias.dtype).min)
         return bias
 
-    def forward(self, x, mask_bias=None, memory=None, memory_bias=None):
-        """x (B, T, D) embeddings -> (B, T, D) states, normed and dropped out."""
-        bias = self.position_bias(0, x.shape[1])  # (1, N, T, T)
+    def forward(self, x, mask_bias=None, memory=None, memory_bias=None, cache=None):
+        """x (B, T, D) embeddings -> (B, T, D) states, normed and dropped out. With a `T5Cache` x
+        are the newest tokens: their queries begin where the cache ends."""
+        start = 0 if cache is None else cache.length
+        bias = self.position_bias(start, start + x.shape[1])  # (1, N, T, S)
         if mask_bias is not None:
-            bias = bias + mask_bias  # (B, N, T, T)
+            bias = bias + mask_bias  # (B, N, T, S)
         x = self.dropout(x)
-        for block in self.block:
-            x = block(x, bias, memory, memory_bias)
+        for i, block in enumerate(self.block):
+            x = block(x, bias, memory, memory_bias, cache and cache.layers[i])
         return self.dropout(self.final_layer_norm(x))
-
-    def step(self, x, cache):
-        """Decoding: embeddings (B, D) of one new token a row -> its states (B, D)."""
-        bias = cache.bias[..., cache.left :]  # (B*N, 1, S)
-        cache.left -= 1
-        for block, layer in zip(self.block, cache.layers, strict=True):
-            x = block.step(x, layer, bias, cache.memory_bias)
-        return self.final_layer_norm(x)
-
-
-class T5LayerCache:
-    """One decoder layer's keys and values: self-attention's grow in place, cross-attention's are
-    computed once from the encoder's output."""
-
-    def __init__(self, block, memory, length):
-        kv = block.cross_attn.keys_values(memory)  # (B, N, T, H) each
-        self.ck, self.cv = (x.flatten(0, 1) for x in kv)  # (B*N, T, H)
-        rows, _, H = self.ck.shape
-        self.k, self.v = (memory.new_empty(rows, length, H) for _ in range(2))  # (B*N, U, H)
-        self.length = 0
-
-    def append(self, k, v):
-        """k, v (B, N*H) of the new token -> views (B*N, S, H) on all tokens so far."""
-        rows, _, H = self.k.shape
-        self.k.select(1, self.length).copy_(k.view(rows, H))
-        self.v.select(1, self.length).copy_(v.view(rows, H))
-        self.length += 1
-        return self.k.narrow(1, 0, self.length), self.v.narrow(1, 0, self.length)
-
-    def keep(self, alive):
-        """Move the rows (indices into B*N) to the front; only what is filled."""
-        for x in (self.k, self.v):
-            x[: len(alive), : self.length] = x[alive, : self.length]
-        self.k, self.v = self.k[: len(alive)], self.v[: len(alive)]
-        self.ck, self.cv = self.ck[alive], self.cv[alive]
-
-
-class T5Cache:
-    """Decoding state of a batch: a `T5LayerCache` per layer, and the biases of a step."""
-
-    def __init__(self, decoder, memory, memory_bias, length):
-        self.layers = [T5LayerCache(block, memory, length) for block in decoder.block]
-        self.heads, self.left = decoder.config.num_heads, length - 1  # steps until it is full
-        # The last query's bias, over keys at distances length - 1 ... 0: the others' are its ends.
-        bias = decoder.position_bias(length - 1, length)  # (1, N, 1, S)
-        self.bias, self.memory_bias = (
-            x.expand(len(memory), self.heads, -1, -1).flatten(0, 1) for x in (bias, memory_bias)
-        )  # (B*N, 1, S), (B*N, 1, T)
-
-    def keep(self, alive):
-        alive = alive.repeat_interleave(self.heads).nonzero()[:, 0]
-        self.bias, self.memory_bias = self.bias[alive], self.memory_bias[alive]
-        for layer in self.layers:
-            layer.keep(alive)
 
 
 class T5(nn.Module):
@@ -493,8 +430,7 @@ class T5(nn.Module):
 
     def encode(self, input_ids, attention_mask):
         """(B, T) ids and mask -> encoder states (B, T, D)."""
-        with onednn(self.encoder.modules()):  # the same on a CPU, sooner
-            return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
+        return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
 
     def mask_bias(self, attention_mask):
         """(B, T) of ones and zeros -> additive (B, 1, 1, T): 0 or the dtype's lowest number."""
@@ -504,7 +440,8 @@ class T5(nn.Module):
 
     def decode_states(self, decoder_input_ids, memory, memory_bias):
         """(B, U) ids -> (B, U, D), ready for the vocabulary layer."""
-        states = self.decoder(self.shared(decoder_input_ids), None, memory, memory_bias)
+        x = self.shared(decoder_input_ids)  # (B, U, D)
+        states = self.decoder(x, memory=memory, memory_bias=memory_bias)
         return self.rescaled(states)  # (B, U, D)
 
     def rescaled(self, states):
@@ -525,28 +462,53 @@ class T5(nn.Module):
         return self.head(states)  # (B, U, V)
 
     @torch.inference_mode()
-    def generate(self, input_ids, attention_mask, max_new_tokens, **how):
-        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
-
-        `how`: temperature, generator, stop_loops, on_token, as in `decode`."""
+    def generate(
+        self,
+        input_ids,
+        attention_mask,
+        max_new_tokens,
+        temperature=0.0,
+        generator=None,
+        on_token=None,
+    ):
+        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
+        options are those of `decode`."""
         memory = self.encode(input_ids, attention_mask)  # (B, T, D)
-        return self.generate_from(memory, attention_mask, max_new_tokens, **how)  # (B, U)
+        return self.generate_from(
+            memory, attention_mask, max_new_tokens, temperature, generator, on_token
+        )  # (B, U)
 
     @torch.inference_mode()
-    def generate_from(self, memory, attention_mask, max_new_tokens, **how):
-        """As `generate`, from encoder states (B, T, D), perhaps fused with a picture."""
-        c, weight = self.config, self.head_weight()
+    def generate_from(
+        self,
+        memory,
+        attention_mask,
+        max_new_tokens,
+        temperature=0.0,
+        generator=None,
+        on_token=None,
+    ):
+        """As `generate`, from encoder states (B, T, D), perhaps fused with an image."""
+        c = self.config
         cache = T5Cache(self.decoder, memory, self.mask_bias(attention_mask), max_new_tokens)
-        head = linear_of(weight)
-
-        def step(ids, cache):  # (B, 1) -> (B, V)
-            return head(self.rescaled(self.decoder.step(self.shared(ids[:, 0]), cache)))
-
         start = torch.full((len(memory), 1), c.decoder_start_token_id, device=memory.device)
-        ends = (c.eos_token_id, c.pad_token_id)
-        with onednn([*self.decoder.modules(), head], len(memory)):
-            first = step(start, cache)  # (B, V)
-            return decode(first, step, cache, max_new_tokens, *ends, **how)[0]  # (B, U)
+        return decode(
+            self.step(start, cache),
+            self.step,
+            cache,
+            max_new_tokens,
+            eos_id=c.eos_token_id,
+            pad_id=c.pad_token_id,
+            temperature=temperature,
+            generator=generator,
+            on_token=on_token,
+        )
+
+    def step(self, ids, cache):
+        """The newest ids (B, 1) -> logits (B, V) of what follows; the cache grows by one token."""
+        x = self.shared(ids)  # (B, 1, D)
+        states = self.decoder(x, memory_bias=cache.memory_bias, cache=cache)  # (B, 1, D)
+        return self.head(self.rescaled(states[:, -1]))  # (B, V)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -667,15 +629,6 @@ class FrozenBatchNorm(nn.Module):
         return scale, self.bias - self.running_mean * scale  # (C,), (C,)
 
 
-def normed(x, conv, norm, plus=None, relu=True):
-    """relu(norm(conv(x)) + plus): (B, C, h, w) as the convolution makes it."""
-    if isinstance(norm, FrozenBatchNorm) and has_onednn(x) and not conv.weight.is_inference():
-        return normed_at_once(x, conv, norm, plus, relu)
-    y = norm(conv(x))
-    y = y if plus is None else y + plus
-    return F.relu(y) if relu else y
-
-
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions around a residual; v1.5 puts the stride in the 3x3."""
 
@@ -692,10 +645,10 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(conv, FrozenBatchNorm(outer))
 
     def forward(self, x):  # (B, C, h, w)
-        y = normed(x, self.conv1, self.bn1)
-        y = normed(y, self.conv2, self.bn2)
-        x = normed(x, *self.downsample, relu=False) if self.project else x
-        return normed(y, self.conv3, self.bn3, plus=x)
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (self.downsample(x) if self.project else x))
 
 
 class ResNet(nn.Module):
@@ -720,10 +673,12 @@ class ResNet(nn.Module):
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.channels = inner
 
+    def stem(self, pixels):
+        return F.relu(self.bn1(self.conv1(pixels)))  # (B, C, h, w), stride 2
+
     def forward(self, pixels):
         """(B, 3, Y, X) -> C5 (B, C, h, w)."""
-        x = normed(pixels, self.conv1, self.bn1)  # stride 2
-        x = F.max_pool2d(x, 3, 2, 1)  # stride 4
+        x = F.max_pool2d(self.stem(pixels), 3, 2, 1)  # stride 4
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, C, h, w)
 
 
@@ -862,13 +817,12 @@ class DETR(nn.Module):
         positions = sine_positions(valid, self.config.d_model).to(c5.dtype)  # (B, P, D)
         mask = valid.flatten(1)[:, None, None, :]  # (B, 1, 1, P)
         x = self.input_projection(c5).flatten(2).transpose(1, 2)  # (B, P, D), row by row
-        with onednn(self.modules()):  # the same on a CPU, sooner
-            for layer in self.encoder.layers:
-                x = layer(x, positions, mask)
-            queries = self.query_position_embeddings.weight.expand(len(x), -1, -1)  # (B, Q, D)
-            objects = torch.zeros_like(queries)  # (B, Q, D)
-            for layer in self.decoder.layers:
-                objects = layer(objects, queries, x, positions, mask)
+        for layer in self.encoder.layers:
+            x = layer(x, positions, mask)
+        queries = self.query_position_embeddings.weight.expand(len(x), -1, -1)  # (B, Q, D)
+        objects = torch.zeros_like(queries)  # (B, Q, D)
+        for layer in self.decoder.layers:
+            objects = layer(objects, queries, x, positions, mask)
         return self.decoder.layernorm(objects)  # (B, Q, D)
 
     def detect(self, objects):
@@ -1039,11 +993,9 @@ class GemmaNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
 
     def forward(self, x):  # (B, T, D)
-        if not torch.is_grad_enabled():
-            # Eq. RMSNorm (Gemma): (1 + w) x / sqrt(mean(x^2) + eps)
-            y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-            return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
-        return Normed.apply(x, self.weight, self.eps)  # (B, T, D), the same for training
+        # Eq. RMSNorm (Gemma): (1 + w) x / sqrt(mean(x^2) + eps)
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
 
 
 def rotary_angles(positions, width, theta, dtype):
@@ -1063,8 +1015,7 @@ def rotate(x, cos, sin):
 
 
 def soft_cap(x, cap):
-    """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap.
-    `GemmaAttention` has its own version of this line."""
+    """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap."""
     # Eq. soft-cap (Gemma 2)
     return torch.tanh(x / cap) * cap if cap else x
 
@@ -1102,40 +1053,42 @@ class GemmaAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, c, H = config, config, config.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * H, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * H, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * H, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * H, c.hidden_size, bias=False)
+        c = config
+        self.head_dim = c.head_dim
+        self.kv_heads = c.num_key_value_heads
+        self.scale = c.query_pre_attn_scalar**-0.5  # only by coincidence head_dim^-0.5 in the 2B
+        self.cap = c.attn_logit_softcapping
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.softmax = nn.Softmax(-1)  # a module, so that a hook can watch the weights
 
-    def forward(self, x, cos, sin, bias, cache=None, last=None):
-        """x (B, new, D), angles (B, 1, new, H), additive mask (B, 1, new, S) -> (B, T, D).
+    def split(self, x):
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, N*H) -> (B, N, T, H)
 
-        The T queries are all of the `new` tokens, or the `last` of them."""
-        c, asking = self.config, x if last is None else x[:, -last:]  # (B, T, D)
-        T, K = asking.shape[1], c.num_key_value_heads
-        projected = self.q_proj(asking), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in projected)
-        k, bias = rotate(k, cos, sin), bias[:, :, -T:]  # (B, K, new, H), (B, 1, T, S)
-        q = rotate(q, cos[:, :, -T:], sin[:, :, -T:])  # (B, N, T, H)
+    def forward(self, x, cos, sin, bias, cache=None):
+        """x (B, T, D), angles (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D). With a
+        `LayerCache` x are the newest T of S tokens."""
+        q = rotate(self.split(self.q_proj(x)), cos, sin)  # (B, N, T, H)
+        k = rotate(self.split(self.k_proj(x)), cos, sin)  # (B, K, T, H)
+        v = self.split(self.v_proj(x))  # (B, K, T, H)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, K, S, H)
-        scale, cap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
-        q = q.unflatten(1, (K, -1)).flatten(2, 3) * (scale / (cap or 1))  # (B, K, G*T, H)
-        if not (torch.is_grad_enabled() and q.requires_grad):
-            # Eq. GQA (Gemma 2): softmax(cap tanh(q k^T s / cap) + bias) v
-            scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T))  # (B, K, G, T, S)
-            if cap:  # cap * tanh(scores / cap): the division was done on q, which is smaller
-                scores = torch.add(bias[:, :, None], scores.tanh(), alpha=cap)
-            else:
-                scores = scores + bias[:, :, None]
-            weights = self.softmax(scores.float()).to(v.dtype).flatten(2, 3)  # (B, K, G*T, S)
-            out = weights @ v  # (B, K, G*T, H)
-        else:  # the same for training
-            out = CappedAttention.apply(q, k, v, bias, cap)  # (B, K, G*T, H)
-        out = out.unflatten(2, (-1, T)).flatten(1, 2)  # (B, N, T, H)
+            k, v = cache.append(k, v)  # (B, K, S, H), of all tokens so far
+        out = self.attend(q, k, v, bias)  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def attend(self, q, k, v, bias):
+        """q (B, N, T, H), k and v (B, K, S, H), bias (B, 1, T, S) -> (B, N, T, H)."""
+        # G queries share a key head: k and v are broadcast over them, not copied.
+        q = q.unflatten(1, (self.kv_heads, -1))  # (B, K, G, T, H)
+        k = k[:, :, None]  # (B, K, 1, S, H)
+        v = v[:, :, None]  # (B, K, 1, S, H)
+        # Eq. GQA (Gemma 2): softmax(cap tanh(q k^T s / cap) + bias) v
+        scores = soft_cap(q @ k.transpose(3, 4) * self.scale, self.cap)  # (B, K, G, T, S)
+        # The mask is finfo.min, not -inf: a row that is all pads must see something, or it is NaN.
+        weights = self.softmax((scores + bias[:, :, None]).float()).to(v.dtype)  # (B, K, G, T, S)
+        return (weights @ v).flatten(1, 2)  # (B, N, T, H)
 
 
 class GemmaMLP(nn.Module):
@@ -1146,11 +1099,9 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(ffn, D, bias=False)
 
     def forward(self, x):  # (B, T, D)
-        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, F)
-        if not torch.is_grad_enabled():
-            # Eq. GEGLU (Gemma): GELU(x W_gate) * (x W_up)
-            return self.down_proj(F.gelu(gate, approximate="tanh") * up)  # (B, T, D)
-        return self.down_proj(GatedGELU.apply(gate, up))  # (B, T, D), the same for training
+        # Eq. GEGLU (Gemma): GELU(x W_gate) * (x W_up)
+        h = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # (B, T, F)
+        return self.down_proj(h)  # (B, T, D)
 
 
 class GemmaLayer(nn.Module):
@@ -1158,51 +1109,19 @@ class GemmaLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        norm = (config.hidden_size, config.rms_norm_eps)
-        self.self_attn, self.mlp = GemmaAttention(config), GemmaMLP(config)
-        self.input_layernorm, self.post_attention_layernorm = GemmaNorm(*norm), GemmaNorm(*norm)
-        self.pre_feedforward_layernorm = GemmaNorm(*norm)
-        self.post_feedforward_layernorm = GemmaNorm(*norm)
+        width = config.hidden_size
+        eps = config.rms_norm_eps
+        self.self_attn = GemmaAttention(config)
+        self.mlp = GemmaMLP(config)
+        self.input_layernorm = GemmaNorm(width, eps)
+        self.post_attention_layernorm = GemmaNorm(width, eps)
+        self.pre_feedforward_layernorm = GemmaNorm(width, eps)
+        self.post_feedforward_layernorm = GemmaNorm(width, eps)
 
-    def forward(self, x, cos, sin, bias, cache=None, last=None):  # (B, T, D)
-        h = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache, last)
-        x = (x if last is None else x[:, -last:]) + self.post_attention_layernorm(h)
+    def forward(self, x, cos, sin, bias, cache=None):  # (B, T, D)
+        h = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache)
+        x = x + self.post_attention_layernorm(h)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-
-
-class GemmaLayerCache:
-    """Keys and values of one layer, allocated once at their final length."""
-
-    def __init__(self, like, B, K, length, H):
-        self.k, self.v = (like.new_zeros(B, K, length, H) for _ in range(2))  # (B, K, S, H)
-        self.length = 0
-
-    def append(self, k, v):
-        """k, v (B, K, T, H) of the new tokens -> views on all tokens so far."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]  # (B, K, S, H)
-
-
-class GemmaCache:
-    """Decoding state of a batch: keys and values per layer, and which tokens are what."""
-
-    def __init__(self, config, B, length, like):
-        sizes = (B, config.num_key_value_heads, length, config.head_dim)
-        self.layers = [GemmaLayerCache(like, *sizes) for _ in range(config.num_hidden_layers)]
-        self.valid = self.suffix = torch.zeros(B, 0, dtype=torch.bool, device=like.device)
-
-    def extend(self, valid, suffix):
-        """Flags (B, T) of the new tokens -> flags (B, S) of all."""
-        self.valid = torch.cat((self.valid, valid), 1)  # (B, S)
-        self.suffix = torch.cat((self.suffix, suffix), 1)  # (B, S)
-        return self.valid, self.suffix
-
-    def keep(self, alive):
-        self.valid, self.suffix = self.valid[alive], self.suffix[alive]
-        for layer in self.layers:
-            layer.k, layer.v = layer.k[alive], layer.v[alive]
 
 
 class Gemma2(nn.Module):
@@ -1225,26 +1144,25 @@ class Gemma2(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, D)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
-    def forward(self, x, valid, suffix, cache=None, last=None):
-        """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D).
-
-        With `last` those of so many last tokens alone: the top layer computes no others."""
-        c, T = self.config, x.shape[1]
+    def forward(self, x, valid, suffix, cache=None):
+        """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D). With a
+        `GemmaCache` they are of the newest tokens."""
+        c = self.config
+        T = x.shape[1]
         if cache is not None:
             valid, suffix = cache.extend(valid, suffix)  # (B, S)
-        # A window as long as the text cuts nothing.
-        window = c.sliding_window if valid.shape[1] > c.sliding_window else None
         full = mask_bias(prefix_lm_mask(valid, suffix, T), x.dtype)  # (B, 1, T, S)
-        sliding = mask_bias(prefix_lm_mask(valid, suffix, T, window), x.dtype) if window else full
+        sliding = full
+        if valid.shape[1] > c.sliding_window:  # a window as long as the text cuts nothing
+            sliding = mask_bias(prefix_lm_mask(valid, suffix, T, c.sliding_window), x.dtype)
         positions = valid.cumsum(1)[:, -T:] - 1  # (B, T)
-        angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H) each
+        cos, sin = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H) each
         for i, layer in enumerate(self.layers):
-            given = (x, *angles, sliding if c.is_sliding(i) else full, cache and cache.layers[i])
-            given += (last if i == len(self.layers) - 1 else None,)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *given, use_reentrant=False)
+            bias = sliding if c.is_sliding(i) else full
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, bias, use_reentrant=False)
             else:
-                x = layer(*given)
+                x = layer(x, cos, sin, bias, cache and cache.layers[i])
         return self.norm(x)
 
 
@@ -1403,9 +1321,8 @@ class PaliGemma(nn.Module):
         token_type_ids=None,
         image_features=None,
         cache=None,
-        last=None,
     ):
-        """(B, T) ids -> states (B, T, D) after the final norm, or those of the `last` tokens.
+        """(B, T) ids -> states (B, T, D) after the final norm.
 
         attention_mask  0 at pads, on the left or on the right.
         token_type_ids  0 for picture and prefix, 1 for the suffix; None is all prefix.
@@ -1414,7 +1331,7 @@ class PaliGemma(nn.Module):
         x = self.language_model.embed(input_ids)  # (B, T, D)
         places = input_ids == self.config.image_token_index  # (B, T)
         found = 0 if image_features is None else image_features.shape[:2].numel()
-        begun = cache is not None and cache.valid.shape[1] > 0  # one more token, never a picture
+        begun = cache is not None and cache.length > 0  # one more token, never an image
         wanted = [found] if begun else places.sum(1).tolist()
         if sum(wanted) != found or any(n % self.config.image_tokens for n in wanted):
             raise ValueError(
@@ -1427,7 +1344,7 @@ class PaliGemma(nn.Module):
         ones = torch.ones_like(input_ids)
         valid = (ones if attention_mask is None else attention_mask).bool()  # (B, T)
         suffix = (ones * 0 if token_type_ids is None else token_type_ids).bool()  # (B, T)
-        return self.language_model(x, valid, suffix, cache, last)
+        return self.language_model(x, valid, suffix, cache)
 
     def head(self, states):
         """(..., D) -> soft-capped logits (..., V)."""
@@ -1448,55 +1365,128 @@ class PaliGemma(nn.Module):
         return self.head(self.states(input_ids, attention_mask, token_type_ids, image_features))
 
     @torch.inference_mode()
-    def generate(self, input_ids, pixel_values=None, *, max_new_tokens, **how):
-        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
-
-        `how` is as in `write`."""
-        if pixel_values is not None:
-            how["image_features"] = self.image_features(pixel_values)  # (n, I, D)
-        return self.write(input_ids, max_new_tokens, **how)[0]  # (B, U)
-
-    @torch.inference_mode()
-    def write(
+    def generate(
         self,
         input_ids,
+        pixel_values=None,
+        *,
         max_new_tokens,
         attention_mask=None,
         token_type_ids=None,
         image_features=None,
-        **how,
+        temperature=0.0,
+        generator=None,
+        stop_loops=False,
+        on_token=None,
     ):
-        """Continue prompts (B, T), of which a part may be suffix already.
-
-        `how`: temperature, generator, stop_loops, on_token, as in `decode`; returns what it does.
-        """
+        """Continue prompts (B, T), of which a part may be suffix already: new ids
+        (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The last four
+        options are those of `decode`, the others those of `forward`."""
+        if pixel_values is not None:
+            image_features = self.image_features(pixel_values)  # (n, I, D)
         like = self.language_model.embed_tokens.weight
-        cache = GemmaCache(
-            self.config.text, len(input_ids), input_ids.shape[1] + max_new_tokens, like
+        length = input_ids.shape[1] + max_new_tokens
+        cache = GemmaCache(self.config.text, len(input_ids), length, like)
+        states = self.states(input_ids, attention_mask, token_type_ids, image_features, cache)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
+        pads = mask.int().flip(1).argmax(1)  # (B,), after the last token that is none
+        ends = states[torch.arange(len(pads), device=pads.device), -1 - pads]  # (B, D)
+        return decode(
+            self.head(ends),
+            self.step,
+            cache,
+            max_new_tokens,
+            eos_id=self.config.eos_token_id,
+            pad_id=self.config.pad_token_id,
+            temperature=temperature,
+            generator=generator,
+            stop_loops=stop_loops,
+            on_token=on_token,
         )
-        ones = torch.ones_like(input_ids)
-        mask = ones if attention_mask is None else attention_mask  # (B, T)
-        pads = mask.int().flip(1).argmax(1)  # (B,), behind the last token that is none
-        last = int(pads.max()) + 1
-        given = (input_ids, mask, token_type_ids, image_features, cache, last)
-        head = linear_of(like)
 
-        def logits(states):  # (B, D) -> (B, V)
-            return soft_cap(head(states), self.config.text.final_logit_softcapping)
-
-        def step(ids, cache):  # (B, 1) -> (B, V)
-            return logits(self.states(ids, None, torch.ones_like(ids), None, cache)[:, -1])
-
-        ends = (self.config.eos_token_id, self.config.pad_token_id)
-        with onednn([*self.language_model.modules(), head]):  # as they are: a copy is 10 GB
-            states = self.states(*given)  # (B, U, D), U = last
-            first = logits(states[torch.arange(len(pads), device=pads.device), -1 - pads])  # (B, V)
-            return decode(first, step, cache, max_new_tokens, *ends, **how)
+    def step(self, ids, cache):
+        """The newest ids (B, 1) -> logits (B, V) of what follows; the cache grows by one token."""
+        states = self.states(ids, token_type_ids=torch.ones_like(ids), cache=cache)  # (B, 1, D)
+        return self.head(states[:, -1])  # (B, V)
 
 
 # ----------------------------------------------------------------------------------------------
-# Decoding: one loop for every model that generates
+# Decoding: caches, and one loop for every model that generates
 # ----------------------------------------------------------------------------------------------
+
+
+class LayerCache:
+    """Keys and values of one layer's self-attention, allocated once at their final length; and of
+    a T5 decoder's cross-attention, computed once from the encoder's states."""
+
+    def __init__(self, like, B, heads, length, H, memory=None):
+        self.k = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
+        self.v = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
+        self.length = 0
+        self.memory = memory
+
+    def append(self, k, v):
+        """k, v (B, K, T, H) of the new tokens -> views on all tokens so far."""
+        start = self.length
+        self.length += k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]  # (B, K, S, H)
+
+    def keep(self, alive):
+        self.k = self.k[alive]
+        self.v = self.v[alive]
+        if self.memory is not None:
+            self.memory = tuple(x[alive] for x in self.memory)
+
+
+class T5Cache:
+    """Decoding state of a batch: keys and values per layer, and the mask of what they read."""
+
+    def __init__(self, decoder, memory, memory_bias, length):
+        c = decoder.config
+        self.layers = []
+        for block in decoder.block:
+            kv = block.cross_attn.keys_values(memory)  # (B, N, T, H) each
+            self.layers.append(LayerCache(memory, len(memory), c.num_heads, length, c.d_kv, kv))
+        self.memory_bias = memory_bias  # (B, 1, 1, T)
+
+    @property
+    def length(self):
+        return self.layers[0].length
+
+    def keep(self, alive):
+        """Drop the rows where the boolean (B,) is False."""
+        self.memory_bias = self.memory_bias[alive]
+        for layer in self.layers:
+            layer.keep(alive)
+
+
+class GemmaCache:
+    """Decoding state of a batch: keys and values per layer, and which tokens are what."""
+
+    def __init__(self, config, B, length, like):
+        sizes = (config.num_key_value_heads, length, config.head_dim)
+        self.layers = [LayerCache(like, B, *sizes) for _ in range(config.num_hidden_layers)]
+        self.valid = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, S)
+        self.suffix = self.valid  # (B, S)
+
+    @property
+    def length(self):
+        return self.layers[0].length
+
+    def extend(self, valid, suffix):
+        """Flags (B, T) of the new tokens -> flags (B, S) of all."""
+        self.valid = torch.cat((self.valid, valid), 1)  # (B, S)
+        self.suffix = torch.cat((self.suffix, suffix), 1)  # (B, S)
+        return self.valid, self.suffix
+
+    def keep(self, alive):
+        """Drop the rows where the boolean (B,) is False."""
+        self.valid = self.valid[alive]
+        self.suffix = self.suffix[alive]
+        for layer in self.layers:
+            layer.keep(alive)
 
 
 def pick(logits, temperature=0.0, generator=None):
@@ -1540,216 +1530,41 @@ def decode(
     logits (B, V) choose the first id; `step(ids (B, 1), cache) -> logits (B, V)` runs the model on
     one more token per live row; `cache.keep(alive)` drops the rows where the boolean (B,) is False.
     With `stop_loops` a row that repeats itself (see `looping`) ends as well. `on_token(t, ids)`
-    hears the ids of the live rows at step t as soon as they are chosen: t = 0 begins a text.
-    Returns (B, <= max_new_tokens) ids, EOS included, `pad_id` after the end of a row; and why each
-    row stopped, a list of "eos", "loop" or "length".
+    gets the ids of the live rows at step t as soon as they are chosen: t = 0 begins a text.
+    Returns (B, <= max_new_tokens) ids, EOS included, `pad_id` after the end of a row.
     """
-    B = len(logits)
-    out = torch.full((B, max_new_tokens), pad_id, device=logits.device)  # (B, U)
-    rows = torch.arange(B, device=logits.device)  # (live,), their places in `out`
-    stops, t = ["length"] * B, -1
-    for t in range(max_new_tokens):
+    out = torch.full((len(logits), max_new_tokens), pad_id, device=logits.device)  # (B, U)
+    rows = torch.arange(len(logits), device=logits.device)  # (live,), their places in `out`
+    length = 0
+    while length < max_new_tokens:
         ids = pick(logits, temperature, generator)  # (live,)
-        out[rows, t] = ids
+        out[rows, length] = ids
         if on_token:
-            on_token(t, ids)
-        stopped = ended = ids == eos_id  # (live,)
+            on_token(length, ids)
+        length += 1
+        stopped = ids == eos_id  # (live,)
         if stop_loops:
-            stopped = ended | looping(out[rows, : t + 1])
+            stopped = stopped | looping(out[rows, :length])
         if stopped.any():
-            for row, end in zip(rows[stopped].tolist(), ended[stopped].tolist(), strict=True):
-                stops[row] = "eos" if end else "loop"
             alive = ~stopped
-            rows, ids = rows[alive], ids[alive]  # (live,)
+            rows = rows[alive]  # (live,)
+            ids = ids[alive]  # (live,)
             if not len(rows):
                 break
             cache.keep(alive)
-        if t + 1 < max_new_tokens:
+        if length < max_new_tokens:
             logits = step(ids[:, None], cache)  # (live, V)
-    return out[:, : t + 1], stops
+    return out[:, :length]
 
 
-# ----------------------------------------------------------------------------------------------
-# Quick and small: the formulas above again, for where the plain way costs too much
-#
-# In training, autograd keeps every step of a formula; `Normed`, `GatedGELU` and `CappedAttention`
-# keep what it starts from and compute the rest again. Random numbers, and oneDNN's kernels, are for
-# CPUs. All give what the plain formula gives, up to rounding (dropout: other numbers of the same
-# law).
-# ----------------------------------------------------------------------------------------------
-
-
-class Normed(torch.autograd.Function):
-    """`GemmaNorm` for training: y = x r (1 + w), r = (mean x^2 + eps)^-0.5. Keeps x as it is, and
-    r, where autograd would keep two or three copies of x in fp32."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        y = x.float()
-        r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)  # (B, T, 1)
-        ctx.save_for_backward(x, r, weight)
-        return (y * r * (1 + weight.float())).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, given):
-        """dx = r (g - n mean(g n)), with n = x r and g = dy (1 + w); dw = sum dy n."""
-        x, r, weight = ctx.saved_tensors
-        n, g = x.float() * r, given.float()  # (B, T, D)
-        learns = ctx.needs_input_grad[1]
-        of_weight = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if learns else None  # (D,)
-        g = g * (1 + weight.float())
-        g = (g - n * (g * n).mean(-1, keepdim=True)) * r
-        return g.to(x.dtype), of_weight, None
-
-
-class GatedGELU(torch.autograd.Function):
-    """`GemmaMLP`'s middle for training: GELU(gate) * up, which keeps gate and up, and computes
-    GELU(gate), as large as they are, again on the way back."""
-
-    @staticmethod
-    def forward(ctx, gate, up):  # (B, T, F)
-        ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh").mul_(up)
-
-    @staticmethod
-    def backward(ctx, given):
-        gate, up = ctx.saved_tensors
-        of_up = F.gelu(gate, approximate="tanh").mul_(given)
-        return torch.ops.aten.gelu_backward(given * up, gate, approximate="tanh"), of_up
-
-
-class CappedAttention(torch.autograd.Function):
-    """`GemmaAttention`'s middle for training: keeps q, k and v and computes the scores again on the
-    way back, those of one key-value head at a time, where autograd would keep three tensors of
-    N * T * S."""
-
-    @staticmethod
-    def weights(q, k, bias, cap):
-        """One head's q (B, G*T, H) and k (B, S, H) -> capped scores / cap, weights (B, G*T, S)."""
-        scores = q @ k.transpose(1, 2)  # (B, G*T, S)
-        scores = scores.tanh_() if cap else scores
-        groups = scores.unflatten(1, (-1, bias.shape[2]))  # (B, G, T, S)
-        biased = torch.add(bias, groups, alpha=cap or 1)
-        return scores, biased.softmax(-1, dtype=torch.float32).flatten(1, 2)
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias, cap):
-        """q (B, K, G*T, H), already over its scale and the cap; k, v (B, K, S, H) -> as q."""
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.cap, heads = cap, zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
-        weigh = CappedAttention.weights
-        return torch.stack([weigh(q, k, bias, cap)[1].to(v.dtype) @ v for q, k, v in heads], 1)
-
-    @staticmethod
-    def backward(ctx, given):
-        *saved, bias = ctx.saved_tensors
-        heads, gradients = zip(*(x.unbind(1) for x in (*saved, given)), strict=True), []
-        for q, k, v, g in heads:
-            capped, weights = CappedAttention.weights(q, k, bias, ctx.cap)  # (B, G*T, S)
-            of_v = weights.to(v.dtype).transpose(1, 2) @ g  # (B, S, H)
-            g = (g @ v.transpose(1, 2)).float()  # (B, G*T, S)
-            g = torch.ops.aten._softmax_backward_data(g, weights, -1, torch.float32).to(q.dtype)
-            del weights
-            if ctx.cap:
-                g = torch.ops.aten.tanh_backward(g, capped).mul_(ctx.cap)
-            gradients.append((g @ k, g.transpose(1, 2) @ q, of_v))
-        return *(torch.stack(parts, 1) for parts in zip(*gradients, strict=True)), None, None
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout that is quick on a CPU too, where torch draws one uniform number after the other:
-    a quarter of a training step. Here each 64 bits drawn are four numbers, so that p is a multiple
-    of 2^-16; the mean stays exact, as what is kept is scaled by the p that was had."""
-
-    def forward(self, x):
-        if not self.training:
-            return x
-        if not 0 < self.p < 1 or x.device.type != "cpu":
-            return super().forward(x)
-        drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        drawn = drawn.view(torch.int16)[: x.numel()].view(x.shape)  # -2^15 to 2^15 - 1
-        dropped = round(self.p * 2**16)  # of 2^16 numbers
-        return Dropped.apply(x, drawn >= dropped - 2**15, 1 / (1 - dropped / 2**16))
-
-
-class Dropped(torch.autograd.Function):
-    """x * scale where `kept`, else 0; keeps one byte a place, where autograd would keep four."""
-
-    @staticmethod
-    def forward(ctx, x, kept, scale):
-        ctx.scale = scale
-        ctx.save_for_backward(kept)
-        return kept.to(x.dtype).mul_(scale).mul_(x)
-
-    @staticmethod
-    def backward(ctx, given):
-        [kept] = ctx.saved_tensors
-        return kept.to(given.dtype).mul_(ctx.scale).mul_(given), None, None
-
-
-ONEDNN = 2**18  # weights of a layer from which on it is worth its 12 us a call
-
-
-def has_onednn(t):
-    """Whether oneDNN's operators, which have no public name, do for what is computed from `t`."""
-    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    fits = t.device.type == "cpu" and t.dtype == torch.float32
-    return usable and fits and not torch.is_grad_enabled()
-
-
-@contextlib.contextmanager
-def onednn(layers, rows=None):
-    """Inside, a CPU multiplies by those of `layers` that are big and fp32, adapted or not, with
-    oneDNN, which torch keeps for compiled models: 1.1 times as fast as its BLAS, and 1.1 to 2.3
-    times for the few `rows` of a decoding step (an int), if the weights are laid out for them,
-    which costs a copy. Without gradients only."""
-    ops, ours = torch.ops.mkldnn, []
-    for m in layers:
-        name = "forward" if type(m) is nn.Linear else "base_forward"  # lora.LoRALinear's
-        w = m.weight if hasattr(m, name) else torch.empty(0)
-        if w.numel() >= ONEDNN and has_onednn(w):
-            if (rows or 1) > 1:  # one row is bound by reading the weights, whatever their layout
-                w = ops._reorder_linear_weight(w, rows)
-            how = w, m.bias, "none", [], ""
-            setattr(m, name, lambda x, how=how: ops._linear_pointwise(x, *how))
-            ours.append((m, name))
-    try:
-        yield
-    finally:
-        for m, name in ours:
-            delattr(m, name)  # the class's own is seen again
-
-
-def linear_of(weight):
-    """A Linear around a weight that is an embedding's."""
-    layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    layer.weight = weight
-    return layer
-
-
-def normed_at_once(x, conv, norm, plus, relu):
-    """`normed` on a CPU without gradients, in one pass over memory, channels last: the norm is put
-    into the weights, and oneDNN adds and clamps what it has just summed up. 1.2 times as fast as
-    one after the other."""
-    how = (*folded(conv, norm), conv.padding, conv.stride, conv.dilation, conv.groups)
-    ops, last = torch.ops.mkldnn, "relu" if relu else "none"
-    x = x.contiguous(memory_format=torch.channels_last)
-    if plus is None:
-        return ops._convolution_pointwise(x, *how, last, [], "")
-    return ops._convolution_pointwise.binary(x, plus, *how, "add", 1.0, last, [], "")
-
-
-def folded(conv, norm):
-    """Weight and bias of `norm` after `conv` as one convolution, channels last. Both are kept with
-    the layer until one of the five tensors they are made of is written to or replaced."""
-    parts = [t.detach() for t in (conv.weight, *norm.buffers())]
-    state = [(t.data_ptr(), t._version) for t in parts]
-    if getattr(conv, "folded", (None,))[0] != state:
-        scale, shift = norm.scale_shift()
-        weight = conv.weight * scale[:, None, None, None]
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        conv.folded = state, weight, shift, parts  # whose memory is not given to others meanwhile
-    return conv.folded[1:3]
+def stop_reason(ids, eos_id, pad_id, stop_loops=False):
+    """Why `decode` ended a row, of which `ids` (U,) are all it gave: "eos", "loop" or "length"."""
+    if (ids == eos_id).any():
+        return "eos"
+    # Only EOS and a loop end a row before the others; a loop may also be complete at the limit.
+    if stop_loops and len(ids) and (ids[-1] == pad_id or looping(ids[None]).item()):
+        return "loop"
+    return "length"
 
 
 # ----------------------------------------------------------------------------------------------

@@ -102,14 +102,12 @@ def t5_loss(
 def paligemma_loss(
     model: PaliGemma, batch: dict, weighting: str = "token", label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, int]:
-    """As `cross_entropy`; token t is predicted by the state at t - 1. The states before the first
-    token that is learned are not computed in the top layer."""
-    labels = batch["labels"][:, 1:]  # (B, T-1)
-    U = labels.shape[1] - int((labels != -100).any(0).int().argmax())
+    """As `cross_entropy`; token t is predicted by the state at t - 1."""
     inputs = models.paligemma_inputs(model, batch)
-    states = model.states(**inputs, last=U + 1)[:, :-1]  # (B, U, D)
+    states = model.states(**inputs)[:, :-1]  # (B, T-1, D)
+    labels = batch["labels"][:, 1:]  # (B, T-1)
     weight = model.language_model.embed_tokens.weight
-    return cross_entropy(model.head, weight, states, labels[:, -U:], weighting, label_smoothing)
+    return cross_entropy(model.head, weight, states, labels, weighting, label_smoothing)
 
 
 LOSS = {"mmcot": t5_loss, "paligemma": paligemma_loss}

@@ -18,10 +18,11 @@ from conftest import scored
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from support.evaluation.rouge import bleu, rouge_l  # noqa: E402
+
 import data  # noqa: E402
 import eval as scoring  # noqa: E402
 from support.evaluation import grading, metrics, tables  # noqa: E402
-from support.evaluation.rouge import bleu, rouge_l  # noqa: E402
 
 SCIENCEQA = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data")) / "scienceqa"
 needs_data = pytest.mark.skipif(

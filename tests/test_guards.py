@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.training.journal import Journal, Stopped, in_use
 
 import data
 import eval as evaluation
@@ -33,7 +34,6 @@ from support.training import checks as guards
 from support.training import dry_run, folders
 from support.training import examples as records
 from support.training import optim as optimizing
-from support.training.journal import Journal, Stopped, in_use
 from support.training.settings import parse_args
 
 TINY = T5Config(

@@ -504,26 +504,6 @@ def test_generation_sees_the_adapters(paligemma):
     assert adapted.tolist() == ours.generate(**inputs, max_new_tokens=6).tolist() != base.tolist()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_adapted_layers_decode_through_onednn(tiny, variant, monkeypatch):
-    """The same ids, merged too; and only layers outside the loop are left to BLAS."""
-    ours, names = tiny.ours(), ("input_ids", "attention_mask", "pixel_values")
-    lora.inject(ours, 3, 5, targets=tiny.targets, **OURS[variant])
-    scramble(ours)
-    inputs = {name: tiny.inputs[name] for name in names if name in tiny.inputs}
-    plain, called = ours.generate(**inputs, max_new_tokens=6), []
-    monkeypatch.setattr("model.ONEDNN", 1)
-    layer, base = lora.LoRALinear, lora.LoRALinear.base_forward
-    monkeypatch.setattr(layer, "base_forward", lambda *a: called.append(a[0]) or base(*a))
-    assert torch.equal(ours.generate(**inputs, max_new_tokens=6), plain)
-    loop = ours.language_model if tiny.name == "paligemma" else ours.decoder
-    cross = [m for name, m in loop.named_modules() if name.endswith("cross_attn.v_proj")]
-    assert {id(m) for m in called} & {id(m) for m in loop.modules()} == {id(m) for m in cross}
-    lora.merge(ours)
-    assert torch.equal(ours.generate(**inputs, max_new_tokens=6), plain)
-    assert not any("base_forward" in vars(m) for m in ours.modules())  # they are as before
-
-
 # ---- other people's files -----------------------------------------------------------------------
 
 SPELLINGS = {

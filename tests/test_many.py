@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from support.training.journal import Journal, Stopped
 from test_resume import TINY, ended, without_seconds
 
 import data
@@ -33,7 +34,6 @@ from support.dataset.tokenizers import load_tokenizer
 from support.evaluation import decode_cache as decoding
 from support.evaluation import models as loading
 from support.training import optim as optimizing
-from support.training.journal import Journal, Stopped
 from support.training.settings import parse_args
 
 GIVEN = "--device cpu --limit 9 --epochs 2 --eval-batch-size 2 --max-output 6 4 --lr 3e-5".split()

@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, scored
+from support.training.journal import Journal, Stopped, in_use
 
 import data
 import eval as evaluation
@@ -33,7 +34,6 @@ from support.training import checks as guards
 from support.training import examples as records
 from support.training import folders, journal
 from support.training.ablations import BASELINES, lines_of
-from support.training.journal import Journal, Stopped, in_use
 from support.training.settings import parse_args
 
 TINY = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from support.training.journal import Journal
 
 import data
 import eval as evaluation
@@ -22,7 +23,6 @@ from model import T5, T5Config
 from support.dataset.features import Features
 from support.dataset.tokenizers import load_tokenizer
 from support.training import optim as optimizing
-from support.training.journal import Journal
 from support.training.settings import MMCOT_DEMO, parse_args
 
 pytestmark = pytest.mark.usefixtures("read_once")

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, scored
 from safetensors.torch import load_file
+from support.training.journal import Journal
 
 import data
 import eval as evaluation
@@ -42,7 +43,6 @@ from support.training import checks as guards
 from support.training import examples as records
 from support.training import optim as optimizing
 from support.training.ablations import BASELINES, DECODED_AGAIN, PALIGEMMA_ABLATION
-from support.training.journal import Journal
 from support.training.settings import parse_args
 
 DEMO = str(ROOT / "demo/paligemma")

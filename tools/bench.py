@@ -44,6 +44,7 @@ import numpy as np  # noqa: E402
 import oracle  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from support.training.journal import Journal  # noqa: E402
 from torch import nn  # noqa: E402
 
 import data  # noqa: E402
@@ -56,7 +57,6 @@ from support.dataset.features import Features  # noqa: E402
 from support.dataset.tokenizers import load_tokenizer  # noqa: E402
 from support.training import checks as guards  # noqa: E402
 from support.training import optim as optimizing
-from support.training.journal import Journal  # noqa: E402
 
 GIB = 2**30
 SHORTEST = 0.3  # seconds of a turn

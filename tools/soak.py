@@ -32,11 +32,11 @@ from pathlib import Path
 
 import numpy as np
 from conftest import ROOT
+from support.training.journal import Stopped
 from test_resume import MMCOT, PALI, ended, flip, results, started
 
 import data
 import train
-from support.training.journal import Stopped
 
 FAULTS = ("SIGKILL", "SIGTERM", "full disk", "torn state")
 BAD = {"bad answer": "train", "no picture": "train", "torn picture": "val", "26 choices": "test"}

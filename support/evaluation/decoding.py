@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 import data
 import fusion
 from data import Problem
-from model import PaliGemma, of_all_ranks, rank, world
+from model import PaliGemma, of_all_ranks, rank, stop_reason, world
 from support import files
 from support.dataset.tokenizers import plain_ids
 from support.evaluation.decode_cache import DecodeCache
@@ -191,10 +191,12 @@ def continue_batch(
     device = model.language_model.embed_tokens.weight.device
     tensors = {name: x.to(device) for name, x in batch.items() if name != "ids"}
     inputs = paligemma_inputs(model, tensors)
-    new_ids, stops = model.write(max_new_tokens=max_new_tokens, **inputs, **options)
+    new_ids = model.generate(max_new_tokens=max_new_tokens, **inputs, **options)  # (B, U)
     ends = (model.config.eos_token_id, model.config.pad_token_id)
     results = {}
-    for problem_id, ids, stop in zip(batch["ids"], new_ids.tolist(), stops, strict=True):
+    for problem_id, row in zip(batch["ids"], new_ids.cpu(), strict=True):
+        stop = stop_reason(row, *ends, options.get("stop_loops", False))
+        ids = row.tolist()
         length = next((i for i, x in enumerate(ids) if x in ends), len(ids))
         results[problem_id] = {
             "response": tokenizer.decode(ids[:length], skip_special_tokens=True),
