@@ -1,20 +1,14 @@
 """Training: `python train.py --model mmcot` or `--model paligemma`; each ends in a table.
 
 mmcot (Zhang et al., arXiv 2302.00923): stage 1 learns QCM-LE, question to rationale; stage 2 learns
-QCMG-A, question and rationale to answer. Both start from the same T5, both read the same image
-features, and at test time stage 2 reads what stage 1 really wrote. As published by default: AdamW
-(0.9, 0.999, 1e-8), weight decay 0.01 except on norms and on every parameter with "bias" in its
-name, linear decay without warm-up, gradients clipped at 1, stage 2 trained on gold rationales. Not
+QCMG-A, question and rationale to answer. At test time stage 2 reads what stage 1 really wrote. Not
 as published: pads are never in the loss (there they were most of it), and a window of accumulated
 batches is averaged over its tokens, not over its batches.
 
 paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555): a teacher's traces, judged
-right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them. The
-table has what that must be compared with: chance, the model as it was, and the same model trained
-as long on the same answers without the thoughts.
+right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them.
 
-Weights that are trained are fp32, without autocast. What a first reading may skip is in
-support/training/.
+What is trained is fp32, without autocast. What a first reading may skip is in support/training/.
 
 Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss. A row
 is one example, a window the list of batches, lists of rows, of one optimizer step.
@@ -30,12 +24,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch import nn
 
 import data
 import eval as evaluation
 import fusion
 import lora
-from model import PaliGemma, in_file_names, rank, resolve, world
+from model import PaliGemma, rank, resolve, world
 from support import distributed, files
 from support.dataset.images import Pictures
 from support.dataset.tokenizers import load_tokenizer
@@ -117,12 +112,7 @@ COLLATE = {"mmcot": data.collate, "paligemma": data.pali_collate}
 
 
 def make_plan(
-    settings: Settings,
-    stage: str,
-    epochs: float,
-    model: torch.nn.Module,
-    rows: Rows,
-    validate: Callable[[LossOf], dict],
+    settings: Settings, stage: str, epochs: float, model: nn.Module, rows: Rows, validate: Callable
 ) -> Plan:
     """The plan of training a model on these rows."""
     s = settings
@@ -149,7 +139,7 @@ def make_plan(
     )
 
 
-def fit(plan: Plan, checkpoints: Checkpoints) -> torch.nn.Module:
+def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     """Train and return the model, in eval mode; of one that FSDP has sharded, a new full one.
 
     A run that was stopped resumes after its last saved step. What would go wrong without an error
@@ -178,20 +168,19 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> torch.nn.Module:
         progress.step = step
         progress.seconds = time.monotonic() - start
         checkpoints.log.write(entry | {"seconds": round(progress.seconds, 2)})
-        show_step(plan.stage, step, steps, entry, progress.seconds)
+        optim.show_step(plan.stage, step, steps, entry, progress.seconds)
         # After the log: a state counts its lines, and --resume cuts those beyond them.
         checkpoints.step(progress, steps, validates)
     checkpoints.end()
     if best := progress.best:
         model.load_state_dict(best.weights, strict=False)  # only what is trained
-        print(
-            f"  kept: the weights after step {best.step}, validation accuracy {best.accuracy:.2f}"
-        )
+        accuracy = f"validation accuracy {best.accuracy:.2f}"
+        print(f"  kept: the weights after step {best.step}, {accuracy}")
     return distributed.full_model(model).eval()
 
 
 def take_step(
-    forward: torch.nn.Module,
+    forward: nn.Module,
     loss_of: LossOf,
     optimizer: optim.AdamW,
     window: list[Rows],
@@ -230,7 +219,7 @@ def take_step(
     }
 
 
-def backward(forward: torch.nn.Module, batches: list[dict], count: int) -> torch.Tensor:
+def backward(forward: nn.Module, batches: list[dict], count: int) -> torch.Tensor:
     """Add the gradients of a window's summed loss over `count` to the weights'; that loss."""
     total = 0.0
     for batch in batches:
@@ -242,27 +231,12 @@ def backward(forward: torch.nn.Module, batches: list[dict], count: int) -> torch
     return distributed.summed(total)
 
 
-def show_step(stage: str, step: int, steps: int, entry: dict, seconds: float) -> None:
-    """A line per validation; on a terminal also a running one with rate and time left."""
-    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
-    if "val_loss" in entry:
-        clear = "\r" if sys.stderr.isatty() else ""
-        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}"
-        if "val_accuracy" in entry:
-            text += f"  val accuracy {entry['val_accuracy']:.2f}"
-        print(f"{text}  {seconds:.0f} s", flush=True)
-    elif sys.stderr.isatty():
-        rate = step / seconds
-        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
-        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
-
-
 # ---- mmcot ---------------------------------------------------------------------------------------
 
 
 def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
-    """Train, decode and score one recipe into the run folder `settings.out`; the metrics. None if
-    only the rationale stage is trained, which has nothing to score yet."""
+    """Train, decode and score one recipe into the run folder `settings.out`; the metrics, None if
+    only the rationale stage is trained."""
     out = Path(settings.out)
     print(f"{out}: recipe {settings.recipe}, vision {settings.vision}", flush=True)
     splits, skipped = examples.load_splits(settings)
@@ -288,7 +262,7 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
                 model = fusion.MultimodalT5.from_pretrained(out / name).to(settings.device)
             stages.append(model)
             if settings.stage == name != names[-1]:
-                return runs.complete(out)
+                return runs.complete(out)  # nothing to score yet
     return score(settings, stages, inputs, counts)
 
 
@@ -304,7 +278,7 @@ def plan_stage(
     val = rows_of(settings, splits["val"], fmt, tokenizer, features)
     examples.show_example(train[0], tokenizer, fmt)
     weights = settings.weights[min(stage, len(settings.weights) - 1)]
-    model = start_model(weights, features, settings.no_image, settings.seed)
+    model = optim.start_model(weights, features, settings.no_image, settings.seed)
 
     def validate(loss_of):
         return {"val_loss": round(optim.mean_loss(loss_of, val, settings.batch_size), 6)}
@@ -312,21 +286,6 @@ def plan_stage(
     name = fusion.stage_names(settings.recipe)[stage]
     epochs = settings.epochs[min(stage, len(settings.epochs) - 1)]
     return make_plan(settings, name, epochs, model, train, validate)
-
-
-def start_model(
-    weights: str, features: data.ImageSource | None, no_image: str, seed: int
-) -> fusion.MultimodalT5:
-    """T5, or a whole released mm-cot checkpoint, with a fusion iff the run looks at images."""
-    torch.manual_seed(seed)  # of a new fusion, and of dropout
-    model = fusion.MultimodalT5.from_pretrained(weights)
-    if features is None:
-        model.fusion = None
-    elif model.fusion is None:
-        width = model.t5.config.d_model
-        model.fusion = fusion.GatedFusion(width, features.shape[1], no_image)
-    in_file_names(model, model.KEYS)  # an error for what could not be saved, before it is trained
-    return model
 
 
 def own_rationales(
@@ -455,10 +414,7 @@ def run_one(settings: Settings, stop: StopRequest) -> dict | None:
 
 
 def score(
-    settings: Settings,
-    stages: list[torch.nn.Module],
-    inputs: Inputs,
-    skipped: dict[str, int] | None,
+    settings: Settings, stages: list[nn.Module], inputs: Inputs, skipped: dict | None
 ) -> dict:
     """The metrics of a run, whose models decode the test split now; it is complete then. Counts of
     `skipped` records by split go into the table."""
@@ -477,15 +433,6 @@ def score(
     return scores
 
 
-def run_many(lines: dict[str, Settings], stop: StopRequest) -> dict[str, dict]:
-    """{name: metrics} of the runs of a table, which is shown as it grows."""
-    rows = {}
-    for name, settings in lines.items():
-        rows[name] = run_one(settings, stop)
-        print(tables.runs_table(rows), flush=True)
-    return rows
-
-
 def dry_run(settings: Settings) -> None:
     """Print parameters, memory, one step and the time of each training of a run. Nothing is
     written; the images are not read: features of zeros stand for them."""
@@ -498,9 +445,7 @@ def dry_run(settings: Settings) -> None:
     plans = []  # their models stay in memory, as in a run
     for plan in dry_plans(settings, splits, tokenizer):
         plans.append(plan)
-        new_tokens = max(settings.max_output)
-        decoded = settings.eval_batch_size
-        dry_step(plan.loss_of, plan.windows, plan.weight_decay, decoded, new_tokens)
+        dry_step(plan, settings.eval_batch_size, max(settings.max_output))
     if not plans:
         print("  nothing is trained: it only decodes")
 
@@ -539,7 +484,10 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.together(settings.device), runs.in_use(Path(settings.out)) as stop:
         runs.check_resume([*lines.values()])
         if table:
-            rows = run_many(lines, stop)
+            rows = {}
+            for name, line in lines.items():
+                rows[name] = run_one(line, stop)
+                print(tables.runs_table(rows), flush=True)
             if not settings.ablation:
                 print(f"\n{tables.table(rows)}")
             ablations.show(settings, lines, rows)

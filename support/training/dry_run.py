@@ -23,7 +23,7 @@ from model import PaliGemma, resolve, stored_tensors
 from support.dataset.features import Features
 from support.evaluation import models
 from support.training import optim
-from support.training.optim import AdamW, LossOf, Rows, make_optimizer, trained
+from support.training.optim import AdamW, LossOf, Plan, Rows, make_optimizer, trained
 from support.training.settings import Settings
 
 GIB = 2**30
@@ -50,25 +50,17 @@ def blank_features(
     return Features(torch.zeros(1, *shape).numpy(), rows)
 
 
-def dry_step(
-    loss_of: LossOf,
-    windows: list[list[Rows]],
-    weight_decay: float,
-    decoded_rows: int,
-    new_tokens: int,
-) -> None:
+def dry_step(plan: Plan, decoded_rows: int, new_tokens: int) -> None:
     """Print what a training takes and what the device has; then, if that fits, take one step.
-
-    loss_of       train.py's `LossOf`: it makes a batch of rows, and gives the loss of one.
-    windows       the batches of each step.
-    decoded_rows  how many problems are decoded together, each up to `new_tokens`.
-    """
+    `decoded_rows` problems are decoded together, each up to `new_tokens`."""
+    windows = plan.windows
     if not windows:
         print("  nothing is trained: it only decodes")
         return
+    loss_of = plan.loss_of
     device = loss_of.device
     model = loss_of.model.to(device)
-    optimizer = make_optimizer(model, weight_decay)
+    optimizer = make_optimizer(model, plan.weight_decay)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what another stage freed
         ctypes.CDLL(None).malloc_trim(0)

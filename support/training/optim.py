@@ -9,6 +9,7 @@ Axes: D width, V vocabulary, `tokens` those that are supervised.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ import torch
 from torch.optim.adamw import adamw
 
 import data
-from model import rank, world
+import fusion
+from model import in_file_names, rank, world
 from support.distributed import on_first, shard_like, summed
 
 LOGITS = 2**25  # of one chunk of the loss: 128 MiB in fp32
@@ -29,7 +31,22 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-# ---- a model with its loss -----------------------------------------------------------------------
+# ---- a model, and its loss -----------------------------------------------------------------------
+
+
+def start_model(
+    weights: str, features: data.ImageSource | None, no_image: str, seed: int
+) -> fusion.MultimodalT5:
+    """T5, or a whole released mm-cot checkpoint, with a fusion iff the run looks at images."""
+    torch.manual_seed(seed)  # of a new fusion, and of dropout
+    model = fusion.MultimodalT5.from_pretrained(weights)
+    if features is None:
+        model.fusion = None
+    elif model.fusion is None:
+        width = model.t5.config.d_model
+        model.fusion = fusion.GatedFusion(width, features.shape[1], no_image)
+    in_file_names(model, model.KEYS)  # an error for what could not be saved, before it is trained
+    return model
 
 
 class LossOf(torch.nn.Module):
@@ -272,6 +289,21 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> AdamW:
             {"params": spared, "weight_decay": 0.0},
         ]
     )
+
+
+def show_step(stage: str, step: int, steps: int, entry: dict, seconds: float) -> None:
+    """A line per validation; on a terminal also a running one with rate and time left."""
+    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
+    if "val_loss" in entry:
+        clear = "\r" if sys.stderr.isatty() else ""
+        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}"
+        if "val_accuracy" in entry:
+            text += f"  val accuracy {entry['val_accuracy']:.2f}"
+        print(f"{text}  {seconds:.0f} s", flush=True)
+    elif sys.stderr.isatty():
+        rate = step / seconds
+        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
+        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
 
 
 # ---- all that the next step depends on -----------------------------------------------------------
