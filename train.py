@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,7 +132,7 @@ def make_plan(
         rows=rows,
         windows=windows,
         rates=rates,
-        epoch_ends={*range(per_epoch, steps + 1, per_epoch), steps},
+        epoch_ends={n for n in range(1, steps + 1) if n % per_epoch == 0 or n == steps},
         validate=validate,
         weight_decay=s.weight_decay,
         shard=s.model == "paligemma" and s.full,
@@ -272,13 +273,13 @@ def plan_stage(
     """The plan of stage 0 or 1 of the recipe, with a fresh model. `generated`, {id: rationale},
     takes the place of the gold rationales in training."""
     fmt = fusion.RECIPES[settings.recipe][stage]
-    splits, tokenizer, features = inputs.splits, inputs.tokenizer, inputs.features
-    rows_of = models.stage_examples
-    train = rows_of(settings, splits["train"], fmt, tokenizer, features, generated)
-    val = rows_of(settings, splits["val"], fmt, tokenizer, features)
-    examples.show_example(train[0], tokenizer, fmt)
+    texts = {"fmt": fmt, "tokenizer": inputs.tokenizer, "features": inputs.features}
+    rows_of = partial(models.stage_examples, settings, **texts)
+    train = rows_of(inputs.splits["train"], generated=generated)
+    val = rows_of(inputs.splits["val"])
+    examples.show_example(train[0], inputs.tokenizer, fmt)
     weights = settings.weights[min(stage, len(settings.weights) - 1)]
-    model = optim.start_model(weights, features, settings.no_image, settings.seed)
+    model = optim.start_model(weights, inputs.features, settings.no_image, settings.seed)
 
     def validate(loss_of):
         return {"val_loss": round(optim.mean_loss(loss_of, val, settings.batch_size), 6)}
@@ -294,19 +295,18 @@ def own_rationales(
     """{id: rationale} of the training problems, each written by a stage-1 model that did not train
     on it. Training stage 2 on these closes the gap to what it reads at test time."""
     problems = inputs.splits["train"]
-    tokenizer, features = inputs.tokenizer, inputs.features
+    tokenizer = inputs.tokenizer
     # Shuffled: every second problem of a file may be of the same kind (in the demo it is).
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(problems), generator=generator)
-    folds = 2
     generated = {}
-    for fold in range(folds):
-        held_out = set(order[fold::folds].tolist())
+    for fold in (0, 1):
+        held_out = set(order[fold::2].tolist())
         learned = [p for i, p in enumerate(problems) if i not in held_out]
         unseen = [p for i, p in enumerate(problems) if i in held_out]
         fold_inputs = replace(inputs, splits=inputs.splits | {"train": learned})
         model = fit(plan_stage(settings, 0, fold_inputs), checkpoints)
-        rows = models.stage_examples(settings, unseen, "QCM-LE", tokenizer, features)
+        rows = models.stage_examples(settings, unseen, "QCM-LE", tokenizer, inputs.features)
         texts = decoding.t5_texts(
             model,
             rows,
@@ -418,9 +418,8 @@ def score(
 ) -> dict:
     """The metrics of a run, whose models decode the test split now; it is complete then. Counts of
     `skipped` records by split go into the table."""
-    out = Path(settings.out)
     scores = evaluation.evaluate(
-        out,
+        settings.out,
         stages,
         inputs.splits[settings.test_split],
         settings,
@@ -429,7 +428,7 @@ def score(
         teacher_forced=settings.model == "mmcot" and settings.teacher_forced,
         skipped=skipped,
     )
-    runs.complete(out)
+    runs.complete(Path(settings.out))
     return scores
 
 
