@@ -342,7 +342,8 @@ def ask(
     between = f"\n{CUE}" if settings.model == "paligemma" else "\n"
     show = decoding.token_printer(tokenizer, between)
     [result] = predict(models, [problem], settings, tokenizer, features, show)
-    if settings.samples > 1:  # several texts with a vote each, of which this one was chosen
+    votes = settings.model == "paligemma" and settings.samples > 1
+    if votes:  # several texts with a vote each, of which this one was chosen
         print(result["response"], end="")
     parsed = grade(problem, result["response"]).parsed if choices else None
     print(f"  ({choices[LETTERS.index(parsed)]})" if parsed else "", flush=True)

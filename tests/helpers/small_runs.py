@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import torch
 from conftest import ROOT
+from PIL import Image
 
+import data
 import fusion
 import train
 from model import T5, T5Config
@@ -88,6 +91,43 @@ def write_lines(path, records):
 
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# ---- bad records ---------------------------------------------------------------------------------
+
+SMALL = {
+    "mmcot": """--model mmcot --device cpu --recipe answer --epochs 1 --batch-size 4 --image-size 32
+    --max-output 4 4 --max-input 64 --threads 1 --lr 0.003 --eval-batch-size 8""".split()
+    + ["--weights", str(ROOT / "demo/t5"), "--vision-weights", str(ROOT / "demo/detr")],
+    "paligemma": """--model paligemma --device cpu --alone --threads 1 --epochs 1 --batch-size 4
+    --lora-r 2 --max-output 4 4 --lr 0.003 --weights""".split()
+    + [PALIGEMMA],
+}
+
+
+def spoiled_data(folder):
+    """A .jsonl of the demo's problems with bad records in every split, and bad images."""
+    folder.mkdir()
+    records = []
+    for split, count in (("train", 7), ("val", 3), ("test", 5)):
+        for i, p in enumerate([p for p in data.load("demo", split) if p.image][:count]):
+            name = f"{split}{i}"
+            shutil.copy(p.image, folder / f"{name}.png")
+            record = {"id": name, "question": p.question, "choices": list(p.choices)}
+            record |= {"answer": p.answer, "solution": p.solution, "split": split}
+            records.append(record | {"image": f"{name}.png"})
+    by_id = {x["id"]: x for x in records}
+    by_id["train1"]["answer"] = 99
+    (folder / "train2.png").unlink()
+    (folder / "val0.png").write_bytes((folder / "val1.png").read_bytes()[:-30])
+    by_id["test0"]["choices"] = 7
+    (folder / "test1.png").write_bytes(b"no picture")
+    Image.new("RGB", (1, 90)).save(folder / "test2.png")
+    records.insert(3, {"id": "whole"})
+    write_lines(folder / "bad.jsonl", records)
+    with open(folder / "bad.jsonl", "a") as file:
+        file.write("{half a line\n")
+    return folder / "bad.jsonl"
 
 
 # ---- runs in processes of their own --------------------------------------------------------------

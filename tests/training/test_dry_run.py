@@ -3,8 +3,7 @@
 import re
 
 import pytest
-from small_runs import PALIGEMMA, adapted, loss_of, settings
-from test_examples import RUNS, spoiled  # noqa: F401
+from small_runs import PALIGEMMA, SMALL, adapted, loss_of, settings, spoiled_data
 
 import data
 import train
@@ -13,13 +12,14 @@ from support.evaluation import models
 from support.training import dry_run
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.slow
 def test_a_dry_run_prints_what_it_takes_and_writes_nothing(
-    name, spoiled, tmp_path, monkeypatch, capsys
+    name, tmp_path, tmp_path_factory, monkeypatch, capsys
 ):
+    spoiled = spoiled_data(tmp_path_factory.mktemp("spoiled") / "data")
     monkeypatch.chdir(tmp_path)
-    flags = [*RUNS[name], "--data", str(spoiled), "--on-error", "skip", "--dry-run"]
+    flags = [*SMALL[name], "--data", str(spoiled), "--on-error", "skip", "--dry-run"]
     train.main(flags)
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())

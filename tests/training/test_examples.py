@@ -1,15 +1,12 @@
 """What a run learns from: the rows of traces, and the bad records that it does without."""
 
-import json
 import os
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from PIL import Image
-from small_runs import PALIGEMMA, lines_of, settings, write_lines
+from small_runs import PALIGEMMA, SMALL, lines_of, settings, spoiled_data, write_lines
 
 import data
 import eval as evaluation
@@ -27,16 +24,6 @@ needs_real_traces = pytest.mark.skipif(
     or not (REAL / "mathvista/annot_testmini.json").is_file(),
     reason=f"no pali_reason or no MathVista in {REAL}; set NANOCOT_DATA",
 )
-RUNS = {
-    "mmcot": """--model mmcot --device cpu --recipe answer --epochs 1 --batch-size 4 --image-size 32
-    --max-output 4 4 --max-input 64 --threads 1 --lr 0.003 --eval-batch-size 8""".split()
-    + ["--weights", str(ROOT / "demo/t5"), "--vision-weights", str(ROOT / "demo/detr")],
-    "paligemma": """--model paligemma --device cpu --alone --threads 1 --epochs 1 --batch-size 4
-    --lora-r 2 --max-output 4 4 --lr 0.003 --weights""".split()
-    + [PALIGEMMA],
-}
-
-
 # ---- rows of traces ------------------------------------------------------------------------------
 
 
@@ -197,36 +184,11 @@ def test_the_real_traces_that_are_kept(capsys):
 # ---- bad records ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def spoiled(tmp_path_factory):
-    """A .jsonl of the demo's problems with bad records in every split, and bad images."""
-    folder, lines = tmp_path_factory.mktemp("spoiled"), []
-    for split, count in (("train", 7), ("val", 3), ("test", 5)):
-        for i, p in enumerate([p for p in data.load("demo", split) if p.image][:count]):
-            name = f"{split}{i}"
-            shutil.copy(p.image, folder / f"{name}.png")
-            record = {"id": name, "question": p.question, "choices": list(p.choices)}
-            record |= {"answer": p.answer, "solution": p.solution, "split": split}
-            lines.append(record | {"image": f"{name}.png"})
-    by_id = {x["id"]: x for x in lines}
-    by_id["train1"]["answer"] = 99
-    (folder / "train2.png").unlink()
-    (folder / "val0.png").write_bytes((folder / "val1.png").read_bytes()[:-30])
-    by_id["test0"]["choices"] = 7
-    (folder / "test1.png").write_bytes(b"no picture")
-    Image.new("RGB", (1, 90)).save(folder / "test2.png")
-    lines.insert(3, {"id": "whole"})
-    text = "".join(f"{json.dumps(x)}\n" for x in lines)
-    (folder / "bad.jsonl").write_text(f"{text}{{half a line\n")
-    return folder / "bad.jsonl"
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_bad_records_are_skipped_and_counted_in_all_splits(
-    name, spoiled, tmp_path, capsys, monkeypatch
-):
+@pytest.mark.parametrize("name", SMALL)
+def test_bad_records_are_skipped_and_counted_in_all_splits(name, tmp_path, capsys, monkeypatch):
+    spoiled = spoiled_data(tmp_path / "data")
     cache = ["--features-cache", str(tmp_path / "cache")]
-    flags = [*RUNS[name], "--data", str(spoiled), *cache, "--out", str(tmp_path / "run")]
+    flags = [*SMALL[name], "--data", str(spoiled), *cache, "--out", str(tmp_path / "run")]
     with pytest.raises(ValueError, match="train1|whole|line 4"):
         train.main(flags)
     assert not (tmp_path / "run").exists()
