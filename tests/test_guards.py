@@ -26,7 +26,6 @@ from support.dataset import images as pictures
 from support.dataset.features import Features
 from support.dataset.tokenizers import load_tokenizer
 from support.dataset.traces import load_traces
-from support.evaluation import decode_cache as decoding
 from support.evaluation import models as loading
 from support.files import read_json, write_json
 from support.training import checks as guards
@@ -80,7 +79,7 @@ def pali():
     ]
 
     def made():
-        model = loading.load_paligemma(vars(args))
+        model = loading.load_paligemma(args)
         with contextlib.redirect_stdout(io.StringIO()):
             train.make_trainable(args, model)
         text, seen = model.config.text, model.config.image_tokens
@@ -199,7 +198,7 @@ def _(patch):
 @leak("paligemma: labels not shifted")
 def _(patch):
     def loss(model, batch, args):
-        states = model.states(**decoding.paligemma_inputs(model, batch))
+        states = model.states(**loading.paligemma_inputs(model, batch))
         weight = model.language_model.embed_tokens.weight
         return train.cross_entropy(model.head, weight, states, batch["labels"], args)
 
@@ -515,7 +514,7 @@ def test_an_adapter_that_matches_nothing(pali, tmp_path):
     def loaded(**changed):
         write_json(config | changed, tmp_path / "adapter_config.json")
         args = settings("paligemma", "--adapter", str(tmp_path))
-        return loading.load_paligemma(vars(args))
+        return loading.load_paligemma(args)
 
     assert lora.adapters(loaded())
     for key in ("rank_pattern", "alpha_pattern"):
@@ -528,4 +527,4 @@ def test_an_adapter_that_matches_nothing(pali, tmp_path):
     with pytest.raises(ValueError, match="nowhere.*matches none"):
         loaded(target_modules=["nowhere"])
     with pytest.raises(ValueError, match="No Linear layer.*nowhere"):
-        lora.inject(loading.load_paligemma(vars(settings("paligemma"))), targets=["nowhere"])
+        lora.inject(loading.load_paligemma(settings("paligemma")), targets=["nowhere"])

@@ -140,7 +140,7 @@ def keep(folders):
         return keep_seeds(folders, configs)
     args = argparse.Namespace(**configs[0] | {"ablation": True, "out": str(folders[0])})
     lines = ablations.lines_of(args, ablations.table_of(args))
-    rows = {name: tables.metrics_then(Path(line.out)) for name, line in lines.items()}
+    rows = {name: tables.read_metrics(Path(line.out)) for name, line in lines.items()}
     problems, columns = data.load(args.data, args.test_split), {}
     for name in sorted(rows, key=lambda name: lines[name].out != args.out):
         graded = tables.graded_folder(Path(lines[name].out), problems)
@@ -155,7 +155,7 @@ def keep_seeds(folders, configs):
     for folder, config in zip(folders, configs, strict=True):
         names = {("mmcot", "none"): "mmcot, text only", ("mmcot", "detr"): "mmcot, vision"}
         name = names.get((config["model"], config["vision"]), f"paligemma, {config['recipe']}")
-        scores = tables.metrics_then(Path(folder))
+        scores = tables.read_metrics(Path(folder))
         kept.setdefault(name, {})[str(config["seed"])] = {
             key: scores[key] for key in ("n", "accuracy", "ci95", "chance")
         }

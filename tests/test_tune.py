@@ -35,7 +35,7 @@ from support.dataset import images as pictures
 from support.dataset.features import Features
 from support.dataset.tokenizers import load_tokenizer, plain_ids, special_ids
 from support.dataset.traces import load_traces
-from support.evaluation import decode_cache as decoding
+from support.evaluation import decoding, errors
 from support.evaluation import models as loading
 from support.files import read_json
 from support.training import checks as guards
@@ -73,7 +73,7 @@ def settings(*flags, **changed):
 def adapted(*flags):
     """The demo's model with new adapters, and the settings."""
     args = settings("--lora-r", "4", *flags)
-    model = loading.load_paligemma(vars(args))
+    model = loading.load_paligemma(args)
     with contextlib.redirect_stdout(io.StringIO()):
         train.make_trainable(args, model)
     return model, args
@@ -102,8 +102,8 @@ def examples(tokenizer):
     args = settings()
     rows = [data.TrainRow(by_id[t["id"]], "reason", t) for t in traces]
     rows += [data.TrainRow(row.problem, "answer") for row in rows[:2]]
-    model = loading.load_paligemma(vars(args))
-    features = loading.image_features(vars(args), list(by_id.values()), model)
+    model = loading.load_paligemma(args)
+    features = loading.image_features(args, list(by_id.values()), model)
     made = data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix)
     assert len(made) == 8 and len({len(e["labels"]) for e in made}) > 4
     assert len({"image_features" in e for e in made}) == 2
@@ -444,10 +444,10 @@ def tuned(monkeypatch, tokenizer):
 
     def look(*flags, n=30):
         args = settings("--limit", str(n), "--lora-r", "2", *flags)
-        model, given = loading.load_paligemma(vars(args)), {}
+        model, given = loading.load_paligemma(args), {}
         problems, val = (data.load("demo", split)[:n] for split in ("train", "val"))
         rows = records.training_rows(args, problems)
-        features = loading.image_features(vars(args), problems + val, model)
+        features = loading.image_features(args, problems + val, model)
 
         def fit(model, examples, validate, args, stage, epochs, log):
             given.update(examples=examples, validate=validate, epochs=epochs, stage=stage)
@@ -477,7 +477,7 @@ def test_rows_for_the_validation_loss_are_not_trained_on(tuned, tokenizer, monke
 def test_validation_accuracy_is_of_real_answers(tuned, tokenizer, monkeypatch):
     flags = ("--recipe", "answer", "--eval-problems", "12")
     got = tuned(*flags)
-    how = (vars(got.args), tokenizer, got.features)
+    how = (got.args, tokenizer, got.features)
     told = evaluation.predict([got.model], got.val[:12], *how)
     right = sum(
         evaluation.grade(p, x["response"]).correct for p, x in zip(got.val, told, strict=False)
@@ -619,7 +619,7 @@ def spied(monkeypatch):
     """What a run gives to training and decoding: flags -> its folder, examples, prompts, model."""
 
     def spy(folder, *flags):
-        given, fit, write = {}, train.fit, evaluation.continued
+        given, fit, write = {}, train.fit, decoding.continued
 
         def watched_fit(model, examples, *rest):
             given.update(model=model, examples=examples)
@@ -633,7 +633,7 @@ def spied(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "fit", watched_fit)
-            patch.setattr(evaluation, "continued", watched_write)
+            patch.setattr(decoding, "continued", watched_write)
             folder, told = run(folder, *flags)
         return SimpleNamespace(folder=folder, told=told, **given)
 
@@ -698,7 +698,7 @@ def test_the_baselines_stand_beside_it(short):
 
 
 def test_the_base_is_the_model_as_it_was(short, tokenizer):
-    args = vars(settings("--recipe", "answer", "--max-output", "40", "8"))
+    args = settings("--recipe", "answer", "--max-output", "40", "8")
     problems = data.load("demo", "test")[:24]
     model = loading.load_paligemma(args)
     features = loading.image_features(args, problems, model)
@@ -822,9 +822,9 @@ def test_full_training_moves_the_image_tower_and_is_decoded_from_its_folder(tmp_
 
 def test_full_training_sees_pictures_not_a_cache():
     args = settings("--full")
-    model = loading.load_paligemma(vars(args))
+    model = loading.load_paligemma(args)
     problem = next(p for p in data.load("demo", "train") if p.image)
-    features = loading.image_features(vars(args), [problem], model)
+    features = loading.image_features(args, [problem], model)
     assert isinstance(features, pictures.Pictures)
 
 
@@ -878,7 +878,7 @@ def test_the_final_soft_cap_can_be_off(tiny, tmp_path, monkeypatch):
     logits = []
 
     def spied(model, batch, args, loss=train.paligemma_loss):
-        logits.append(model.head(1e4 * model.states(**decoding.paligemma_inputs(model, batch))))
+        logits.append(model.head(1e4 * model.states(**loading.paligemma_inputs(model, batch))))
         return loss(model, batch, args)
 
     monkeypatch.setitem(train.LOSS, "paligemma", spied)
@@ -1058,7 +1058,7 @@ def heard(tokenizer):
 
     def ask(says, *flags):
         speaker = Speaker(tokenizer, says if callable(says) else lambda prompt, begun: says)
-        config = vars(settings("--max-output", "30", "4", *flags))
+        config = settings("--max-output", "30", "4", *flags)
         (told,) = evaluation.predict([speaker], [own_problem()], config, tokenizer, None)
         return told, speaker.calls
 
@@ -1146,7 +1146,7 @@ def test_each_recipe_asks_in_its_own_words(tokenizer):
     for recipe in ("reason", "answer"):
         prompts = []
         speaker = Speaker(tokenizer, lambda p, begun, to=prompts: to.append(p) or "Answer: A")
-        config = vars(settings("--recipe", recipe))
+        config = settings("--recipe", recipe)
         evaluation.predict([speaker], [own_problem()], config, tokenizer, None)
         expected = plain_ids(tokenizer, data.pali_prefix(own_problem(), recipe) + "\n")
         assert plain_ids(tokenizer, prompts[0])[-len(expected) :] == expected
@@ -1169,7 +1169,7 @@ def test_only_cut_rows_are_asked_again_and_each_keeps_its_own(tokenizer):
     problems = [own_problem(str(i), question=f"Which is {c}?") for i, c in enumerate(told_by)]
     for size in ("1", "3", "64"):
         speaker = Speaker(tokenizer, says)
-        config = vars(settings("--eval-batch-size", size, "--max-output", "50", "4"))
+        config = settings("--eval-batch-size", size, "--max-output", "50", "4")
         told = evaluation.predict([speaker], problems, config, tokenizer, None)
         assert [x["id"] for x in told] == ["0", "1", "2", "3"] and len(speaker.calls) == 7
         assert [x.get("forced_after") for x in told] == [None, "length", "loop", "eos"]
@@ -1183,9 +1183,9 @@ def test_what_was_written_before_the_loop(period):
     start, ids = list(range(100, 105)), list(range(100, 105)) + list(range(period)) * 30
     for longer in (0, 1, period + 1, 25):
         looped = ids[: len(start) + max(4 * period, 24) + longer]
-        assert decoding.before_loop(looped) == start + list(range(period))
+        assert errors.before_loop(looped) == start + list(range(period))
     almost = ids[: len(start) + max(4 * period, 24) - 1]
-    assert decoding.before_loop(almost) == almost
+    assert errors.before_loop(almost) == almost
 
 
 def test_what_is_no_loop_to_the_detector_stays_whole():
@@ -1197,7 +1197,7 @@ def test_what_is_no_loop_to_the_detector_stays_whole():
         )
         rows = torch.randint(0, words, (1, size), generator=generator)
         loops, ids = bool(backbones.looping(rows)), rows[0].tolist()
-        kept = decoding.before_loop(ids)
+        kept = errors.before_loop(ids)
         assert ids[: len(kept)] == kept and (len(kept) < size) == loops
         found += loops
     assert 20 < found < 280
@@ -1212,10 +1212,11 @@ def test_batched_equals_single(tokenizer):
         if "lora_B" in name:
             p.data.normal_(0, 0.15, generator=generator)
     problems = data.load("demo", "test")[:10]
-    features = loading.image_features(vars(args), problems, model)
+    features = loading.image_features(args, problems, model)
     told = []
     for size in (1, 4, 64):
-        config = vars(args) | {"eval_batch_size": size, "max_output": [24, 4]}
+        changed = {"eval_batch_size": size, "max_output": [24, 4]}
+        config = SimpleNamespace(**vars(args) | changed)
         told.append(evaluation.predict([model.eval()], problems, config, tokenizer, features))
     assert told[0] == told[1] == told[2]
     assert len({x["response"] for x in told[0]}) > 5
@@ -1228,15 +1229,16 @@ def voted(texts, monkeypatch, **changed):
     """The prediction from five texts, and with which temperature and seed each was asked for."""
     asked = []
 
-    def write(model, problems, config, tokenizer, features, **how):
-        asked.append((config["temperature"], config["seed"]))
+    def write(model, examples, tokenizer, temperature, seed, **how):
+        asked.append((temperature, seed))
         text = texts[len(asked) - 1]
         told = {"response": text, "rationale": text, "stop": "eos", "tokens": len(asked)}
         return {"1": told}
 
-    monkeypatch.setattr(evaluation, "paligemma_write", write)
+    monkeypatch.setattr(decoding, "paligemma_texts", write)
+    monkeypatch.setattr(evaluation, "prompt_examples", lambda *given: [])
     flags = ["--samples", str(len(texts)), "--temperature", "0.7", "--seed", "9"]
-    config = vars(settings(*flags)) | changed
+    config = SimpleNamespace(**vars(settings(*flags)) | changed)
     (told,) = evaluation.predict([None], [own_problem(index=1)], config, None, None)
     return told, asked
 
@@ -1263,12 +1265,12 @@ def test_the_most_frequent_answer_wins(texts, winner, votes, monkeypatch):
 
 @pytest.mark.slow
 def test_sampling_follows_seed_and_temperature(tokenizer):
-    model = loading.load_paligemma(vars(settings()))
+    model = loading.load_paligemma(settings())
     problems = data.load("demo", "test")[:4]
-    features = loading.image_features(vars(settings()), problems, model)
+    features = loading.image_features(settings(), problems, model)
 
     def told(*flags):
-        config = vars(settings("--max-output", "12", "4", *flags))
+        config = settings("--max-output", "12", "4", *flags)
         return evaluation.predict([model], problems, config, tokenizer, features)
 
     def responses(*flags):

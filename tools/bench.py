@@ -602,7 +602,14 @@ def two_stages(args, folder, questions, lengths, B, cache=None):
 
         def run():
             spoken = Spoken(questions.tokenizer)
-            fusion.two_stage(model, model, make_batches, spoken, lengths)
+
+            def generate(length, generated=None):
+                [batch] = make_batches(generated)
+                return fusion.generate_texts(model, batch, spoken, length)
+
+            first, second = lengths
+            stage_2 = functools.partial(generate, second)
+            fusion.two_stage(functools.partial(generate, first), stage_2)
             return spoken.rows
     else:
         model = hf_multimodal(folder, args.device)

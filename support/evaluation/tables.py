@@ -267,7 +267,7 @@ def more_rows(runs: list[dict]) -> list[list[str]]:
     for path, label in OTHER_ROWS.items():
         values = list(runs)
         for key in path.split():
-            values = [value and value.get(key) for value in values]
+            values = [None if value is None else value.get(key) for value in values]
         if any(x is not None for x in values):
             rows.append([label, *("-" if x is None else f"{x:.2f}" for x in values)])
     for stop in sorted({stop for m in runs for stop in m.get("stop", {})} - {"eos"}):
