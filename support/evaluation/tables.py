@@ -142,12 +142,8 @@ def is_interval(x: object) -> bool:
     return isinstance(x, list) and len(x) == 2 and all(map(is_number, x))
 
 
-def is_text(x: object) -> bool:
-    return isinstance(x, str)
-
-
 def is_names(x: object) -> bool:
-    return isinstance(x, list) and all(map(is_text, x))
+    return isinstance(x, list) and all(isinstance(name, str) for name in x)
 
 
 def each(fits: Callable, or_none: bool = False) -> Callable[[object], bool]:
@@ -167,7 +163,6 @@ def has_false_shares(x: object) -> bool:
 
 
 NEEDED = {  # what the tables show of metrics.json, and a check of each value
-    "data": is_text, "split": is_text,
     "n": is_count, "chance": is_number, "ci95": is_interval, "parse_failures": is_number,
     "accuracy": each(is_number, or_none=True), "n_by": each(is_count),
     "chance_by": each(is_number, or_none=True), "ci95_by": each(is_interval, or_none=True),
@@ -184,7 +179,7 @@ OPTIONAL = {  # also, where it is there
 # --- tables
 def heading(m: dict) -> str:
     """Data set and split in words, "" where they are not known."""
-    if "data" not in m:
+    if not {"data", "split"} <= m.keys():
         return ""
     guessed = ", guessing where no answer was found" if m.get("faithful_parse") else ""
     return f"{Path(m['data']).name or m['data']}, {m['split']}{guessed}"
