@@ -26,11 +26,12 @@ from tokenizers import Tokenizer
 import data
 import fusion
 from data import ImageSource, Problem
-from model import DETR, rank, resolve
+from model import DETR
+from support.checkpoints.hub import resolve
 from support.dataset import images
 from support.dataset.choices import LETTERS
 from support.dataset.tokenizers import load_tokenizer
-from support.distributed import check_device
+from support.distributed import check_device, rank
 from support.evaluation import decoding, errors, tables
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import Graded
@@ -112,11 +113,13 @@ def about(
 
 
 def assess(
-    graded: list[Graded], subject: dict, config: dict | None = None, judge: Callable | None = None
+    graded: list[Graded],
+    subject: dict,
+    config: dict | None = None,
+    judge: Callable | None = None,
 ) -> tuple[dict, list[Graded]]:
-    """(metrics, graded with kinds) of what `grade_all` returns, whether it was decoded just now,
-    before, or elsewhere. `subject`: see `about`; `config`: of the run, if it is one's; `judge`: see
-    `errors.refine`."""
+    """(metrics, graded with kinds) of what `grade_all` returns. `subject`: see `about`; `config`: of
+    the run that wrote the predictions, if it is one's; `judge`: see `errors.refine`."""
     facts = errors.scene_facts(subject["data"])
     known = None
     if config and (any(config.get("epochs", ())) or config.get("adapter")):  # it was trained
@@ -130,11 +133,9 @@ def assess(
 
 
 def judge_of(spec: str | None, folder: str | Path) -> Callable | None:
-    """The judge of --judge SPEC: verdicts of (problem, rationale, answer) items, kept in the
-    folder's judge.jsonl; None without one."""
-    if not spec:
-        return None
-    return partial(judging.judge_many, spec=spec, cache=Path(folder) / "judge.jsonl")
+    """The judge of --judge SPEC, its verdicts kept in the folder's judge.jsonl; None without."""
+    cache = Path(folder) / "judge.jsonl"
+    return partial(judging.judge_many, spec=spec, cache=cache) if spec else None
 
 
 def target_format(model: str) -> str | None:
@@ -413,8 +414,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     judge = "model that judges why answers are right or wrong (as teacher.py --judge), or demo"
     add("--judge", metavar="SPEC", help=judge)
     add("--markdown", action="store_true", help="print the table as markdown")
-    rows = "also the table's rows by source, question type, category, language and grade"
-    add("--all-rows", action="store_true", help=rows)
+    add("--all-rows", action="store_true", help="also rows by source, question type and the like")
     report = "write no report.html into the first run's folder, or --out"
     add("--no-report", dest="report", action="store_false", help=report)
     args = parser.parse_args(argv)

@@ -42,11 +42,13 @@ import data
 import eval as evaluation
 import fusion
 import lora
-from model import in_file_names, rank, resolve, world
 from support import distributed as devices
 from support import files
+from support.checkpoints.hub import resolve
+from support.checkpoints.weights import in_file_names
 from support.dataset import images as pictures
 from support.dataset.tokenizers import load_tokenizer
+from support.distributed import rank, world
 from support.evaluation import metrics, tables
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.decoding import t5_texts
@@ -102,14 +104,11 @@ def t5_loss(model, batch, args):
 
 
 def paligemma_loss(model, batch, args):
-    """As `cross_entropy`; token t is predicted by the state at t - 1. The states before the first
-    token that is learned are not computed in the top layer."""
-    labels = batch["labels"][:, 1:]  # (B, T-1)
-    U = labels.shape[1] - int((labels != -100).any(0).int().argmax())
+    """As `cross_entropy`; token t is predicted by the state at t - 1."""
     inputs = paligemma_inputs(model, batch)
-    states = model.states(**inputs, last=U + 1)[:, :-1]  # (B, U, D)
+    states = model.states(**inputs)[:, :-1]  # (B, T-1, D)
     weight = model.language_model.embed_tokens.weight
-    return cross_entropy(model.head, weight, states, labels[:, -U:], args)
+    return cross_entropy(model.head, weight, states, batch["labels"][:, 1:], args)
 
 
 LOSS = {"mmcot": t5_loss, "paligemma": paligemma_loss}
@@ -344,7 +343,7 @@ def start_model(args, features, stage):
     elif model.fusion is None:
         width = model.t5.config.d_model
         model.fusion = fusion.GatedFusion(width, features.shape[1], args.no_image)
-    in_file_names(model, model.KEYS)  # what could not be saved is not trained
+    in_file_names(model)  # what could not be saved is not trained
     return model
 
 

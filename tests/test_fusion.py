@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fusion
-import model
 from fusion import GatedFusion, MultimodalT5
 from model import T5, T5Config
+from support.checkpoints.hub import from_config
+from support.checkpoints.keys import TABLES
 
 VERSIONS = ("v1.0", "v1.1")
 D, FEATURES, P = 24, 10, 7  # width, feature width, image positions: pairwise different from the T5
@@ -345,10 +346,10 @@ def test_full_shapes(size, feature_dim, tensors, extra):
     config = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
     if size == "flan":
         sizes = vars(config) | oracle.V1_1 | {"d_ff": 2048}
-        config = model.from_config(T5Config, sizes)
+        config = from_config(T5Config, sizes)
     with torch.device("meta"):
         mm = MultimodalT5(T5(config), GatedFusion(768, feature_dim))
-    names = [fusion.MULTIMODAL_KEYS.to_file(name) for name in mm.state_dict()]
+    names = [TABLES["MultimodalT5"].to_file(name) for name in mm.state_dict()]
     assert len(set(names)) == tensors
     assert sum(name.split(".")[1] in fusion_layers for name in names) == 8
     assert sum(p.numel() for p in mm.fusion.parameters()) == extra

@@ -26,8 +26,9 @@ from test_resume import TINY, ended, without_seconds
 import data
 import fusion
 import train
-from model import T5, write_safetensors
+from model import T5
 from support import distributed as devices
+from support.checkpoints.weights import write_safetensors
 from support.dataset.images import Picture
 from support.dataset.tokenizers import load_tokenizer
 from support.evaluation import models as loading

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 import data
 import fusion
 from data import Problem
-from model import PaliGemma, of_all_ranks, rank, world
+from model import PaliGemma, stop_reason
 from support import files
 from support.dataset.tokenizers import plain_ids
+from support.distributed import gather_dicts, rank, world
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import before_loop
 from support.evaluation.grading import CUE, grade
@@ -71,7 +72,7 @@ def t5_texts(
         )
         key = batch_key(batch, max_new_tokens)
         results.append(cache.get_or_compute(key, write) if cache else write())
-    return of_all_ranks(results)
+    return gather_dicts(results)
 
 
 def teacher_forced(
@@ -80,7 +81,7 @@ def teacher_forced(
     """`fusion.teacher_forced_texts` of all examples: what the first published commands scored, and
     stage 2 then read. Shown to be compared with; nothing here uses these texts."""
     batches = in_batches(examples, batch_size, "teacher-forced")
-    return of_all_ranks([fusion.teacher_forced_texts(model, b, tokenizer) for b in batches])
+    return gather_dicts([fusion.teacher_forced_texts(model, b, tokenizer) for b in batches])
 
 
 # --- PaliGemma
@@ -93,16 +94,29 @@ def paligemma_texts(
     answer_budget: int,
     loop_stop: bool,
     force_answer: bool,
-    **options,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    on_token: OnToken | None = None,
+    cache: DecodeCache | None = None,
 ) -> dict[str, dict]:
     """{id: {"response", "ids", "rationale"?, "stop", "tokens"}} of the prompts.
 
     A reasoning run has a `rationale_budget`, None in one that only answers, and a detector for a
     rationale that repeats itself; see `forced_answers` for a text that does not get to its answer.
     The rationale is what stands before the last "Answer:". "ids" are what the model wrote, without
-    <eos>. `options`: temperature, seed, batch_size, on_token and cache of `continued`.
+    <eos>. The other options are those of `continued`.
     """
-    write = partial(continued, model, tokenizer=tokenizer, **options)
+    write = partial(
+        continued,
+        model,
+        tokenizer=tokenizer,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        on_token=on_token,
+        cache=cache,
+    )
     if rationale_budget is None:
         return write(examples, max_new_tokens=answer_budget)
     results = write(examples, max_new_tokens=rationale_budget, stop_loops=loop_stop)
@@ -175,27 +189,52 @@ def continued(
         key = batch_key(batch, max_new_tokens, stop_loops, temperature, seed)
         # Seeded by what the batch is: a sample is the same whatever was decoded before it.
         generator = torch.Generator(device).manual_seed(int(files.digest(key)[:12], 16))
-        options = {"temperature": temperature, "generator": generator, "stop_loops": stop_loops}
         write = partial(
-            continue_batch, model, batch, tokenizer, max_new_tokens, on_token=on_token, **options
+            continue_batch,
+            model,
+            batch,
+            tokenizer,
+            max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+            stop_loops=stop_loops,
+            on_token=on_token,
         )
         results.append(cache.get_or_compute(key, write) if cache else write())
-    return of_all_ranks(results)
+    return gather_dicts(results)
 
 
 @torch.inference_mode()
 def continue_batch(
-    model: PaliGemma, batch: dict, tokenizer: Tokenizer, max_new_tokens: int, **options
+    model: PaliGemma,
+    batch: dict,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    generator: torch.Generator,
+    stop_loops: bool,
+    on_token: OnToken | None,
 ) -> dict[str, dict]:
-    """`continued` of one batch; `options` as in `model.decode`."""
+    """`continued` of one batch; the options are those of `model.decode`."""
     device = model.language_model.embed_tokens.weight.device
     tensors = {name: x.to(device) for name, x in batch.items() if name != "ids"}
     inputs = paligemma_inputs(model, tensors)
-    new_ids, stops = model.write(max_new_tokens=max_new_tokens, **inputs, **options)
-    ends = (model.config.eos_token_id, model.config.pad_token_id)
+    new_ids = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        generator=generator,
+        stop_loops=stop_loops,
+        on_token=on_token,
+    )  # (B, U)
+    eos_id = model.config.eos_token_id
+    pad_id = model.config.pad_token_id
     results = {}
-    for problem_id, ids, stop in zip(batch["ids"], new_ids.tolist(), stops, strict=True):
-        length = next((i for i, x in enumerate(ids) if x in ends), len(ids))
+    for problem_id, row in zip(batch["ids"], new_ids.cpu(), strict=True):
+        stop = stop_reason(row, eos_id, pad_id, stop_loops)
+        ids = row.tolist()
+        length = next((i for i, x in enumerate(ids) if x in (eos_id, pad_id)), len(ids))
         results[problem_id] = {
             "response": tokenizer.decode(ids[:length], skip_special_tokens=True),
             "ids": ids[:length],

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 import lora
-from model import resolve, stored_tensors
+from support.checkpoints.hub import resolve
+from support.checkpoints.weights import headers
 from support.dataset.features import Features
 from support.evaluation import models as loading
 from support.training import optim as optimizing
@@ -40,7 +41,7 @@ def blank_features(args, problems, model=None):
         return loading.image_features(args, problems)
     else:
         folder = resolve(args.vision_weights)
-        count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())
+        count = sum(math.prod(header.shape) for header in headers(folder).values())
         print(f"  {folder}: {count:,} numbers, frozen; it sees each picture once, before training")
         encoder = loading.feature_extractor(args)
         shape = encoder.extract([torch.zeros(3, encoder.size, encoder.size)])[0].shape

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 import data
-from model import rank
 from support import files
 from support.dataset import images as pictures
 from support.dataset.traces import load_traces, overlap, training_notice
+from support.distributed import rank
 from support.evaluation import grading
 from support.evaluation import models as loading
 

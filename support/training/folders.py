@@ -20,8 +20,8 @@ import torch
 
 import data
 import fusion
-from model import rank, world
 from support import files
+from support.distributed import rank, world
 from support.evaluation import tables
 from support.training.journal import Journal
 from support.training.settings import RECIPES
