@@ -118,8 +118,8 @@ def assess(
     config: dict | None = None,
     judge: Callable | None = None,
 ) -> tuple[dict, list[Graded]]:
-    """(metrics, graded with kinds) of what `grade_all` returns. `subject`: see `about`; `config`: of
-    the run that wrote the predictions, if it is one's; `judge`: see `errors.refine`."""
+    """(metrics, graded with kinds) of what `grade_all` returns. `subject`: see `about`; `config`:
+    the run's whose predictions these are, if any; `judge`: see `errors.refine`."""
     facts = errors.scene_facts(subject["data"])
     known = None
     if config and (any(config.get("epochs", ())) or config.get("adapter")):  # it was trained
