@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -67,34 +68,31 @@ def predict(
     """Decode problems with a run's models: one, or rationale and answer. Predictions in order; of
     PaliGemma with their "ids". `on_token` is as in `model.decode`, and hears no votes. Batches that
     are in the cache are not decoded again."""
+    decoder = decoding.Decoder(models[0], tokenizer, settings.eval_batch_size, cache, on_token)
     if settings.model == "paligemma":
-        examples = prompt_examples(settings, problems, tokenizer, features)
-        write = partial(
-            decoding.paligemma_texts,
-            models[0],
-            examples,
-            tokenizer,
-            rationale_budget=settings.max_output[0] if settings.recipe == "reason" else None,
-            answer_budget=settings.max_output[-1],
-            loop_stop=settings.loop_stop,
-            force_answer=settings.force_answer,
-            temperature=settings.temperature,
-            batch_size=settings.eval_batch_size,
-            cache=cache,
-        )
+        reasons = settings.recipe == "reason"
+        options = {
+            "examples": prompt_examples(settings, problems, tokenizer, features),
+            "rationale_budget": settings.max_output[0] if reasons else None,
+            "answer_budget": settings.max_output[-1],
+            "loop_stop": settings.loop_stop,
+            "force_answer": settings.force_answer,
+        }
+        decoder = replace(decoder, temperature=settings.temperature, seed=settings.seed)
         if settings.samples == 1:
-            results = write(seed=settings.seed, on_token=on_token)
+            results = decoder.paligemma_texts(**options)
         else:
-            runs = [write(seed=settings.seed + sample) for sample in range(settings.samples)]
-            results = decoding.majority(problems, runs)
+            seeds = range(settings.seed, settings.seed + settings.samples)
+            voters = [replace(decoder, seed=seed, on_token=None) for seed in seeds]
+            texts = [voter.paligemma_texts(**options) for voter in voters]
+            results = decoding.majority(problems, texts)
         return [{"id": p.id} | results[p.id] for p in problems]
 
     def write_stage(stage, rationales=None):
         fmt = fusion.RECIPES[settings.recipe][stage]
         examples = stage_examples(settings, problems, fmt, tokenizer, features, rationales)
-        options = {"batch_size": settings.eval_batch_size, "on_token": on_token, "cache": cache}
-        budget = settings.max_output[stage]
-        return decoding.t5_texts(models[stage], examples, tokenizer, budget, **options)
+        stage_decoder = replace(decoder, model=models[stage])
+        return stage_decoder.t5_texts(examples, settings.max_output[stage])
 
     if len(models) == 2:
         results = fusion.two_stage(partial(write_stage, 0), partial(write_stage, -1))

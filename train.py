@@ -51,7 +51,7 @@ from support.dataset.tokenizers import load_tokenizer
 from support.distributed import rank, world
 from support.evaluation import metrics, tables
 from support.evaluation.decode_cache import DecodeCache
-from support.evaluation.decoding import t5_texts
+from support.evaluation.decoding import Decoder
 from support.evaluation.models import load_paligemma, paligemma_inputs
 from support.training import ablations, folders
 from support.training import checks as guards
@@ -368,8 +368,9 @@ def own_rationales(args, splits, tokenizer, features, journal):
             captions=args.vision == "caption",
             faithful=args.faithful_text,
         )
-        options = {"batch_size": args.eval_batch_size, "cache": DecodeCache(args.out, [model])}
-        texts = t5_texts(model, examples, tokenizer, args.max_output[0], **options)
+        cache = DecodeCache(args.out, [model])
+        decoder = Decoder(model, tokenizer, args.eval_batch_size, cache)
+        texts = decoder.t5_texts(examples, args.max_output[0])
         generated |= {problem_id: result["text"] for problem_id, result in texts.items()}
     return generated
 

@@ -620,7 +620,7 @@ def spied(monkeypatch):
     """What a run gives to training and decoding: flags -> its folder, examples, prompts, model."""
 
     def spy(folder, *flags):
-        given, fit, write = {}, train.fit, decoding.continued
+        given, fit, write = {}, train.fit, decoding.Decoder.continued
 
         def watched_fit(model, examples, *rest):
             given.update(model=model, examples=examples)
@@ -634,7 +634,7 @@ def spied(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "fit", watched_fit)
-            patch.setattr(decoding, "continued", watched_write)
+            patch.setattr(decoding.Decoder, "continued", watched_write)
             folder, told = run(folder, *flags)
         return SimpleNamespace(folder=folder, told=told, **given)
 
@@ -1230,13 +1230,13 @@ def voted(texts, monkeypatch, **changed):
     """The prediction from five texts, and with which temperature and seed each was asked for."""
     asked = []
 
-    def write(model, examples, tokenizer, temperature, seed, **how):
-        asked.append((temperature, seed))
+    def write(decoder, **options):
+        asked.append((decoder.temperature, decoder.seed))
         text = texts[len(asked) - 1]
         told = {"response": text, "rationale": text, "stop": "eos", "tokens": len(asked)}
         return {"1": told}
 
-    monkeypatch.setattr(decoding, "paligemma_texts", write)
+    monkeypatch.setattr(decoding.Decoder, "paligemma_texts", write)
     monkeypatch.setattr(evaluation, "prompt_examples", lambda *given: [])
     flags = ["--samples", str(len(texts)), "--temperature", "0.7", "--seed", "9"]
     config = SimpleNamespace(**vars(settings(*flags)) | changed)

@@ -13,7 +13,7 @@ from torch import nn
 import data
 import eval as evaluation
 import train
-from model import decode
+from model import decode, stop_reason
 from support.dataset.tokenizers import load_tokenizer, plain_ids
 from support.evaluation import decoding
 from support.evaluation.decode_cache import DecodeCache
@@ -57,15 +57,15 @@ def test_decoding_resumes_where_it_was(
     options = {"samples": samples, "temperature": temperature}
     expected = talker(**options)
     decoded = []
-    continue_batch = decoding.continue_batch
+    continue_batch = decoding.Decoder.continue_batch
 
-    def dies_once(*inputs, **more):
+    def dies_once(decoder, *inputs):
         decoded.append(inputs)
         if len(decoded) == 5:
             raise KeyboardInterrupt
-        return continue_batch(*inputs, **more)
+        return continue_batch(decoder, *inputs)
 
-    monkeypatch.setattr(decoding, "continue_batch", dies_once)
+    monkeypatch.setattr(decoding.Decoder, "continue_batch", dies_once)
     with pytest.raises(KeyboardInterrupt):
         talker(tmp_path, **options)
     path = tmp_path / "predictions.part.jsonl"
@@ -86,12 +86,12 @@ def test_ids_are_those_the_answer_was_written_after(monkeypatch):
     loop = [100, 101] + [110, 111, 112] * 9
     texts = iter([("loop", loop), ("eos", [120])])
 
-    def continued(model, examples, **options):
+    def continued(decoder, examples, *options, **more):
         stop, ids = next(texts)
         result = {"response": tokenizer.decode(ids), "ids": ids, "stop": stop, "tokens": len(ids)}
         return {e["id"]: dict(result) for e in examples}
 
-    monkeypatch.setattr(decoding, "continued", continued)
+    monkeypatch.setattr(decoding.Decoder, "continued", continued)
     stub = SimpleNamespace(config=SimpleNamespace(image_token_index=308))
     meta = {"answer_index": 0, "caption": ""}
     problem = data.Problem("1", "Which?", ("red", "blue"), "red", "", None, "", "", meta)
@@ -136,7 +136,7 @@ def test_bytes_of_a_character_are_text_when_it_is_complete():
     assert "the" in "".join(decoding.token_texts(tokenizer, odd))
 
 
-def test_decode_tells_each_token_as_it_is_chosen():
+def test_on_token_gets_each_token_as_it_is_chosen():
     script = torch.tensor([[5, 6, 1, 0], [7, 8, 9, 4]])
     heard = []
     state = SimpleNamespace(t=0, rows=script)
@@ -150,9 +150,10 @@ def test_decode_tells_each_token_as_it_is_chosen():
 
     state.keep = lambda alive: setattr(state, "rows", state.rows[alive])
     listen = lambda t, ids: heard.append((t, ids.tolist()))  # noqa: E731
-    out, stops = decode(logits(), step, state, 4, 1, on_token=listen)
+    out = decode(logits(), step, state, 4, 1, on_token=listen)
     assert heard == [(0, [5, 7]), (1, [6, 8]), (2, [1, 9]), (3, [4])]
-    assert out.tolist() == script.tolist() and stops == ["eos", "length"]
+    assert out.tolist() == script.tolist()
+    assert [stop_reason(row, 1, 0) for row in out] == ["eos", "length"]
 
 
 @pytest.mark.slow
