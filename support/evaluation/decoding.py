@@ -146,6 +146,7 @@ class Decoder:
         options = [max_new_tokens, stop_loops, self.temperature, self.seed]
         return self.decode(examples, data.pali_collate, options, self.continue_batch)
 
+    @torch.inference_mode()
     def continue_batch(self, batch: dict, key: list) -> dict[str, dict]:
         """`continued` of one batch, with the options its key begins with."""
         max_new_tokens, stop_loops, temperature, *_ = key
