@@ -27,11 +27,12 @@ from tokenizers import Tokenizer
 import data
 import fusion
 from data import ImageSource, Problem
-from model import DETR, rank, resolve
+from model import DETR
+from support.checkpoints.hub import resolve
 from support.dataset import images
 from support.dataset.choices import LETTERS
 from support.dataset.tokenizers import load_tokenizer
-from support.distributed import check_device
+from support.distributed import check_device, rank
 from support.evaluation import decoding, errors, tables
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import Graded
@@ -67,34 +68,31 @@ def predict(
     """Decode problems with a run's models: one, or rationale and answer. Predictions in order; of
     PaliGemma with their "ids". `on_token` is as in `model.decode`, and hears no votes. Batches that
     are in the cache are not decoded again."""
+    decoder = decoding.Decoder(models[0], tokenizer, settings.eval_batch_size, cache, on_token)
     if settings.model == "paligemma":
-        examples = prompt_examples(settings, problems, tokenizer, features)
-        write = partial(
-            decoding.paligemma_texts,
-            models[0],
-            examples,
-            tokenizer,
-            rationale_budget=settings.max_output[0] if settings.recipe == "reason" else None,
-            answer_budget=settings.max_output[-1],
-            loop_stop=settings.loop_stop,
-            force_answer=settings.force_answer,
-            temperature=settings.temperature,
-            batch_size=settings.eval_batch_size,
-            cache=cache,
-        )
+        reasons = settings.recipe == "reason"
+        options = {
+            "examples": prompt_examples(settings, problems, tokenizer, features),
+            "rationale_budget": settings.max_output[0] if reasons else None,
+            "answer_budget": settings.max_output[-1],
+            "loop_stop": settings.loop_stop,
+            "force_answer": settings.force_answer,
+        }
+        decoder = replace(decoder, temperature=settings.temperature, seed=settings.seed)
         if settings.samples == 1:
-            results = write(seed=settings.seed, on_token=on_token)
+            results = decoder.paligemma_texts(**options)
         else:
-            runs = [write(seed=settings.seed + sample) for sample in range(settings.samples)]
-            results = decoding.majority(problems, runs)
+            seeds = range(settings.seed, settings.seed + settings.samples)
+            voters = [replace(decoder, seed=seed, on_token=None) for seed in seeds]
+            texts = [voter.paligemma_texts(**options) for voter in voters]
+            results = decoding.majority(problems, texts)
         return [{"id": p.id} | results[p.id] for p in problems]
 
     def write_stage(stage, rationales=None):
         fmt = fusion.RECIPES[settings.recipe][stage]
         examples = stage_examples(settings, problems, fmt, tokenizer, features, rationales)
-        options = {"batch_size": settings.eval_batch_size, "on_token": on_token, "cache": cache}
-        budget = settings.max_output[stage]
-        return decoding.t5_texts(models[stage], examples, tokenizer, budget, **options)
+        stage_decoder = replace(decoder, model=models[stage])
+        return stage_decoder.t5_texts(examples, settings.max_output[stage])
 
     if len(models) == 2:
         results = fusion.two_stage(partial(write_stage, 0), partial(write_stage, -1))
@@ -113,11 +111,13 @@ def about(
 
 
 def assess(
-    graded: list[Graded], subject: dict, config: dict | None = None, judge: Callable | None = None
+    graded: list[Graded],
+    subject: dict,
+    config: dict | None = None,
+    judge: Callable | None = None,
 ) -> tuple[dict, list[Graded]]:
-    """(metrics, graded with kinds) of what `grade_all` returns, whether it was decoded just now,
-    before, or elsewhere. `subject`: see `about`; `config`: of the run, if it is one's; `judge`: see
-    `errors.refine`."""
+    """(metrics, graded with kinds) of what `grade_all` returns. `subject`: see `about`; `config`:
+    the run's whose predictions these are, if any; `judge`: see `errors.refine`."""
     facts = errors.scene_facts(subject["data"])
     known = None
     if config and (any(config.get("epochs", ())) or config.get("adapter")):  # it was trained
@@ -131,11 +131,9 @@ def assess(
 
 
 def judge_of(spec: str | None, folder: str | Path) -> Callable | None:
-    """The judge of --judge SPEC: verdicts of (problem, rationale, answer) items, kept in the
-    folder's judge.jsonl; None without one."""
-    if not spec:
-        return None
-    return partial(judging.judge_many, spec=spec, cache=Path(folder) / "judge.jsonl")
+    """The judge of --judge SPEC, its verdicts kept in the folder's judge.jsonl; None without."""
+    cache = Path(folder) / "judge.jsonl"
+    return partial(judging.judge_many, spec=spec, cache=cache) if spec else None
 
 
 def target_format(model: str) -> str | None:
@@ -409,8 +407,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     judge = "model that judges why answers are right or wrong (as teacher.py --judge), or demo"
     add("--judge", metavar="SPEC", help=judge)
     add("--markdown", action="store_true", help="print the table as markdown")
-    rows = "also the table's rows by source, question type, category, language and grade"
-    add("--all-rows", action="store_true", help=rows)
+    add("--all-rows", action="store_true", help="also rows by source, question type and the like")
     report = "write no report.html into the first run's folder, or --out"
     add("--no-report", dest="report", action="store_false", help=report)
     args = parser.parse_args(argv)

@@ -29,22 +29,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import nn
 
-from model import (
-    T5,
-    T5_KEYS,
-    KeyTable,
-    T5Config,
-    described,
-    from_config,
-    has_weights,
-    head_is_tied,
-    load_weights,
-    main,
-    read_config,
-    resolve,
-    save_weights,
-    stored_tensors,
-)
+from model import T5, Pretrained
 
 # ----------------------------------------------------------------------------------------------
 # The fusion: equations 3 to 6
@@ -115,76 +100,21 @@ class GatedFusion(nn.Module):
 # A T5 that sees: equations 1 and 2
 # ----------------------------------------------------------------------------------------------
 
-FUSION_ROWS = {
-    f"encoder.{name}": f"fusion.{name}"
-    for name in (
-        "image_dense.weight",
-        "image_dense.bias",
-        "mha_layer.in_proj_weight",
-        "mha_layer.in_proj_bias",
-        "mha_layer.out_proj.weight",
-        "mha_layer.out_proj.bias",
-        "gate_dense.weight",
-        "gate_dense.bias",
-    )
-}
-MULTIMODAL_KEYS = KeyTable(
-    {theirs: ours and f"t5.{ours}" for theirs, ours in T5_KEYS.rows.items()} | FUSION_ROWS,
-    spellings=((r"^(image_dense|mha_layer|gate_dense)\.", r"encoder.\1."),),  # Feb 2023 checkpoints
-)
 
-
-class MultimodalT5(nn.Module):
+class MultimodalT5(Pretrained):
     """T5 whose encoder output is fused with image features before the decoder reads it.
 
-    `fusion=None` is the text-only model of the paper's ablations: a plain T5.
+    `fusion=None` is the text-only model of the paper's ablations: a plain T5. `from_pretrained`
+    reads both released namings of the fusion layers; of a plain T5 checkpoint it makes a model
+    without fusion. For a fresh one: `MultimodalT5(T5.from_pretrained(x), GatedFusion(...))`.
     """
 
-    KEYS = MULTIMODAL_KEYS
-    hub_path = T5.hub_path
+    t5_class = T5
+    fusion_class = GatedFusion
 
     def __init__(self, t5, fusion=None):
         super().__init__()
         self.t5, self.fusion = t5, fusion
-
-    @classmethod
-    def from_pretrained(cls, where, dtype=torch.float32):
-        """Load from a folder or Hub id, in eval mode; strict, as `model.load_weights` says.
-
-        Reads both released namings of the fusion layers. A plain T5 checkpoint gives fusion=None;
-        for a fresh fusion build `MultimodalT5(T5.from_pretrained(x), GatedFusion(...))`.
-        """
-        folder = resolve(where)
-        model, skip = cls.unloaded(folder)
-        return load_weights(model, folder, MULTIMODAL_KEYS, dtype, skip).eval()
-
-    @classmethod
-    def unloaded(cls, folder):
-        """As `model.T5.unloaded`; the fusion is there if the weights have one, in their width."""
-        config = read_config(folder, "t5")
-        stored = stored_tensors(folder) if has_weights(folder) else {}
-        names = {MULTIMODAL_KEYS.to_ours(name): shape for name, (_, shape) in stored.items()}
-        width = names.get("fusion.image_dense.weight")
-        tied = head_is_tied(folder) if stored else None
-        with described(folder):
-            t5 = T5(from_config(T5Config, config), tied=tied)
-            no_image = config.get("no_image", "zero")
-            fusion = GatedFusion(t5.config.d_model, width[1], no_image) if width else None
-            model = cls(t5, fusion)
-        return model, ("t5.lm_head.weight",) if t5.lm_head is None else ()
-
-    def walk(self, of):
-        """A forward pass for `model.summary`."""
-        features = self.fusion and of("B", "P", self.fusion.image_dense.in_features)
-        self(of("B", "T"), of("B", "T"), features, of("B", "U"))
-
-    def save_pretrained(self, folder):
-        """Write a folder that loads here and, by its key names, in the released mm-cot code."""
-        if self.fusion is None:
-            return self.t5.save_pretrained(folder)
-        config = self.t5.hub_config("T5ForMultimodalGeneration")
-        config["no_image"] = self.fusion.no_image
-        return save_weights(self, folder, MULTIMODAL_KEYS, config)
 
     def encode(self, input_ids, attention_mask, image_features=None):
         """(B, T) ids and mask, (B, P, F) features -> what the decoder reads (B, T, D)."""
@@ -212,12 +142,24 @@ class MultimodalT5(nn.Module):
         return self.t5.head(states)  # (B, U, V)
 
     @torch.inference_mode()
-    def generate(self, input_ids, attention_mask, image_features=None, *, max_new_tokens, **how):
-        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
-
-        `how` is as in `model.decode`."""
+    def generate(
+        self,
+        input_ids,
+        attention_mask,
+        image_features=None,
+        *,
+        max_new_tokens,
+        temperature=0.0,
+        generator=None,
+        stop_loops=False,
+        on_token=None,
+    ):
+        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
+        options are those of `model.decode`."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
-        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **how)  # (B, U)
+        return self.t5.generate_from(
+            memory, attention_mask, max_new_tokens, temperature, generator, stop_loops, on_token
+        )  # (B, U)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -316,4 +258,6 @@ def two_stage(
 
 
 if __name__ == "__main__":  # --keys and --summary, of a T5 with a fusion
-    main({"t5": MultimodalT5})
+    from support.checkpoints import summary
+
+    summary.main({"t5": MultimodalT5})

@@ -1,4 +1,4 @@
-"""The plain backbones: T5, DETR-ResNet, SigLIP, Gemma-2, PaliGemma 2; weights and decoding.
+"""The plain backbones: T5, DETR-ResNet, SigLIP, Gemma-2, PaliGemma 2, and decoding.
 
 T5           Raffel et al. 2020, arXiv 1910.10683; v1.1 (gated GELU, untied) is FLAN-T5's.
 DETR         Carion et al. 2020, arXiv 2005.12872; ResNet v1.5 (He et al. 2016, stride in conv2).
@@ -13,11 +13,11 @@ What is worth knowing before reading:
     sees 4096 tokens only, and its scores are scaled by a number from the config.
   * PaliGemma is a prefix language model: picture and question see each other, the answer is
     causal. Picture features are not scaled, word embeddings are (by the root of D).
-  * Weight names are data: one table per architecture, file name <-> our name, for both ways.
+  * How checkpoints call the weights is data in support/checkpoints/keys.py.
 
-First come the architectures, each with its sizes, weight names and formulas, then the loop they
-decode with. A first reading may stop there: what follows is the same formulas again where the plain
-way costs too much, files, many processes and the command line.
+First come the architectures, each with its sizes and formulas, then the loop they decode with. A
+first reading may stop there: what follows is the same formulas again where the plain way costs too
+much.
 
 `python model.py --keys DIR_OR_HUB_ID` prints the weight table that loading goes by; `--summary`
 the architecture, with shapes and parameter counts (fusion.py does both for a T5 with a fusion).
@@ -34,91 +34,35 @@ Axes:
   `new` tokens of this call; `live` rows still written; `length` tokens compared; `...` any axes
 """
 
-import argparse
-import contextlib
-import itertools
-import json
 import math
-import os
-import re
-import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Self
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------
-# Weight names: those of the files <-> ours, as data that loading and saving both go by
-# ----------------------------------------------------------------------------------------------
 
+class Pretrained(nn.Module):
+    """A model that can be read from a checkpoint folder or the Hub; support/checkpoints knows how.
 
-class KeyTable:
-    """Names in a weight file <-> names in our module, as data; works in both directions.
-
-    `rows` maps a file pattern to ours. `{}` stands for a layer index, `<a|b>` for each of a and b
-    in turn (on both sides), "=" for the same name, None for a tensor that is known and skipped.
-    `spellings` are (regex, replacement) pairs that bring the names other library versions write to
-    the ones in `rows`.
+    `config_class` of a subclass is the dataclass of its sizes.
     """
 
-    IGNORED = re.compile(r"(num_batches_tracked|position_ids|rotary_emb\.inv_freq)$")
-
-    def __init__(self, rows, spellings=()):
-        self.rows, self.spellings = {}, spellings
-        for theirs, ours in rows.items():
-            ours = theirs if ours == "=" else ours
-            names = self.expand(theirs)
-            self.rows |= zip(names, self.expand(ours) if ours else [None] * len(names), strict=True)
-        self.inverse = {ours: theirs for theirs, ours in self.rows.items() if ours}
-        self.found, self.found_inverse = self.by_outline(self.rows), self.by_outline(self.inverse)
-
-    @staticmethod
-    def expand(pattern):
-        parts = re.split(r"<(.*?)>", pattern)
-        choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
-        return ["".join(chosen) for chosen in itertools.product(*choices)]
-
-    @staticmethod
-    def outline(name):
-        return re.sub(r"\{\}|\d+", "#", name)
-
     @classmethod
-    def by_outline(cls, rows):
-        """Rows, as (pattern, target), by what a name of theirs looks like without its numbers."""
-        found = {}
-        for pattern, target in rows.items():
-            found.setdefault(cls.outline(pattern), []).append((pattern, target))
-        return found
+    def from_pretrained(cls, where: str | Path, dtype: torch.dtype = torch.float32) -> Self:
+        """Load from a folder or Hub id, in eval mode; ValueError names tensors that do not fit."""
+        from support.checkpoints import hub
 
-    @classmethod
-    def translate(cls, name, found):
-        for pattern, target in found.get(cls.outline(name), ()):
-            match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), name)
-            if match:
-                return target and target.format(*match.groups())
-        return f"?{name}"  # no row: reported as unexpected by its own name
+        return hub.load(cls, where, dtype)
 
-    def to_ours(self, name):
-        """Our name for a file's tensor, None if it is to be skipped, "?name" if no row knows it."""
-        if self.IGNORED.search(name):
-            return None
-        for pattern, replacement in self.spellings:
-            name = re.sub(pattern, replacement, name)
-        return self.translate(name, self.found)
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors as the Hub has them."""
+        from support.checkpoints import hub
 
-    def to_file(self, name):
-        """The file's name (Hub layout) for one of our tensors."""
-        return self.translate(name, self.found_inverse)
+        hub.save(self, folder)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -167,39 +111,6 @@ class T5Config:
         """
         known = self.scale_decoder_outputs is not None
         return self.scale_decoder_outputs if known else self.tie_word_embeddings
-
-
-T5_KEYS = KeyTable(
-    {
-        "shared.weight": "=",
-        "lm_head.weight": "=",  # v1.1 only
-        "<encoder|decoder>.embed_tokens.weight": None,  # copies of `shared`
-        "<encoder|decoder>.final_layer_norm.weight": "=",
-        "<encoder|decoder>.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
-            "<encoder|decoder>.relative_attention_bias.weight"
-        ),
-        "<encoder|decoder>.block.{}.layer.0.SelfAttention.<q|k|v|o>.weight": (
-            "<encoder|decoder>.block.{}.self_attn.<q|k|v|o>_proj.weight"
-        ),
-        "<encoder|decoder>.block.{}.layer.0.layer_norm.weight": (
-            "<encoder|decoder>.block.{}.self_attn_norm.weight"
-        ),
-        "decoder.block.{}.layer.1.EncDecAttention.<q|k|v|o>.weight": (
-            "decoder.block.{}.cross_attn.<q|k|v|o>_proj.weight"
-        ),
-        "decoder.block.{}.layer.1.layer_norm.weight": "decoder.block.{}.cross_attn_norm.weight",
-        # In some old files; cross-attention has no position bias and this must not be used.
-        "decoder.block.{}.layer.1.EncDecAttention.relative_attention_bias.weight": None,
-        "encoder.block.{}.layer.1.DenseReluDense.<wi|wi_0|wi_1|wo>.weight": (
-            "encoder.block.{}.ffn.<wi|wi_0|wi_1|wo>.weight"
-        ),
-        "decoder.block.{}.layer.2.DenseReluDense.<wi|wi_0|wi_1|wo>.weight": (
-            "decoder.block.{}.ffn.<wi|wi_0|wi_1|wo>.weight"
-        ),
-        "encoder.block.{}.layer.1.layer_norm.weight": "encoder.block.{}.ffn_norm.weight",
-        "decoder.block.{}.layer.2.layer_norm.weight": "decoder.block.{}.ffn_norm.weight",
-    }
-)
 
 
 class T5Norm(nn.Module):
@@ -365,10 +276,10 @@ class T5Stack(nn.Module):
         return self.dropout(self.final_layer_norm(x))
 
 
-class T5(nn.Module):
+class T5(Pretrained):
     """T5ForConditionalGeneration: v1.0 (UnifiedQA, tied and scaled) and v1.1 (FLAN, untied)."""
 
-    KEYS = T5_KEYS
+    config_class = T5Config
 
     def __init__(self, config, tied=None):
         super().__init__()
@@ -377,46 +288,6 @@ class T5(nn.Module):
         self.encoder, self.decoder = T5Stack(config, False), T5Stack(config, True)
         tied = config.scaled if tied is None else tied
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
-
-    @classmethod
-    def from_pretrained(cls, where, dtype=torch.float32):
-        """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
-        folder = resolve(where)
-        model, skip = cls.unloaded(folder)
-        return load_weights(model, folder, T5_KEYS, dtype, skip).eval()
-
-    @classmethod
-    def unloaded(cls, folder):
-        """The model without its numbers, on the meta device, and what `load_weights` skips."""
-        config = read_config(folder, "t5")
-        tied = head_is_tied(folder) if has_weights(folder) else None
-        with described(folder):
-            model = cls(from_config(T5Config, config), tied)
-        return model, ("lm_head.weight",) if model.lm_head is None else ()
-
-    def walk(self, of):
-        """A forward pass for `summary`."""
-        self(of("B", "T"), of("B", "T"), of("B", "U"))
-
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors as the Hub has them."""
-        save_weights(self, folder, T5_KEYS, self.hub_config("T5ForConditionalGeneration"))
-
-    def hub_path(self, path):
-        """The dotted path transformers gives to one of our modules; PEFT names adapters so."""
-        return self.KEYS.to_file(f"{path}.weight").removesuffix(".weight")
-
-    def hub_config(self, architecture):
-        """config.json's content; the output scaling is spelled for 4.x and for 5.x readers."""
-        config = asdict(self.config) | {
-            "model_type": "t5",
-            "architectures": [architecture],
-            "is_encoder_decoder": True,
-            "num_decoder_layers": self.config.decoder_layers,
-            "tie_word_embeddings": self.lm_head is None,
-            "scale_decoder_outputs": self.config.scaled,
-        }
-        return config
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -469,13 +340,14 @@ class T5(nn.Module):
         max_new_tokens,
         temperature=0.0,
         generator=None,
+        stop_loops=False,
         on_token=None,
     ):
         """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
         options are those of `decode`."""
         memory = self.encode(input_ids, attention_mask)  # (B, T, D)
         return self.generate_from(
-            memory, attention_mask, max_new_tokens, temperature, generator, on_token
+            memory, attention_mask, max_new_tokens, temperature, generator, stop_loops, on_token
         )  # (B, U)
 
     @torch.inference_mode()
@@ -486,6 +358,7 @@ class T5(nn.Module):
         max_new_tokens,
         temperature=0.0,
         generator=None,
+        stop_loops=False,
         on_token=None,
     ):
         """As `generate`, from encoder states (B, T, D), perhaps fused with an image."""
@@ -501,6 +374,7 @@ class T5(nn.Module):
             pad_id=c.pad_token_id,
             temperature=temperature,
             generator=generator,
+            stop_loops=stop_loops,
             on_token=on_token,
         )
 
@@ -541,17 +415,6 @@ class DETRConfig:
         if any(self.d_model % n for n in heads) or self.d_model % 4:  # 4: sines, cosines, two axes
             raise ValueError(f"d_model is {self.d_model}, no multiple of 4 and of {heads} heads.")
 
-    @classmethod
-    def from_hub(cls, config):
-        """From config.json: transformers 5 moves the backbone's name into `backbone_config`, and
-        the number of classes is only there as the length of `id2label`."""
-        config = dict(config)
-        config["backbone"] = config.get("backbone") or (config.get("backbone_config") or {}).get(
-            "backbone"
-        )
-        config["num_labels"] = len(config["id2label"]) if config.get("id2label") else None
-        return from_config(cls, config)
-
     @property
     def resnet(self):
         """(blocks per stage, width per stage) of the ResNet."""
@@ -565,44 +428,6 @@ class DETRConfig:
         if any(len(size) != 4 or not max(size) <= 10_000 for size in sizes) or sum(layers) > 256:
             raise ValueError(f"backbone_kwargs {kwargs!r:.60} are not four stages of a ResNet.")
         return sizes
-
-
-_NORM = "<weight|bias|running_mean|running_var>"
-_LAYER = "<encoder|decoder>.layers.{}"
-DETR_KEYS = KeyTable(
-    {
-        "model.backbone.conv_encoder.model.conv1.weight": "backbone.conv1.weight",
-        f"model.backbone.conv_encoder.model.bn1.{_NORM}": f"backbone.bn1.{_NORM}",
-        "model.backbone.conv_encoder.model.layer{}.{}.<conv1|conv2|conv3|downsample.0>.weight": (
-            "backbone.layer{}.{}.<conv1|conv2|conv3|downsample.0>.weight"
-        ),
-        f"model.backbone.conv_encoder.model.layer{{}}.{{}}.<bn1|bn2|bn3|downsample.1>.{_NORM}": (
-            f"backbone.layer{{}}.{{}}.<bn1|bn2|bn3|downsample.1>.{_NORM}"
-        ),
-        "model.<input_projection|decoder.layernorm>.<weight|bias>": (
-            "<input_projection|decoder.layernorm>.<weight|bias>"
-        ),
-        "model.query_position_embeddings.weight": "query_position_embeddings.weight",
-        f"model.{_LAYER}.self_attn.<q|k|v|out>_proj.<weight|bias>": (
-            f"{_LAYER}.self_attn.<q|k|v|o>_proj.<weight|bias>"
-        ),
-        "model.decoder.layers.{}.encoder_attn.<q|k|v|out>_proj.<weight|bias>": (
-            "decoder.layers.{}.encoder_attn.<q|k|v|o>_proj.<weight|bias>"
-        ),
-        f"model.{_LAYER}.<self_attn_layer_norm|final_layer_norm|fc1|fc2>.<weight|bias>": (
-            f"{_LAYER}.<self_attn_layer_norm|final_layer_norm|fc1|fc2>.<weight|bias>"
-        ),
-        "model.decoder.layers.{}.encoder_attn_layer_norm.<weight|bias>": (
-            "decoder.layers.{}.encoder_attn_layer_norm.<weight|bias>"
-        ),
-        "<class_labels_classifier|bbox_predictor.layers.{}>.<weight|bias>": "=",
-    },
-    spellings=(  # transformers 5's in-memory names
-        (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
-        (r"attn\.o_proj\.", "attn.out_proj."),
-        (r"\.mlp\.(fc[12])\.", r".\1."),
-    ),
-)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -750,10 +575,10 @@ class DETRDecoderLayer(nn.Module):
         return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
 
 
-class DETR(nn.Module):
+class DETR(Pretrained):
     """DetrForObjectDetection: ResNet, transformer encoder, Q object queries, two small heads."""
 
-    KEYS = DETR_KEYS
+    config_class = DETRConfig
 
     def __init__(self, config):
         super().__init__()
@@ -772,36 +597,6 @@ class DETR(nn.Module):
         self.class_labels_classifier = nn.Linear(D, config.num_labels + 1)
         self.bbox_predictor = nn.Module()
         self.bbox_predictor.layers = nn.ModuleList(nn.Linear(D, out) for out in (D, D, 4))
-
-    @classmethod
-    def from_pretrained(cls, where, dtype=torch.float32):
-        """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
-        folder = resolve(where)
-        model, skip = cls.unloaded(folder)
-        return load_weights(model, folder, DETR_KEYS, dtype, skip).eval()
-
-    @classmethod
-    def unloaded(cls, folder):
-        """As T5's."""
-        config = read_config(folder, "detr")
-        with described(folder):
-            return cls(DETRConfig.from_hub(config)), ()
-
-    def walk(self, of):
-        """A forward pass for `summary`."""
-        self(of("B", 3, "Y", "X").float())
-
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors as the Hub has them."""
-        config = asdict(self.config) | {
-            "model_type": "detr",
-            "architectures": ["DetrForObjectDetection"],
-            "use_timm_backbone": True,
-            "id2label": self.config.id2label
-            or {str(i): f"LABEL_{i}" for i in range(self.config.num_labels)},
-        }
-        config = {k: v for k, v in config.items() if v is not None}  # no empty backbone_kwargs
-        save_weights(self, folder, DETR_KEYS, config)
 
     def features(self, pixel_values, pixel_mask=None):
         """Object features (B, Q, D): the last decoder layer's states after the decoder's norm.
@@ -954,8 +749,8 @@ class Gemma2Config:
     rope_theta: float = 10000.0
     sliding_window: int = 4096  # reach of the even layers
     layer_types: tuple = None  # None: sliding, full, sliding, full ...
-    attn_logit_softcapping: float = 50.0  # None: off
-    final_logit_softcapping: float = 30.0  # None: off
+    attn_logit_softcapping: float | None = 50.0  # None: off
+    final_logit_softcapping: float | None = 30.0  # None: off
 
     def __post_init__(self):
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
@@ -967,22 +762,10 @@ class Gemma2Config:
                 "query_pre_attn_scalar or rope_theta is not above 0."
             )
 
-    @classmethod
-    def from_hub(cls, config):
-        """From a config's text part. A soft-cap of null is "off", which is not the default; the
-        base of the rotary angles has another name in transformers 5."""
-        made = from_config(cls, config | {"rope_theta": rope_theta(config)})
-        caps = ("attn_logit_softcapping", "final_logit_softcapping")
-        return replace(made, **{cap: config[cap] for cap in caps if cap in config})
-
     def is_sliding(self, layer):
         if self.layer_types:
             return self.layer_types[layer] == "sliding_attention"
         return layer % 2 == 0
-
-
-def rope_theta(config):
-    return (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
 
 
 class GemmaNorm(nn.Module):
@@ -1182,68 +965,20 @@ class PaliGemmaConfig:
     eos_token_id: int = 1
     bos_token_id: int = 2
 
-    @classmethod
-    def from_hub(cls, config, where):
-        """From config.json. The top-level hidden_size is wrong or absent in released files and is
-        never read. ValueError for PaliGemma 1, which has the same model_type."""
-        text = config.get("text_config") or {}
-        if text.get("model_type") != "gemma2":
-            raise ValueError(
-                f"{where} holds PaliGemma 1 (its text model is {text.get('model_type')!r}, not "
-                "'gemma2'). Its norms and attention differ; use google/paligemma2-3b-mix-448."
-            )
-        rest = {k: v for k, v in config.items() if k.endswith(("token_id", "token_index"))}
-        vision = from_config(SigLIPConfig, config.get("vision_config") or {})
-        return from_config(cls, rest | {"vision": vision, "text": Gemma2Config.from_hub(text)})
-
     @property
     def image_tokens(self):
         """How many tokens a picture takes: 256 at 224 pixels, 1024 at 448, 4096 at 896."""
         return self.vision.patches  # I
 
 
-_VISION_PARTS = "layer_norm1|layer_norm2|mlp.fc1|mlp.fc2|" + "|".join(
-    f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")
-)
-_TEXT_PARTS = "|".join(
-    [f"self_attn.{name}_proj" for name in "qkvo"]
-    + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    + [f"{when}_layernorm" for when in ("input", "post_attention")]
-    + [f"{when}_feedforward_layernorm" for when in ("pre", "post")]
-)
-PALIGEMMA_KEYS = KeyTable(
-    {
-        f"vision_tower.vision_model.{theirs}": f"vision_tower.{theirs}"
-        for theirs in (
-            "embeddings.patch_embedding.<weight|bias>",
-            "embeddings.position_embedding.weight",
-            f"encoder.layers.{{}}.<{_VISION_PARTS}>.<weight|bias>",
-            "post_layernorm.<weight|bias>",
-        )
-    }
-    | {"multi_modal_projector.linear.<weight|bias>": "="}
-    | {
-        f"language_model.model.{theirs}": f"language_model.{theirs}"
-        for theirs in ("embed_tokens.weight", f"layers.{{}}.<{_TEXT_PARTS}>.weight", "norm.weight")
-    }
-    | {"language_model.lm_head.weight": None},  # the embedding again; `from_pretrained` checks
-    spellings=(  # transformers 5 in a file, and 4.53 and later in memory
-        (r"^model\.", ""),
-        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-        (r"^lm_head\.", "language_model.lm_head."),
-        (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
-    ),
-)
-
-
-class PaliGemma(nn.Module):
+class PaliGemma(Pretrained):
     """PaliGemmaForConditionalGeneration with a Gemma-2 text model (arXiv 2412.03555).
 
     SigLIP's patch states go through one linear layer and take the places of the <image> tokens;
     from there on it is a prefix language model.
     """
 
-    KEYS = PALIGEMMA_KEYS
+    config_class = PaliGemmaConfig
 
     def __init__(self, config):
         super().__init__()
@@ -1254,51 +989,6 @@ class PaliGemma(nn.Module):
         width = config.vision.hidden_size
         self.multi_modal_projector.linear = nn.Linear(width, config.text.hidden_size)
         self.language_model = Gemma2(config.text)
-
-    @classmethod
-    def from_pretrained(cls, where, dtype=torch.float32):
-        """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
-        folder = resolve(where)
-        model, skip = cls.unloaded(folder)
-        if not head_is_tied(folder):
-            raise ValueError(
-                f"{folder} has an lm_head of its own that differs from its embedding; PaliGemma 2 "
-                "has one matrix for both. These weights were trained by other code."
-            )
-        return load_weights(model, folder, PALIGEMMA_KEYS, dtype, skip).eval()
-
-    @classmethod
-    def unloaded(cls, folder):
-        """As T5's."""
-        config = read_config(folder, "paligemma")
-        with described(folder):
-            return cls(PaliGemmaConfig.from_hub(config, folder)), ()
-
-    def walk(self, of):
-        """A forward pass for `summary`: picture and text each, as on the meta device nobody can
-        count the <image> tokens."""
-        side = self.config.vision.image_size
-        self.image_features(of("B", 3, side, side))
-        valid = of("B", "T").bool()
-        self.head(self.language_model(self.language_model.embed(of("B", "T")), valid, valid))
-
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors as the Hub has them (transformers reads both)."""
-        c = self.config
-        text = asdict(c.text) | {"model_type": "gemma2", "num_image_tokens": c.image_tokens}
-        vision = asdict(c.vision) | {"model_type": "siglip_vision_model", "vision_use_head": False}
-        config = {k: v for k, v in asdict(c).items() if k not in ("vision", "text")} | {
-            "model_type": "paligemma",
-            "architectures": ["PaliGemmaForConditionalGeneration"],
-            "text_config": {k: v for k, v in text.items() if k != "layer_types" or v},
-            "vision_config": vision | {"projection_dim": c.text.hidden_size},
-            "projection_dim": c.text.hidden_size,
-        }
-        save_weights(self, folder, PALIGEMMA_KEYS, config)
-
-    def hub_path(self, path):
-        """The dotted path transformers 5 gives to one of our modules; PEFT names adapters so."""
-        return f"model.{path}"
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -1567,500 +1257,7 @@ def stop_reason(ids, eos_id, pad_id, stop_loops=False):
     return "length"
 
 
-# ----------------------------------------------------------------------------------------------
-# Files: finding a checkpoint, reading its config, moving tensors by the tables of names
-# ----------------------------------------------------------------------------------------------
+if __name__ == "__main__":  # --keys and --summary
+    from support.checkpoints import summary
 
-
-def resolve(where):
-    """A local folder for a directory or a Hub id ("allenai/unifiedqa-t5-base").
-
-    Weights are fetched as safetensors; only a repository without any gives its pytorch_model.bin.
-    Raises FileNotFoundError for a missing path or repository, PermissionError for a gated one,
-    ConnectionError without network; each says what to do.
-    """
-    if Path(where).is_dir():
-        return Path(where)
-    if Path(where).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
-        raise FileNotFoundError(
-            f"{where} is neither a folder with config.json and weights nor a Hub id like org/name."
-        )
-    from huggingface_hub import errors, snapshot_download
-
-    small = ["*.json", "spiece.model"]
-    try:
-        folder = Path(snapshot_download(where, allow_patterns=[*small, "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):
-            snapshot_download(where, allow_patterns=[*small, "pytorch_model.bin"])
-        return folder
-    except errors.GatedRepoError as e:
-        raise PermissionError(
-            f"The Hub repository {where} is gated: accept its licence on its page, then log in "
-            "with `hf auth login` or set HF_TOKEN."
-        ) from e
-    except errors.RepositoryNotFoundError as e:
-        raise FileNotFoundError(
-            f"The Hub has no repository {where}, or it is private and no token is set."
-        ) from e
-    except Exception as e:  # the client raises its HTTP library's own errors when offline
-        raise ConnectionError(
-            f"{where} is not a local folder and the Hub could not be reached "
-            f"({type(e).__name__}). Download it elsewhere and pass the folder instead."
-        ) from e
-
-
-def read_config(folder, *model_types):
-    """config.json of `folder` as a dict; ValueError unless its model_type is one of these."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a checkpoint folder needs its config.json."
-        )
-    config = json_object(path)
-    if config.get("model_type") not in model_types:
-        raise ValueError(
-            f"{path} says model_type {config.get('model_type')!r:.60}, but "
-            f"{' or '.join(map(repr, model_types))} is needed here: these weights belong to "
-            "another architecture."
-        )
-    return config
-
-
-def json_object(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}). Download it again.") from e
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
-    return value
-
-
-def from_config(cls, config):
-    """Dataclass `cls` from a config dict; absent and null fields keep the family's default.
-    ValueError for a value of another type, or a size no model has: it would take hours to build."""
-    made = {}
-    for field in fields(cls):
-        value = config.get(field.name)
-        if value is None:
-            continue
-        kind = {float: (int, float), tuple: (list, tuple)}.get(field.type, field.type)
-        fits = isinstance(value, kind) and (field.type is bool or not isinstance(value, bool))
-        if fits and isinstance(value, int | float) and not isinstance(value, bool):
-            least = 0 if field.type is float or "token" in field.name else 1
-            least = -1 if field.name == "eos_token_id" else least  # -1: there is none
-            fits = least <= value <= (256 if "layers" in field.name else 10**7)  # False for NaN
-        if not fits:
-            raise ValueError(f"{field.name} is {value!r:.60}, which no {cls.__name__} has.")
-        made[field.name] = value
-    return cls(**made)
-
-
-class Undrawn(TorchFunctionMode):
-    """Leaves out what `torch.nn.init` would do to weights that are read from a file next. On the
-    meta device that draws nothing, but its first call imports torch's compiler: 2 seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def described(folder):
-    """The meta device, where a module takes no memory, to build what config.json describes."""
-    try:
-        with torch.device("meta"), Undrawn():
-            yield
-    except ValueError as e:
-        raise ValueError(f"{folder}/config.json: {str(e).rstrip('.')}.") from e
-    except Exception as e:  # torch's and Python's own, for sizes that do not go together
-        raise ValueError(
-            f"{folder}/config.json describes no model that can be built ({type(e).__name__}: {e})."
-        ) from e
-
-
-def convert_pickle(path):
-    """Convert pytorch_model.bin once to model.safetensors beside it; returns the new path.
-
-    Only tensors are unpickled (`weights_only=True`); a file that holds code is refused. Several
-    names of one tensor (T5's tied embeddings) are stored once, as safetensors wants it.
-    """
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a broken pickle makes its reader raise almost anything
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path} is not a plain file of tensors and was not loaded ({reason}). Pickles that "
-            "hold code are refused: use a safetensors version of these weights."
-        ) from e
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and is_plain(t) for name, t in tensors.items()
-    ):
-        raise ValueError(f"{path} does not hold a dict of tensors, so it is no model's weights.")
-    kept = {}
-    for name in sorted(tensors, key=len):  # of several names the shortest: "shared.weight"
-        t = tensors[name]
-        kept.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else name, name)
-    target = path.with_name("model.safetensors")
-    try:
-        write_safetensors({name: tensors[name] for name in kept.values()}, target)
-    except (RuntimeError, ValueError, SafetensorError) as e:  # tensors that overlap in memory
-        raise ValueError(f"{path} could not be converted to {target.name} beside it ({e}).") from e
-    return target
-
-
-def is_plain(t):
-    """Whether a tensor from a pickle has its numbers in memory. A view that says more of them than
-    its storage holds would be written out in full: a few bytes that become terabytes."""
-    if not torch.is_tensor(t) or t.layout != torch.strided or t.device.type != "cpu":
-        return False
-    return t.numel() * t.element_size() <= t.untyped_storage().nbytes()
-
-
-def write_safetensors(tensors, path):
-    """Write beside `path`, then rename: whoever has the old file mapped keeps a whole one."""
-    temporary, plain = path.with_name(f".{path.name}.{os.getpid()}.tmp"), {"format": "pt"}
-    try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, plain)
-        temporary.chmod(0o644)  # the library writes for the owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def stored_tensors(folder):
-    """{name in the file: (path, shape)} over every weight file of a checkpoint folder."""
-    return {name: (path, shape) for name, (path, shape, _) in headers(folder).items()}
-
-
-def headers(folder):
-    """As `stored_tensors`, with each tensor's dtype as safetensors calls it ("F32", "BF16")."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        names = json_object(index).get("weight_map")
-        names = list(names.values()) if isinstance(names, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(
-                f"{index} has no weight_map from tensors to files of its own folder. Get it again."
-            )
-        paths = {folder / name for name in names}
-    elif single.is_file():
-        paths = {single}
-    elif (folder / "pytorch_model.bin").is_file():
-        paths = {convert_pickle(folder / "pytorch_model.bin")}
-    else:
-        raise FileNotFoundError(
-            f"{folder} has neither model.safetensors, model.safetensors.index.json nor "
-            "pytorch_model.bin."
-        )
-    found = {}
-    for path in sorted(paths):
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                header = file.get_slice(name)
-                found[name] = (path, tuple(header.get_shape()), header.get_dtype())
-    return found
-
-
-@contextlib.contextmanager
-def opened(path):
-    """A safetensors file; whatever its reader finds wrong with it is a ValueError that names it."""
-    try:
-        if not path.is_file():
-            raise FileNotFoundError("there is no such file")  # a pipe would be waited for
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError, AttributeError, TypeError, RuntimeError) as e:
-        raise ValueError(f"{path} cannot be read as safetensors ({e}). Get it again.") from e
-
-
-class Weight(NamedTuple):
-    """A tensor of the files, or one of ours that they lack, and what becomes of it."""
-
-    fate: str  # "matched", "skipped" or one of UNFIT
-    theirs: str  # its name in the file, or the one it should have there
-    ours: str = None
-    shape: tuple = None  # in the file
-    dtype: str = None
-    path: Path = None
-    wanted: tuple = None  # the shape of ours
-
-    def __str__(self):
-        if self.fate != "of another shape":
-            return self.theirs
-        return f"{self.theirs}: file {list(self.shape)}, model {list(self.wanted)}"
-
-
-UNFIT = ("missing", "unexpected", "of another shape")
-
-
-def weight_rows(module, folder, table, skip=()):
-    """A `Weight` for each tensor in `folder` and for each of the module that is not there."""
-    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    rows = []
-    for theirs, (path, shape, dtype) in headers(folder).items():
-        ours = table.to_ours(theirs)
-        if ours is None or ours in skip:
-            fate, ours, expected = "skipped", None, None
-        elif ours not in wanted:  # or known by another spelling already
-            fate, ours, expected = "unexpected", None, None
-        else:
-            expected = wanted.pop(ours)
-            fate = "matched" if expected == shape else "of another shape"
-        rows.append(Weight(fate, theirs, ours, shape, dtype, path, expected))
-    lacking = ((table.to_file(ours), ours, shape) for ours, shape in wanted.items())
-    return rows + [Weight("missing", theirs, ours, wanted=shape) for theirs, ours, shape in lacking]
-
-
-def unfit(rows):
-    """What the rows say does not fit, listed by fate; empty if all is well."""
-    found = {fate: sorted(str(row) for row in rows if row.fate == fate) for fate in UNFIT}
-    return "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in found.items() if v)
-
-
-def load_weights(module, folder, table, dtype=torch.float32, skip=()):
-    """Fill `module`, built on the meta device, from the checkpoint in `folder`; strict.
-
-    Tensors are memory-mapped into place and copied only where `dtype` differs from the file's.
-    `skip` names (ours) that the caller knows to be copies of another tensor.
-    Raises ValueError that names each missing, unexpected and misshaped tensor as the file calls it,
-    and each that is not of finite floating-point numbers.
-    """
-    check_dtype(dtype)
-    rows, by_file = weight_rows(module, folder, table, skip), {}
-    if listed := unfit(rows):
-        raise ValueError(
-            f"The weights in {folder} do not fit {type(module).__name__} as its config.json "
-            f"describes it. Tensors {listed}."
-        )
-    for row in rows:
-        if row.fate == "matched":
-            by_file.setdefault(row.path, []).append((row.theirs, row.ours))
-    tensors, bad = {}, []
-    for path, names in by_file.items():
-        with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            found = pool.map(lambda pair: checked(file.get_tensor(pair[0]), dtype), names)
-            for (theirs, ours), (tensor, fine) in zip(names, found, strict=True):
-                tensors[ours] = tensor
-                if not fine:
-                    bad.append(theirs)
-    if bad:
-        raise ValueError(
-            f"The weights in {folder} are no finite numbers of type {dtype} in {len(bad)} tensors: "
-            f"{', '.join(sorted(bad))}. They were stored in integers, or by a run that diverged."
-        )
-    module.load_state_dict(tensors, assign=True)
-    return module
-
-
-def checked(t, dtype):
-    """A tensor in this dtype, and whether it is one of finite floating-point numbers."""
-    made = t.to(dtype)
-    return made, t.is_floating_point() and finite(made)
-
-
-def finite(t):
-    """Whether a tensor has neither NaN nor infinity. Either shows in its sum, which runs at the
-    memory's speed; a sum that has merely overflown is settled by the extremes."""
-    return math.isfinite(t.sum()) or all(math.isfinite(x) for x in t.aminmax())
-
-
-def save_weights(module, folder, table, config):
-    """Write config.json and model.safetensors in the Hub's layout."""
-    folder, tensors = Path(folder), in_file_names(module, table)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def in_file_names(module, table):
-    """{name in the files: tensor} of the module; ValueError if the table lacks one."""
-    tensors = {table.to_file(name): t for name, t in module.state_dict().items()}
-    if strange := sorted(name[1:] for name in tensors if name.startswith("?")):
-        raise ValueError(
-            f"{type(module).__name__} has tensors that its table of file names has no row for: "
-            f"{', '.join(strange)}. A layer of your own needs a row there. Adapters are saved with "
-            "lora.save, or put into the weights first with lora.merge(model, remove=True)."
-        )
-    return tensors
-
-
-def has_weights(folder):
-    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
-    return any((Path(folder) / name).exists() for name in names)
-
-
-def head_is_tied(folder):
-    """Untied iff the files hold an lm_head that differs from the input embedding.
-
-    The config cannot tell: transformers 5 writes tie_word_embeddings=true for FLAN-T5 as well, and
-    PaliGemma2's says false of a text model whose head is the embedding.
-    """
-    names = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
-    stored = {n: path for n, (path, _) in stored_tensors(folder).items() if n.endswith(names)}
-    heads = [n for n in stored if n.endswith("lm_head.weight")]
-    inputs = sorted((n for n in stored if n not in heads), key=len)  # T5's copies are longer names
-    if not heads or not inputs:
-        return True
-    tensors = []
-    for name in (heads[0], inputs[0]):
-        with opened(stored[name]) as file:
-            tensors.append(file.get_tensor(name))
-    return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
-
-
-def check_dtype(dtype):
-    if dtype == torch.float16:
-        raise ValueError(
-            "float16 is refused: T5 and Gemma overflow in it and small gradients vanish. Use "
-            "bfloat16 where the device is good at it, else float32."
-        )
-
-
-# ----------------------------------------------------------------------------------------------
-# Many processes, one a device; train.py starts them
-# ----------------------------------------------------------------------------------------------
-
-
-def world():
-    """How many processes train and decode together; 1 but under torchrun."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    """Which of them this is."""
-    return dist.get_rank() if world() > 1 else 0
-
-
-def of_all_ranks(told):
-    """One dict of what was told of every batch. Batches were dealt like cards: this process has
-    a list of dicts, of batches rank, rank + world ...; every process gets all, in that order."""
-    every = [told]
-    if world() > 1:
-        every = [None] * world()
-        dist.all_gather_object(every, told)
-    turns = itertools.zip_longest(*every, fillvalue={})
-    return {key: value for turn in turns for batch in turn for key, value in batch.items()}
-
-
-# ----------------------------------------------------------------------------------------------
-# Command line: what a checkpoint holds, without loading it
-# ----------------------------------------------------------------------------------------------
-
-# What stands for a shape's letters in `summary`: large primes, which no config has; a picture's
-# sides are 32 times one, as DETR divides them by up to that.
-AXIS_SIZES = {"B": 1009, "T": 1013, "U": 1019, "P": 1021, "Y": 32 * 1031, "X": 32 * 1033}
-AXIS_LETTERS = {size: letter for letter, size in AXIS_SIZES.items()}
-AXIS_LETTERS |= {AXIS_SIZES[axis] // n: f"{axis}/{n}" for axis in "YX" for n in (2, 4, 8, 16, 32)}
-AXIS_LETTERS |= {AXIS_SIZES["Y"] * AXIS_SIZES["X"] // n**2: "P" for n in (16, 32)}
-
-
-def keys(model, skip, folder):
-    """The weight table of a folder as lines, in the model's order, and how many tensors are unfit.
-
-    A shape is the file's; the model's is behind it where that is another."""
-    order = {name: i for i, name in enumerate(model.state_dict())}
-    rows = weight_rows(model, folder, model.KEYS, skip)
-    rows.sort(key=lambda row: (order.get(row.ours, len(order)), row.theirs))
-    table = [("ours", "in the file", "shape", "dtype", "")]
-    for row in rows:
-        shapes = dict.fromkeys(x for x in (row.shape, row.wanted) if x is not None)
-        shape = ", not ".join(str(list(x)) for x in shapes)
-        table.append((row.ours or "-", row.theirs, shape, row.dtype or "-", row.fate))
-    fates = Counter(row.fate for row in rows)
-    told, listed = ", ".join(f"{n} {fate}" for fate, n in fates.items()), unfit(rows)
-    lines = [*aligned(table), f"{type(model).__name__}: {len(rows)} tensors, {told}"]
-    lines += [f"Tensors {listed}."] if listed else []
-    if re.search("image_dense|mha_layer|gate_dense", listed) and isinstance(model, T5):
-        lines.append("Multimodal-CoT's fusion has its table in fusion.py: python fusion.py --keys.")
-    return lines, sum(fates[fate] for fate in UNFIT)
-
-
-def aligned(table, right=()):
-    """Rows of texts as lines; the columns of these numbers are flush right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        texts = enumerate(zip(row, widths, strict=True))
-        yield "  ".join(x.rjust(n) if i in right else x.ljust(n) for i, (x, n) in texts).rstrip()
-
-
-def summary(model):
-    """The architecture as lines: module, shape of what it gives, parameters. Sizes that the config
-    fixes are numbers, the others this file's letters; equal neighbours are one line."""
-    shapes = {}
-
-    def note(module, given, made):
-        made = made[0] if isinstance(made, tuple) else made
-        shapes.setdefault(module, [str(AXIS_LETTERS.get(n, n)) for n in made.shape])
-
-    def of(*axes):
-        return torch.ones([AXIS_SIZES.get(a, a) for a in axes], dtype=torch.long, device="meta")
-
-    hooks = [module.register_forward_hook(note) for module in model.modules()]
-    with torch.no_grad():
-        model.eval().walk(of)
-    for hook in hooks:
-        hook.remove()
-    total, constants = (sum(t.numel() for t in x()) for x in (model.parameters, model.buffers))
-    more = f", {constants:,} constants" if constants else ""
-    tree = drawn("", [branch(model, shapes)], "")
-    return [*aligned(tuple(tree), right=(2,)), f"{total:,} parameters{more}"]
-
-
-def branch(module, shapes):
-    """(class, shape, parameters, children) of a module; a child is (name, its branch). Containers
-    that compute nothing give their children their name; what has no weights is left out."""
-    children = []
-    for name, child in module.named_children():
-        made = branch(child, shapes)
-        if type(child) in (nn.Module, nn.ModuleList):
-            children += [(f"{name}.{inner}", x) for inner, x in made[3]]
-        elif child.state_dict():
-            children.append((name, made))
-    shape = f"({', '.join(shapes[module])})" if module in shapes else ""
-    return type(module).__name__, shape, sum(p.numel() for p in module.parameters()), children
-
-
-def drawn(name, equal, indent):
-    """Rows (module, shape, parameters) of neighbours whose branches are all equal."""
-    kind, shape, size, children = equal[0]
-    times = f"{len(equal)} x " if len(equal) > 1 else ""
-    yield f"{indent}{name}{times}{kind}", shape, f"{times}{size:,}"
-    for _, group in itertools.groupby(children, key=lambda child: child[1]):
-        names, parts = zip(*group, strict=True)
-        joined, last = ", ".join(names), names[-1].rpartition(".")[2]
-        if len(names) > 1 and last.isdecimal():
-            joined = f"{names[0]}-{last}"  # layers.0-11
-        if len(joined) <= 40:
-            yield from drawn(f"{joined}  ", parts, indent + "  ")
-        else:
-            for inner, part in zip(names, parts, strict=True):
-                yield from drawn(f"{inner}  ", [part], indent + "  ")
-
-
-def main(architectures):
-    """`--keys`: the weight table, status 1 if a tensor is unfit; `--summary`: the modules, for
-    which config.json is enough. `architectures` are the classes by model_type."""
-    parser = argparse.ArgumentParser(description="What a checkpoint holds, without loading it.")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--keys", metavar="DIR_OR_HUB_ID", help="the weight table")
-    asked.add_argument("--summary", metavar="DIR_OR_HUB_ID", help="the architecture as text")
-    args = parser.parse_args()
-    try:
-        folder = resolve(args.keys or args.summary)
-        kind = read_config(folder, *architectures)["model_type"]
-        model, skip = architectures[kind].unloaded(folder)
-        lines, unfit = keys(model, skip, folder) if args.keys else (summary(model), 0)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(unfit > 0)
-
-
-if __name__ == "__main__":
-    main({"t5": T5, "detr": DETR, "paligemma": PaliGemma})
+    summary.main({"t5": T5, "detr": DETR, "paligemma": PaliGemma})

@@ -31,12 +31,15 @@ import data
 import eval as evaluation
 import fusion
 import lora
-from model import PaliGemma, rank, resolve, world
+from model import PaliGemma
 from support import distributed, files
+from support.checkpoints.hub import resolve
 from support.dataset.images import Pictures
 from support.dataset.tokenizers import load_tokenizer
-from support.evaluation import decoding, metrics, models, tables
+from support.distributed import rank, world
+from support.evaluation import metrics, models, tables
 from support.evaluation.decode_cache import DecodeCache
+from support.evaluation.decoding import Decoder
 from support.training import ablations, checks, examples, optim, runs
 from support.training.dry_run import blank_features, dry_step
 from support.training.examples import Inputs, Rows, Splits
@@ -307,14 +310,9 @@ def own_rationales(
         fold_inputs = replace(inputs, splits=inputs.splits | {"train": learned})
         model = fit(plan_stage(settings, 0, fold_inputs), checkpoints)
         rows = models.stage_examples(settings, unseen, "QCM-LE", tokenizer, inputs.features)
-        texts = decoding.t5_texts(
-            model,
-            rows,
-            tokenizer,
-            settings.max_output[0],
-            batch_size=settings.eval_batch_size,
-            cache=DecodeCache(settings.out, [model]),
-        )
+        cache = DecodeCache(settings.out, [model])
+        decoder = Decoder(model, tokenizer, settings.eval_batch_size, cache)
+        texts = decoder.t5_texts(rows, settings.max_output[0])
         generated |= {id: text["text"] for id, text in texts.items()}
     return generated
 

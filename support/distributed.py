@@ -12,6 +12,7 @@ All must see one disk. No tensor or pipeline parallelism, no offloading, no elas
 import contextlib
 import datetime
 import functools
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -19,8 +20,34 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from model import rank, world
 from support.dataset import images as pictures
+
+
+def world() -> int:
+    """How many processes train and decode together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def gather_dicts(results: list[dict]) -> dict:
+    """One dict of the results of all processes, the same in each.
+
+    `results` has one dict per batch of this process, which are the batches rank, rank + world ...
+    of all; the merged dict has them in the order of the batches.
+    """
+    gathered = [results]
+    if world() > 1:
+        gathered = [None] * world()
+        dist.all_gather_object(gathered, results)
+    merged = {}
+    for batches in itertools.zip_longest(*gathered, fillvalue={}):
+        for batch in batches:
+            merged.update(batch)
+    return merged
 
 
 def check_device(device: str) -> None:

@@ -23,10 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from model import Gemma2Config, PaliGemma, PaliGemmaConfig, SigLIPConfig
+from model import Gemma2Config, PaliGemma, SigLIPConfig
+from support.checkpoints.hub import from_config, model_config
+from support.checkpoints.keys import TABLES, transformers_path
 
 DATA = Path(os.environ["NANOCOT_DATA"])
-KEYS = PaliGemma.KEYS
+KEYS = TABLES["PaliGemma"]
 IMAGE = oracle.TINY_PALIGEMMA["image_token_index"]
 
 
@@ -66,7 +68,7 @@ def seeded(folder, seed=0, **overrides):
     """Our model with the oracle's weights, written and read as a Hub file; no transformers."""
     config = oracle.paligemma_config(**overrides)
     with torch.device("meta"):
-        shapes = PaliGemma(PaliGemmaConfig.from_hub(config, folder)).state_dict()
+        shapes = PaliGemma(model_config(PaliGemma, config)).state_dict()
     weights = oracle.paligemma_weights({KEYS.to_file(n): t.shape for n, t in shapes.items()}, seed)
     oracle.write_checkpoint(folder, config, weights)
     return PaliGemma.from_pretrained(folder)
@@ -458,7 +460,7 @@ def test_released_sizes_by_key(size):
     HFConfig, HF = reference().PaliGemmaConfig, reference().PaliGemmaForConditionalGeneration
     config, parameters, tensors, image_tokens = SIZES[size]
     with torch.device("meta"):
-        ours = PaliGemma(PaliGemmaConfig.from_hub(config, size))
+        ours = PaliGemma(model_config(PaliGemma, config))
         hf = HF(HFConfig.from_dict(json.loads(json.dumps(config))))
     theirs = {n: tuple(p.shape) for n, p in oracle.paligemma_stored(hf).items()}
     assert {KEYS.to_file(n): tuple(t.shape) for n, t in ours.state_dict().items()} == theirs
@@ -488,17 +490,17 @@ def test_defaults_are_the_familys():
 
 def test_null_fields_are_absent_fields_but_for_the_caps():
     nothing = {"head_dim": None, "rms_norm_eps": None, "sliding_window": None, "rope_theta": None}
-    assert Gemma2Config.from_hub(nothing) == Gemma2Config()
+    assert from_config(Gemma2Config, nothing) == Gemma2Config()
     off = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
     expected = replace(Gemma2Config(), **off)
-    assert Gemma2Config.from_hub(off) == expected != Gemma2Config()
+    assert from_config(Gemma2Config, off) == expected != Gemma2Config()
 
 
 def test_a_text_config_that_says_nothing_is_the_2b():
     """Nothing of it comes from the top level, which has a hidden_size and a vocab_size too."""
     top = {"hidden_size": 2048, "vocab_size": 257152, "num_hidden_layers": 18}
     config = hub_config(T2B) | top | {"text_config": {"model_type": "gemma2"}}
-    assert PaliGemmaConfig.from_hub(config, "here").text == Gemma2Config()
+    assert model_config(PaliGemma, config).text == Gemma2Config()
     assert (Gemma2Config().hidden_size, Gemma2Config().num_hidden_layers) == (2304, 26)
 
 
@@ -659,12 +661,14 @@ def test_saved_files_load_in_transformers_and_here(overrides, tmp_path):
     assert all(torch.equal(t, expected[name]) for name, t in again.state_dict().items())
 
 
-def test_hub_path_is_where_transformers_has_the_module(pair):
+def test_transformers_path_is_where_transformers_has_the_module(pair):
     """PEFT names adapters by it."""
     theirs = dict(pair.hf.named_modules())
     for name, module in pair.pg.named_modules():
         if isinstance(module, torch.nn.Linear):
-            assert theirs[pair.pg.hub_path(name)].weight.shape == module.weight.shape, name
+            assert theirs[transformers_path(PaliGemma, name)].weight.shape == module.weight.shape, (
+                name
+            )
 
 
 # ---- refusals -----------------------------------------------------------------------------------
@@ -831,7 +835,7 @@ def heavy(tmp_path_factory):
     text = dict(hidden_size=1024, intermediate_size=4096, vocab_size=24000, head_dim=64)
     config = oracle.paligemma_config(text=text | {"num_hidden_layers": 6})
     with torch.device("meta"):
-        shapes = PaliGemma(PaliGemmaConfig.from_hub(config, folder)).state_dict()
+        shapes = PaliGemma(model_config(PaliGemma, config)).state_dict()
     shapes = {KEYS.to_file(n): t.shape for n, t in shapes.items()}
     weight_map = {}
     for shard in range(3):
@@ -1212,7 +1216,7 @@ def test_a_real_loop_is_stopped(speaker):
 
 
 def test_starts_from_scratch_with_states_of_unit_scale():
-    made = PaliGemma(PaliGemmaConfig.from_hub(oracle.paligemma_config(), "here"))
+    made = PaliGemma(model_config(PaliGemma, oracle.paligemma_config()))
     made.init_weights(torch.Generator().manual_seed(0))
     again = PaliGemma(made.config)
     again.init_weights(torch.Generator().manual_seed(0))

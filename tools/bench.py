@@ -44,7 +44,6 @@ import numpy as np  # noqa: E402
 import oracle  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from support.training.journal import Journal  # noqa: E402
 from torch import nn  # noqa: E402
 
 import data  # noqa: E402
@@ -53,10 +52,12 @@ import lora  # noqa: E402
 import model as nano  # noqa: E402
 import support.training.settings  # noqa: E402
 import train  # noqa: E402
+from support.checkpoints import hub  # noqa: E402
+from support.checkpoints.keys import TABLES, transformers_path  # noqa: E402
 from support.dataset.features import Features  # noqa: E402
 from support.dataset.tokenizers import load_tokenizer  # noqa: E402
-from support.training import checks as guards  # noqa: E402
-from support.training import optim as optimizing
+from support.training import checks, optim  # noqa: E402
+from support.training.runs import Checkpoints, Log  # noqa: E402
 
 GIB = 2**30
 SHORTEST = 0.3  # seconds of a turn
@@ -145,12 +146,22 @@ def figures(sides, seconds, name, unit):
 def in_the_middle():
     """`train.fit` without what it does once a training: the leak test before the first step, the
     look at moved weights in the first two."""
-    kept = guards.stop_if_it_leaks, guards.steepest
-    guards.stop_if_it_leaks, guards.steepest = lambda *given: None, lambda model: {}
+    kept = checks.stop_if_it_leaks, checks.steepest
+    checks.stop_if_it_leaks, checks.steepest = lambda *given: None, lambda model: {}
     try:
         yield
     finally:
-        guards.stop_if_it_leaks, guards.steepest = kept
+        checks.stop_if_it_leaks, checks.steepest = kept
+
+
+def fit(model, rows, settings):
+    """An epoch of train.py on these rows, nothing saved."""
+    plan = train.make_plan(settings, "bench", 1.0, model, rows, lambda loss_of: {})
+    train.fit(plan, Checkpoints(Log(io.StringIO())))
+
+
+def to_device(batch, device):
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def run_and_probe(side):
@@ -294,8 +305,8 @@ def no_grad(function, *given, **named):
 
 def write_detr(config, folder):
     with torch.device("meta"):
-        tensors = nano.DETR(nano.DETRConfig.from_hub(config)).state_dict()
-    shapes = {nano.DETR_KEYS.to_file(name): t.shape for name, t in tensors.items()}
+        tensors = nano.DETR(hub.model_config(nano.DETR, config)).state_dict()
+    shapes = {TABLES["DETR"].to_file(name): t.shape for name, t in tensors.items()}
     oracle.write_checkpoint(folder, config, oracle.seeded_weights(shapes))
 
 
@@ -306,7 +317,7 @@ def hf_detr(folder):
     from transformers import DetrConfig, DetrModel, ResNetConfig
 
     config = json.loads((folder / "config.json").read_text())
-    depths, widths = nano.DETRConfig.from_hub(config).resnet
+    depths, widths = hub.model_config(nano.DETR, config).resnet
     wide = [4 * width for width in widths]
     resnet = ResNetConfig(
         depths=list(depths), hidden_sizes=wide, embedding_size=64, out_features=["stage4"]
@@ -351,7 +362,7 @@ def hf_detr_name(name):
 def t5_config(args, layers=12):
     """T5-base's config with so many layers in encoder and decoder; the demo's with --quick."""
     if args.quick:
-        return nano.from_config(nano.T5Config, json.loads((DEMO_T5 / "config.json").read_text()))
+        return hub.model_config(nano.T5, json.loads((DEMO_T5 / "config.json").read_text()))
     return nano.T5Config(d_model=768, d_ff=3072, num_heads=12, num_layers=layers)
 
 
@@ -360,9 +371,8 @@ def write_t5(config, folder):
     with torch.device("meta"):
         t5 = nano.T5(config)
         model = fusion.MultimodalT5(t5, fusion.GatedFusion(config.d_model, FEATURES[1]))
-    shapes = {fusion.MULTIMODAL_KEYS.to_file(n): t.shape for n, t in model.state_dict().items()}
-    architecture = t5.hub_config("T5ForMultimodalGeneration") | {"no_image": "zero"}
-    oracle.write_checkpoint(folder, architecture, oracle.seeded_weights(shapes))
+    shapes = {TABLES["MultimodalT5"].to_file(n): t.shape for n, t in model.state_dict().items()}
+    oracle.write_checkpoint(folder, hub.config_json(model), oracle.seeded_weights(shapes))
 
 
 def hf_multimodal(folder, device, attention=None):
@@ -382,7 +392,7 @@ def hf_multimodal(folder, device, attention=None):
 
         def fused(self, batch):
             """What the decoder reads, and the mask that goes with it."""
-            batch = train.to_device(batch, self.device)
+            batch = to_device(batch, self.device)
             given = {name: batch[name] for name in ("input_ids", "attention_mask")}
             text, e = self.encoder(**given).last_hidden_state, self.encoder
             picture = e.image_dense(batch["image_features"])
@@ -483,13 +493,12 @@ class Training:
 
         def run():
             with silence(), in_the_middle():
-                journal = Journal(io.StringIO())
-                train.fit(model, self.examples, lambda model: {}, self.flags, "bench", 1.0, journal)
+                fit(model, self.examples, self.flags)
 
         def probe():
-            batch = train.to_device(data.collate(self.same[0]), self.device)
-            loss, count = train.t5_loss(model.eval(), batch, self.flags)
-            row = train.to_device(self.pad(self.same[0][:1]), self.device)
+            batch = to_device(data.collate(self.same[0]), self.device)
+            loss, count = train.t5_loss(model.eval(), batch, self.flags.weighting)
+            row = to_device(self.pad(self.same[0][:1]), self.device)
             names = ("input_ids", "attention_mask", "image_features", "decoder_input_ids")
             logits = no_grad(model, *(row[name] for name in names))  # (1, U, V)
             padded = F.cross_entropy(logits[0], row["labels"][0])
@@ -602,7 +611,14 @@ def two_stages(args, folder, questions, lengths, B, cache=None):
 
         def run():
             spoken = Spoken(questions.tokenizer)
-            fusion.two_stage(model, model, make_batches, spoken, lengths)
+
+            def generate(length, generated=None):
+                [batch] = make_batches(generated)
+                return fusion.generate_texts(model, batch, spoken, length)
+
+            first, second = lengths
+            stage_2 = functools.partial(generate, second)
+            fusion.two_stage(functools.partial(generate, first), stage_2)
             return spoken.rows
     else:
         model = hf_multimodal(folder, args.device)
@@ -734,17 +750,17 @@ class Tuning:
         def run():
             model.language_model.checkpointing = checkpointing
             with silence(), in_the_middle():
-                journal = Journal(io.StringIO())
-                train.fit(model, [example], lambda model: {}, self.flags, "", 1.0, journal)
+                fit(model, [example], self.flags)
 
         def probe():
-            batch = train.to_device(data.pali_collate([example]), self.args.device)
+            batch = to_device(data.pali_collate([example]), self.args.device)
 
             def loss():
-                total, count = train.paligemma_loss(model.train(), batch, self.flags)
+                total, count = train.paligemma_loss(model.train(), batch, self.flags.weighting)
                 return total / count
 
-            return loss_and_adapters(model, self.begun, loss, model.hub_path)
+            name_of = functools.partial(transformers_path, nano.PaliGemma)
+            return loss_and_adapters(model, self.begun, loss, name_of)
 
         return run, probe
 
@@ -760,7 +776,7 @@ class Tuning:
             self.their_begun = copies(model)
         batch = data.pali_collate([self.row | {"image_features": self.pixels.numpy()}])
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
-        batch = train.to_device({k: v for k, v in batch.items() if k != "ids"}, self.args.device)
+        batch = to_device({k: v for k, v in batch.items() if k != "ids"}, self.args.device)
         labels = batch["labels"][0, -self.suffix :]
         trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -853,10 +869,7 @@ def pali_decode(args):
 
 
 def pali_shapes(folder):
-    with torch.device("meta"):
-        return nano.PaliGemma(
-            nano.PaliGemmaConfig.from_hub(json.loads((folder / "config.json").read_text()), folder)
-        )
+    return hub.build(nano.PaliGemma, folder)
 
 
 def memory_gb_s(args):
@@ -979,7 +992,7 @@ import io, json, os, sys
 import torch
 import data, lora, model, train
 from support.training.settings import parse_args
-from support.training.journal import Journal
+from support.training.runs import Checkpoints, Log
 from support.dataset.tokenizers import load_tokenizer
 folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -992,7 +1005,8 @@ side = pg.config.vision.image_size
 pixels = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
 example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().numpy()}
 log = io.StringIO()
-train.fit(pg, [example], lambda model: {}, flags, "start", 1.0, Journal(log))
+plan = train.make_plan(flags, "start", 1.0, pg, [example], lambda loss_of: {})
+train.fit(plan, Checkpoints(Log(log)))
 print(json.loads(log.getvalue())["loss"], flush=True)
 os._exit(0)
 """
@@ -1089,8 +1103,7 @@ def t5_step(length, B, V):
     batch = {"input_ids": ids[:, :length], "attention_mask": torch.ones(B, length).long()}
     batch |= {"labels": ids[:, length:], "decoder_input_ids": ids[:, length:]}
     batch["image_features"] = torch.ones(B, *FEATURES)
-    flags = support.training.settings.parse_args(["--model", "mmcot"])
-    return step_of(model, train.t5_loss, batch, flags)
+    return step_of(model, train.t5_loss, batch)
 
 
 def lora_step(length, B, V):
@@ -1107,8 +1120,7 @@ def lora_step(length, B, V):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds}
     batch["labels"] = ids.masked_fill(kinds == 0, -100)
     batch["image_features"] = torch.ones(B, 16, 256)
-    flags = support.training.settings.parse_args(["--model", "paligemma"])
-    return step_of(model.train(), train.paligemma_loss, batch, flags)
+    return step_of(model.train(), train.paligemma_loss, batch, "example")
 
 
 def loss_of(length, B, V, chunked=True):
@@ -1117,11 +1129,10 @@ def loss_of(length, B, V, chunked=True):
     weight = torch.randn(V, 256) / 16
     states = torch.randn(B, length, 256, requires_grad=True)
     labels = torch.randint(2, V, (B, length))
-    flags = support.training.settings.parse_args(["--model", "paligemma"])
 
     def run():
         if chunked:
-            loss, count = train.cross_entropy(lambda x: x @ weight.T, weight, states, labels, flags)
+            loss, count = train.cross_entropy(lambda x: x @ weight.T, weight, states, labels)
             (loss / count).backward()
         else:
             F.cross_entropy((states @ weight.T).flatten(0, 1), labels.flatten()).backward()
@@ -1130,15 +1141,15 @@ def loss_of(length, B, V, chunked=True):
     return run, [weight, states, labels]
 
 
-def step_of(model, loss_function, batch, flags):
+def step_of(model, loss_function, batch, weighting="token"):
     with silence():
-        optimizer = optimizing.make_optimizer(model, 1e-4, 0.01)
+        optimizer = optim.make_optimizer(model, 0.01)
 
     def run():
-        loss, count = loss_function(model, batch, flags)
+        loss, count = loss_function(model, batch, weighting)
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step(1e-4)
         optimizer.zero_grad()
 
     run()  # AdamW makes its moments

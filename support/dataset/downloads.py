@@ -5,7 +5,7 @@ et al., arXiv 2310.02255) from the Hub. A download that was cut off goes on wher
 are compared where there is one on record, and no archive writes outside its folder.
 
 Left out on purpose: ScienceQA's parquet files on the Hub, which have no problem ids, so captions
-and published features cannot be joined to them; checkpoints (model.resolve).
+and published features cannot be joined to them; checkpoints (checkpoints/hub.py).
 """
 
 import argparse

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import rank
 from support import files
+from support.distributed import rank
 
 
 class DecodeCache:

@@ -1,27 +1,30 @@
 """Decoding the prompts of a run: in batches, resumed where it was interrupted, shown as it goes.
 
-`t5_texts` decodes one stage of mmcot; `paligemma_texts` rationale and answer in one text, with a
-budget for the rationale, a stop for loops and a forced "Answer:"; `majority` takes the vote of
-several samples (self-consistency, Wang et al. 2022, arXiv 2203.11171).
+Of mmcot each stage is decoded; PaliGemma writes rationale and answer in one text, with a budget for
+the rationale, a stop for loops and a forced "Answer:"; `majority` takes the vote of several samples
+(self-consistency, Wang et al. 2022, arXiv 2203.11171).
 
 Left out: the step from logits to a token (`model.decode`) and the file of decoded batches
 (decode_cache.py).
 """
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from tokenizers import Tokenizer
 
 import data
-import fusion
 from data import Problem
-from model import PaliGemma, of_all_ranks, rank, stop_reason, world
+from fusion import MultimodalT5, generate_texts, teacher_forced_texts
+from model import PaliGemma, stop_reason
 from support import files
 from support.dataset.tokenizers import plain_ids
+from support.distributed import gather_dicts, rank, world
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import before_loop
 from support.evaluation.grading import CUE, grade
@@ -30,7 +33,6 @@ from support.evaluation.models import paligemma_inputs
 OnToken = Callable[[int, torch.Tensor], None]  # as in `model.decode`
 
 
-# --- batches
 def in_batches(
     examples: list[dict], batch_size: int, label: str, collate: Callable = data.collate
 ) -> Iterator[dict]:
@@ -47,74 +49,129 @@ def in_batches(
             files.progress(label, done, total, start)
 
 
-def batch_key(batch: dict, *options: float) -> list:
-    """What the texts of a batch depend on, apart from the weights."""
-    return [*options, batch["ids"], batch["input_ids"].tolist()]
+@dataclass(frozen=True)
+class Decoder:
+    """Writes texts with one model of a run; all results include those of other processes.
 
-
-def t5_texts(
-    model: fusion.MultimodalT5,
-    examples: list[dict],
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    *,
-    batch_size: int,
-    on_token: OnToken | None = None,
-    cache: DecodeCache | None = None,
-) -> dict[str, dict]:
-    """`fusion.generate_texts` of all examples, those of other processes included. Batches that are
-    in the cache are not decoded again."""
-    results = []
-    for batch in in_batches(examples, batch_size, "decoded"):
-        write = partial(
-            fusion.generate_texts, model, batch, tokenizer, max_new_tokens, on_token=on_token
-        )
-        key = batch_key(batch, max_new_tokens)
-        results.append(cache.get_or_compute(key, write) if cache else write())
-    return of_all_ranks(results)
-
-
-def teacher_forced(
-    model: fusion.MultimodalT5, examples: list[dict], tokenizer: Tokenizer, batch_size: int
-) -> dict[str, str]:
-    """`fusion.teacher_forced_texts` of all examples: what the first published commands scored, and
-    stage 2 then read. Shown to be compared with; nothing here uses these texts."""
-    batches = in_batches(examples, batch_size, "teacher-forced")
-    return of_all_ranks([fusion.teacher_forced_texts(model, b, tokenizer) for b in batches])
-
-
-# --- PaliGemma
-def paligemma_texts(
-    model: PaliGemma,
-    examples: list[dict],
-    tokenizer: Tokenizer,
-    *,
-    rationale_budget: int | None,
-    answer_budget: int,
-    loop_stop: bool,
-    force_answer: bool,
-    **options,
-) -> dict[str, dict]:
-    """{id: {"response", "ids", "rationale"?, "stop", "tokens"}} of the prompts.
-
-    A reasoning run has a `rationale_budget`, None in one that only answers, and a detector for a
-    rationale that repeats itself; see `forced_answers` for a text that does not get to its answer.
-    The rationale is what stands before the last "Answer:". "ids" are what the model wrote, without
-    <eos>. `options`: temperature, seed, batch_size, on_token and cache of `continued`.
+    temperature  of sampled texts, which `seed` makes repeatable; 0 is greedy
+    on_token     as in `model.decode`
+    cache        the batches in it are not decoded again
     """
-    write = partial(continued, model, tokenizer=tokenizer, **options)
-    if rationale_budget is None:
-        return write(examples, max_new_tokens=answer_budget)
-    results = write(examples, max_new_tokens=rationale_budget, stop_loops=loop_stop)
-    if force_answer:
-        cut = {i: x for i, x in results.items() if CUE not in x["response"]}
-        write_answers = partial(write, max_new_tokens=answer_budget)
-        image_id = model.config.image_token_index
-        results |= forced_answers(cut, examples, tokenizer, image_id, write_answers)
-    for result in results.values():
-        before, cue, rest = result["response"].rpartition(CUE)
-        result["rationale"] = (before if cue else rest).strip()
-    return results
+
+    model: MultimodalT5 | PaliGemma
+    tokenizer: Tokenizer
+    batch_size: int
+    cache: DecodeCache | None = None
+    on_token: OnToken | None = None
+    temperature: float = 0.0
+    seed: int = 0
+
+    def decode(
+        self, examples: list[dict], collate: Callable, options: list, decode_batch: Callable
+    ) -> dict[str, dict]:
+        """{id: result} of `decode_batch(batch, key)` for each batch. The key is what the texts
+        depend on, apart from the weights."""
+        results = []
+        for batch in in_batches(examples, self.batch_size, "decoded", collate):
+            key = [*options, batch["ids"], batch["input_ids"].tolist()]
+            compute = partial(decode_batch, batch, key)
+            results.append(self.cache.get_or_compute(key, compute) if self.cache else compute())
+        return gather_dicts(results)
+
+    def t5_texts(self, examples: list[dict], max_new_tokens: int) -> dict[str, dict]:
+        """{id: {"text", "stop", "tokens"}}: `fusion.generate_texts` of all examples."""
+
+        def decode_batch(batch, key):
+            budget = max_new_tokens
+            return generate_texts(self.model, batch, self.tokenizer, budget, self.on_token)
+
+        return self.decode(examples, data.collate, [max_new_tokens], decode_batch)
+
+    def paligemma_texts(
+        self,
+        examples: list[dict],
+        rationale_budget: int | None,
+        answer_budget: int,
+        loop_stop: bool,
+        force_answer: bool,
+    ) -> dict[str, dict]:
+        """{id: {"response", "ids", "rationale"?, "stop", "tokens"}} of the prompts.
+
+        A reasoning run has a `rationale_budget`, None in one that only answers, and a detector for
+        a rationale that repeats itself; see `forced_answers` for a text that does not get to its
+        answer. The rationale is what stands before the last "Answer:". "ids" are what the model
+        wrote, without <eos>.
+        """
+        if rationale_budget is None:
+            return self.continued(examples, answer_budget)
+        results = self.continued(examples, rationale_budget, stop_loops=loop_stop)
+        if force_answer:
+            cut = {i: x for i, x in results.items() if CUE not in x["response"]}
+            results |= self.forced_answers(cut, examples, answer_budget)
+        for result in results.values():
+            before, cue, rest = result["response"].rpartition(CUE)
+            result["rationale"] = (before if cue else rest).strip()
+        return results
+
+    def forced_answers(
+        self, cut: dict[str, dict], examples: list[dict], answer_budget: int
+    ) -> dict[str, dict]:
+        """The results `cut` that did not get to their "Answer:", continued: each is given that word
+        and writes its answer after it. Its stop is "forced", "forced_after" says what came before,
+        and "ids" are those the answer was written after (of a loop, one round) and the answer's."""
+        cue = plain_ids(self.tokenizer, f"\n{CUE}")
+        begun = {}
+        for problem_id, result in cut.items():
+            # No image belongs to an <image> token that the model wrote.
+            image_id = self.model.config.image_token_index
+            begun[problem_id] = [i for i in before_loop(result["ids"]) if i != image_id] + cue
+        prompts = [with_suffix(x, begun[x["id"]]) for x in examples if x["id"] in begun]
+        results = {}
+        for problem_id, answer in self.continued(prompts, answer_budget).items():
+            before = cut[problem_id]
+            results[problem_id] = before | {
+                "response": f"{before['response'].rstrip()}\n{CUE}{answer['response']}",
+                "ids": begun[problem_id] + answer["ids"],
+                "stop": "forced",
+                "tokens": before["tokens"] + answer["tokens"],
+                "forced_after": before["stop"],
+            }
+        return results
+
+    def continued(
+        self, examples: list[dict], max_new_tokens: int, stop_loops: bool = False
+    ) -> dict[str, dict]:
+        """{id: {"response", "ids", "stop", "tokens"}}: what PaliGemma writes after each example,
+        with `stop_loops` until it repeats itself."""
+        options = [max_new_tokens, stop_loops, self.temperature, self.seed]
+        return self.decode(examples, data.pali_collate, options, self.continue_batch)
+
+    @torch.inference_mode()
+    def continue_batch(self, batch: dict, key: list) -> dict[str, dict]:
+        """`continued` of one batch, with the options its key begins with."""
+        max_new_tokens, stop_loops, temperature, *_ = key
+        config = self.model.config
+        device = self.model.language_model.embed_tokens.weight.device
+        tensors = {name: x.to(device) for name, x in batch.items() if name != "ids"}
+        # Seeded by what the batch is: a sample is the same whatever was decoded before it.
+        seed = int(files.digest(key)[:12], 16)
+        new_ids = self.model.generate(
+            **paligemma_inputs(self.model, tensors),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=torch.Generator(device).manual_seed(seed),
+            stop_loops=stop_loops,
+            on_token=self.on_token,
+        )  # (B, U)
+        ends = (config.eos_token_id, config.pad_token_id)
+        results = {}
+        for problem_id, row in zip(batch["ids"], new_ids.cpu(), strict=True):
+            stop = stop_reason(row, *ends, stop_loops)
+            ids = list(itertools.takewhile(lambda i: i not in ends, row.tolist()))
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            tokens = len(ids) + (stop == "eos")
+            results[problem_id] = {"response": text, "ids": ids, "stop": stop, "tokens": tokens}
+        return results
 
 
 def with_suffix(example: dict, ids: list[int]) -> dict:
@@ -123,88 +180,13 @@ def with_suffix(example: dict, ids: list[int]) -> dict:
     return example | {"input_ids": example["input_ids"] + ids, "token_type_ids": types}
 
 
-def forced_answers(
-    cut: dict[str, dict],
-    examples: list[dict],
-    tokenizer: Tokenizer,
-    image_id: int,
-    write_answers: Callable[[list[dict]], dict[str, dict]],
-) -> dict[str, dict]:
-    """The results `cut` that did not get to their "Answer:", continued: each is given that word and
-    writes its answer after it. Its stop is "forced", "forced_after" says what came before, and
-    "ids" are those the answer was written after (of a loop, one round) and the answer's."""
-    cue = plain_ids(tokenizer, f"\n{CUE}")
-    begun = {}
-    for problem_id, result in cut.items():
-        # No image belongs to an <image> token that the model wrote.
-        kept = [i for i in before_loop(result["ids"]) if i != image_id]
-        begun[problem_id] = kept + cue
-    prompts = {example["id"]: example for example in examples}
-    answers = write_answers([with_suffix(prompts[i], ids) for i, ids in begun.items()])
-    results = {}
-    for problem_id, answer in answers.items():
-        before = cut[problem_id]
-        results[problem_id] = before | {
-            "response": f"{before['response'].rstrip()}\n{CUE}{answer['response']}",
-            "ids": begun[problem_id] + answer["ids"],
-            "stop": "forced",
-            "tokens": before["tokens"] + answer["tokens"],
-            "forced_after": before["stop"],
-        }
-    return results
-
-
-def continued(
-    model: PaliGemma,
-    examples: list[dict],
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    *,
-    temperature: float,
-    seed: int,
-    batch_size: int,
-    stop_loops: bool = False,
-    on_token: OnToken | None = None,
-    cache: DecodeCache | None = None,
-) -> dict[str, dict]:
-    """{id: {"response", "ids", "stop", "tokens"}}: what the model writes after each example, with
-    `stop_loops` until it repeats itself. Batches that are in the cache are not decoded again."""
-    device = model.language_model.embed_tokens.weight.device
-    results = []
-    for batch in in_batches(examples, batch_size, "decoded", data.pali_collate):
-        key = batch_key(batch, max_new_tokens, stop_loops, temperature, seed)
-        # Seeded by what the batch is: a sample is the same whatever was decoded before it.
-        generator = torch.Generator(device).manual_seed(int(files.digest(key)[:12], 16))
-        options = {"temperature": temperature, "generator": generator, "stop_loops": stop_loops}
-        write = partial(
-            continue_batch, model, batch, tokenizer, max_new_tokens, on_token=on_token, **options
-        )
-        results.append(cache.get_or_compute(key, write) if cache else write())
-    return of_all_ranks(results)
-
-
-@torch.inference_mode()
-def continue_batch(
-    model: PaliGemma, batch: dict, tokenizer: Tokenizer, max_new_tokens: int, **options
-) -> dict[str, dict]:
-    """`continued` of one batch; `options` as in `model.decode`."""
-    device = model.language_model.embed_tokens.weight.device
-    tensors = {name: x.to(device) for name, x in batch.items() if name != "ids"}
-    inputs = paligemma_inputs(model, tensors)
-    new_ids = model.generate(max_new_tokens=max_new_tokens, **inputs, **options)  # (B, U)
-    ends = (model.config.eos_token_id, model.config.pad_token_id)
-    results = {}
-    for problem_id, row in zip(batch["ids"], new_ids.cpu(), strict=True):
-        stop = stop_reason(row, *ends, options.get("stop_loops", False))
-        ids = row.tolist()
-        length = next((i for i, x in enumerate(ids) if x in ends), len(ids))
-        results[problem_id] = {
-            "response": tokenizer.decode(ids[:length], skip_special_tokens=True),
-            "ids": ids[:length],
-            "stop": stop,
-            "tokens": length + (stop == "eos"),
-        }
-    return results
+def teacher_forced(
+    model: MultimodalT5, examples: list[dict], tokenizer: Tokenizer, batch_size: int
+) -> dict[str, str]:
+    """`fusion.teacher_forced_texts` of all examples: what the first published commands scored, and
+    stage 2 then read. Shown to be compared with; nothing here uses these texts."""
+    batches = in_batches(examples, batch_size, "teacher-forced")
+    return gather_dicts([teacher_forced_texts(model, b, tokenizer) for b in batches])
 
 
 def majority(problems: list[Problem], runs: list[dict[str, dict]]) -> dict[str, dict]:

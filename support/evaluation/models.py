@@ -23,8 +23,10 @@ from tokenizers import Tokenizer
 
 import data
 import lora
-from model import DETR, PaliGemma, resolve, stored_tensors
+from model import DETR, PaliGemma
 from support import files
+from support.checkpoints.hub import resolve
+from support.checkpoints.weights import weight_files
 from support.dataset import images
 from support.dataset.features import Features, cached_features, published_features
 from support.training.settings import Settings
@@ -142,7 +144,7 @@ def image_features(
 def checkpoint_hash(folder: Path) -> str:
     """Twelve hex digits over the weight files of a checkpoint."""
     digest = hashlib.sha256()
-    for path in sorted({path for path, _ in stored_tensors(folder).values()}):
+    for path in weight_files(folder):
         digest.update(bytes.fromhex(files.checksum(path)))
     return digest.hexdigest()[:12]
 

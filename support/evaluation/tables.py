@@ -110,9 +110,8 @@ def stored_metrics(folder: str | Path) -> dict:
     except (OSError, ValueError):
         return {}
     subject = {"data": str, "split": str, "rationale_format": str | None}
-    if not isinstance(scores, dict):
-        return {}
-    known = all(isinstance(scores.get(key, ""), kind) for key, kind in subject.items())
+    known = isinstance(scores, dict)
+    known = known and all(isinstance(scores.get(key, ""), subject[key]) for key in subject)
     return scores if known else {}
 
 
@@ -124,10 +123,9 @@ def read_metrics(folder: str | Path) -> dict:
         return {}
     rates = scores["accuracy"] | scores.get("families", {})
     shown = {"avg"} | {name for name, n in scores["n_by"].items() if n}
-    for values in (rates, scores["chance_by"], scores["ci95_by"]):
-        if any(values.get(name) is None for name in shown):
-            return {}
-    return scores if scores["n"] else {}
+    cells = (rates, scores["chance_by"], scores["ci95_by"])
+    complete = all(values.get(name) is not None for values in cells for name in shown)
+    return scores if complete and scores["n"] else {}
 
 
 def is_number(x: object) -> bool:
@@ -142,49 +140,42 @@ def is_interval(x: object) -> bool:
     return isinstance(x, list) and len(x) == 2 and all(map(is_number, x))
 
 
-def is_text(x: object) -> bool:
-    return isinstance(x, str)
-
-
 def is_names(x: object) -> bool:
-    return isinstance(x, list) and all(map(is_text, x))
+    return isinstance(x, list) and all(isinstance(name, str) for name in x)
 
 
 def each(fits: Callable, or_none: bool = False) -> Callable[[object], bool]:
     """A check of a dict's values."""
-
-    def check(x):
-        if not isinstance(x, dict):
-            return False
-        return all(fits(value) or (or_none and value is None) for value in x.values())
-
-    return check
+    return lambda x: (
+        isinstance(x, dict)
+        and all(fits(value) or (or_none and value is None) for value in x.values())
+    )
 
 
-def has_false_shares(x: object) -> bool:
+def is_hallucination(x: object) -> bool:
     shares = ("false_rationales", "false_facts")
     return isinstance(x, dict) and all(is_number(x.get(key, 0)) for key in shares)
 
 
 NEEDED = {  # what the tables show of metrics.json, and a check of each value
-    "data": is_text, "split": is_text,
     "n": is_count, "chance": is_number, "ci95": is_interval, "parse_failures": is_number,
-    "accuracy": each(is_number, or_none=True), "n_by": each(is_count),
-    "chance_by": each(is_number, or_none=True), "ci95_by": each(is_interval, or_none=True),
+    "n_by": each(is_count),  # of rows without problems the others are None
+    "accuracy": each(is_number, or_none=True), "chance_by": each(is_number, or_none=True),
+    "ci95_by": each(is_interval, or_none=True),
 }  # fmt: skip
-OPTIONAL = {  # also, where it is there
+OPTIONAL = {  # the same where it is there
     "families": each(is_number), "axes": each(is_names), "stop": each(is_count),
-    "failure_modes": each(is_count), "skipped": each(is_count), "rougeL": is_number,
-    "rougeL_teacher_forced": is_number, "bleu1": is_number, "bleu4": is_number,
-    "consistency": is_number, "loop_share": is_number, "rationale_words": each(is_number),
-    "hallucination": has_false_shares,
-}  # fmt: skip
+    "failure_modes": each(is_count), "skipped": each(is_count), "rationale_words": each(is_number),
+    "hallucination": is_hallucination,
+} | dict.fromkeys(
+    ("rougeL", "rougeL_teacher_forced", "bleu1", "bleu4", "consistency", "loop_share"), is_number
+)  # fmt: skip
 
 
 # --- tables
 def heading(m: dict) -> str:
     """Data set and split in words, "" where they are not known."""
-    if "data" not in m:
+    if not {"data", "split"} <= m.keys():
         return ""
     guessed = ", guessing where no answer was found" if m.get("faithful_parse") else ""
     return f"{Path(m['data']).name or m['data']}, {m['split']}{guessed}"
@@ -267,7 +258,7 @@ def more_rows(runs: list[dict]) -> list[list[str]]:
     for path, label in OTHER_ROWS.items():
         values = list(runs)
         for key in path.split():
-            values = [value and value.get(key) for value in values]
+            values = [None if value is None else value.get(key) for value in values]
         if any(x is not None for x in values):
             rows.append([label, *("-" if x is None else f"{x:.2f}" for x in values)])
     for stop in sorted({stop for m in runs for stop in m.get("stop", {})} - {"eos"}):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import data
-from model import rank
+from support.distributed import rank
 from support.evaluation import report, tables
 from support.training.examples import bad_records
 from support.training.settings import Settings

@@ -19,7 +19,9 @@ import torch
 
 import data
 import lora
-from model import PaliGemma, resolve, stored_tensors
+from model import PaliGemma
+from support.checkpoints.hub import resolve
+from support.checkpoints.weights import headers
 from support.dataset.features import Features
 from support.evaluation import models
 from support.training import optim
@@ -42,7 +44,7 @@ def blank_features(
         return models.image_features(settings, problems)
     else:
         folder = resolve(settings.vision_weights)
-        count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())
+        count = sum(math.prod(header.shape) for header in headers(folder).values())
         print(f"  {folder}: {count:,} numbers, frozen; it sees each image once, before training")
         encoder = models.feature_extractor(settings)
         shape = encoder.extract([torch.zeros(3, encoder.size, encoder.size)])[0].shape

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 
 import data
 from data import Problem, TrainRow
-from model import PaliGemma, rank
+from model import PaliGemma
 from support import files
 from support.dataset import images
 from support.dataset.traces import load_traces, overlap, training_notice
+from support.distributed import rank
 from support.evaluation import grading, models
 from support.training.optim import Rows
 from support.training.settings import PaliGemmaSettings, Settings

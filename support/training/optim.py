@@ -18,10 +18,10 @@ from torch.optim.adamw import adamw
 
 import data
 import fusion
-from model import in_file_names, rank, world
-from support.distributed import on_first, shard_like, summed
+from support.checkpoints.weights import in_file_names
+from support.distributed import on_first, rank, shard_like, summed, world
 
-LOGITS = 2**25  # of one chunk of the loss: 128 MiB in fp32
+LOGITS = 2**24  # of one chunk of the loss: 64 MiB in fp32
 Rows = list[dict]  # examples, as data.py makes them; a batch is a list of them
 Tensors = dict[str, torch.Tensor]
 
@@ -45,7 +45,7 @@ def start_model(
     elif model.fusion is None:
         width = model.t5.config.d_model
         model.fusion = fusion.GatedFusion(width, features.shape[1], no_image)
-    in_file_names(model, model.KEYS)  # an error for what could not be saved, before it is trained
+    in_file_names(model)  # an error for what could not be saved, before it is trained
     return model
 
 

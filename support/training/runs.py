@@ -31,9 +31,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import fusion
-from model import of_all_ranks, rank, world, write_safetensors
 from support import files
-from support.distributed import any_rank, in_turn
+from support.checkpoints.weights import write_safetensors
+from support.distributed import any_rank, gather_dicts, in_turn, rank, world
 from support.evaluation import tables
 from support.training.optim import AdamW, Tensors, restore, snapshot, trained
 from support.training.settings import Settings, flag_of
@@ -343,7 +343,7 @@ class Checkpoints:
         return Progress(state["step"], best, state["seconds"])
 
     def check(self, state: dict | None, stage: str) -> None:
-        steps = of_all_ranks([{rank(): state and state["step"]}])
+        steps = gather_dicts([{rank(): state and state["step"]}])
         if len(set(steps.values())) > 1:
             raise ValueError(f"Not all processes find the same files: can all see {self.folder}?")
         if state and state["rows"] != self.rows:

@@ -23,8 +23,8 @@ from small_runs import TINY, ended, lines_of, plan_of, t5_row, tiny_t5, without_
 
 import data
 import train
-from model import write_safetensors
 from support import distributed
+from support.checkpoints.weights import write_safetensors
 from support.dataset.images import Picture
 from support.dataset.tokenizers import load_tokenizer
 from support.evaluation import models
