@@ -264,13 +264,13 @@ def voted(texts, monkeypatch):
     """The prediction from five texts, and with which temperature and seed each was asked for."""
     asked = []
 
-    def write(model, examples, tokenizer, temperature, seed, **options):
-        asked.append((temperature, seed))
+    def write(decoder, **options):
+        asked.append((decoder.temperature, decoder.seed))
         text = texts[len(asked) - 1]
         result = {"response": text, "rationale": text, "stop": "eos", "tokens": len(asked)}
         return {"1": result}
 
-    monkeypatch.setattr(decoding, "paligemma_texts", write)
+    monkeypatch.setattr(decoding.Decoder, "paligemma_texts", write)
     monkeypatch.setattr(evaluation, "prompt_examples", lambda *args: [])
     flags = ["--samples", str(len(texts)), "--temperature", "0.7", "--seed", "9"]
     config = settings("paligemma", *flags)

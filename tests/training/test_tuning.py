@@ -24,6 +24,7 @@ import eval as evaluation
 import lora
 import model as backbones
 import train
+from support.checkpoints.peft import CONFIG, WEIGHTS
 from support.dataset import images
 from support.dataset.features import Features
 from support.dataset.tokenizers import load_tokenizer, plain_ids, special_ids
@@ -65,7 +66,7 @@ def tiny(tmp_path_factory):
 
 
 def adapter(folder):
-    return load_file(folder / lora.WEIGHTS)
+    return load_file(folder / WEIGHTS)
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_a_run_folder_has_its_files(short, tokenizer):
     config = read_json(short.folder / "config.json")
     assert config["seed"] == 42 and config["recipe"] == "reason" and config["max_steps"] == 3
     assert {"versions", "commit", "traces", "lora_r", "samples"} <= config.keys()
-    assert read_json(short.folder / lora.CONFIG)["base_model_name_or_path"] == PALIGEMMA
+    assert read_json(short.folder / CONFIG)["base_model_name_or_path"] == PALIGEMMA
     log = lines_of(short.folder / "log.jsonl")
     assert [(x["stage"], x["step"]) for x in log] == [("reason", i) for i in (1, 2, 3)]
     assert {"loss", "lr", "grad_norm", "tokens", "seconds", "val_accuracy"} <= log[-1].keys()
@@ -195,7 +196,7 @@ def test_the_baselines_are_in_the_table(short):
         assert read_json(folder / "metrics.json")["n"] == 24
         config, trained = read_json(folder / "config.json"), name == "answer-only"
         assert config["recipe"] == ("reason" if "reason" in name else "answer")
-        assert (folder / lora.WEIGHTS).exists() == (folder / "log.jsonl").exists() == trained
+        assert (folder / WEIGHTS).exists() == (folder / "log.jsonl").exists() == trained
         lines = lines_of(folder / "predictions.jsonl")
         assert all(("rationale" in x) == ("reason" in name) for x in lines)
     one, other = (read_json(f / "config.json") for f in (short.folder, folders["answer-only"]))
@@ -229,7 +230,7 @@ def test_the_runs_of_a_table_are_shown(ablation, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tiny, tmp_path):
     again = run(tmp_path / "again").folder
-    for name in (lora.WEIGHTS, "predictions.jsonl"):
+    for name in (WEIGHTS, "predictions.jsonl"):
         assert (again / name).read_bytes() == (tiny.folder / name).read_bytes()
     one, other = adapter(again), adapter(run(tmp_path / "other", "--seed", "7").folder)
     assert all(not torch.equal(one[name], other[name]) for name in one if "lora_A" in name)
@@ -248,17 +249,17 @@ def test_an_adapter_can_be_decoded_by_itself(tiny, tmp_path):
     folder = run(tmp_path / "decoded", "--adapter", str(tiny.folder), "--epochs", "0").folder
     before = (tiny.folder / "predictions.jsonl").read_bytes()
     assert (folder / "predictions.jsonl").read_bytes() == before
-    assert not (folder / lora.WEIGHTS).exists() and not (folder / "log.jsonl").exists()
+    assert not (folder / WEIGHTS).exists() and not (folder / "log.jsonl").exists()
     evaluation.main([str(folder), "--decode", "--limit", "8"])
     assert (folder / "predictions.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
 def test_training_starts_from_an_adapter(tiny, tmp_path):
-    rank = read_json(tiny.folder / lora.CONFIG)["r"]
+    rank = read_json(tiny.folder / CONFIG)["r"]
     flags = ["--adapter", str(tiny.folder), "--lora-r", str(rank + 3), "--lr", "1e-8"]
     further = run(tmp_path / "further", *flags).folder
-    assert read_json(further / lora.CONFIG)["r"] == rank  # the adapter's, not the flag's
+    assert read_json(further / CONFIG)["r"] == rank  # the adapter's, not the flag's
     for name, tensor in adapter(further).items():
         torch.testing.assert_close(tensor, adapter(tiny.folder)[name], atol=1e-7, rtol=0)
 
@@ -313,7 +314,7 @@ def test_the_adapter_loads_in_peft_and_writes_the_same(short):
 def test_full_training_moves_the_image_tower_and_is_decoded_from_its_folder(tmp_path, capsys):
     folder = run(tmp_path / "full", "--full", "--lr", "1e-3", "--no-final-soft-cap").folder
     names = {path.name for path in folder.iterdir()}
-    assert "model.safetensors" in names and lora.WEIGHTS not in names
+    assert "model.safetensors" in names and WEIGHTS not in names
     before, after = (
         backbones.PaliGemma.from_pretrained(f).state_dict() for f in (PALIGEMMA, folder)
     )
@@ -359,21 +360,21 @@ def spied(monkeypatch):
     """Flags -> a run's folder, and the rows, prompts and model that it used."""
 
     def spy(folder, *flags):
-        used, fit, write = {}, train.fit, decoding.continued
+        used, fit, write = {}, train.fit, decoding.Decoder.continued
 
         def watched_fit(plan, checkpoints):
             used.update(model=plan.loss_of.model, rows=plan.rows)
             return fit(plan, checkpoints)
 
-        def watched_write(model, prompts, *rest, **options):
+        def watched_write(decoder, prompts, *rest, **options):
             prompts = list(prompts)
             if not any(sum(x["token_type_ids"]) for x in prompts):  # else: a forced answer
                 used["prompts"] = prompts
-            return write(model, prompts, *rest, **options)
+            return write(decoder, prompts, *rest, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "fit", watched_fit)
-            patch.setattr(decoding, "continued", watched_write)
+            patch.setattr(decoding.Decoder, "continued", watched_write)
             run(folder, *flags)
         return SimpleNamespace(folder=folder, **used)
 
@@ -391,7 +392,7 @@ def test_dora(tmp_path):
     folder = run(tmp_path / "dora", "--lora-dora").folder
     moved = {k: t for k, t in adapter(folder).items() if "lora_magnitude_vector" in k}
     assert len(moved) == 7 * TEXT["num_hidden_layers"]
-    assert read_json(folder / lora.CONFIG)["use_dora"] is True
+    assert read_json(folder / CONFIG)["use_dora"] is True
     (model,) = evaluation.load_run(folder)[1]
     layers = lora.adapters(model).values()
     assert all((x.lora_magnitude_vector != x.weight.norm(dim=1)).any() for x in layers)
@@ -400,7 +401,7 @@ def test_dora(tmp_path):
 def test_lora_settings_reach_the_adapter(tmp_path):
     flags = "--lora-r 3 --lora-alpha 5 --lora-dropout 0.25 --lora-rslora".split()
     folder = run(tmp_path / "lora", *flags, "--lora-targets", "q_proj", "v_proj").folder
-    config = read_json(folder / lora.CONFIG)
+    config = read_json(folder / CONFIG)
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5, 0.25)
     assert config["use_rslora"] is True and config["use_dora"] is False
     assert {key.split(".")[-3] for key in adapter(folder)} == {"q_proj", "v_proj"}
