@@ -34,7 +34,7 @@ import lora
 from model import PaliGemma
 from support import distributed, files
 from support.checkpoints.hub import resolve
-from support.dataset.images import Pictures
+from support.dataset.images import LazyImages
 from support.dataset.tokenizers import load_tokenizer
 from support.distributed import rank, world
 from support.evaluation import metrics, models, tables
@@ -340,7 +340,7 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
     usable = {p.id for p in splits["train"]}
     rows = [row for row in rows if row.problem.id in usable]
     inputs = Inputs(splits, tokenizer, features)
-    if not isinstance(features, Pictures):
+    if not isinstance(features, LazyImages):
         model.vision_tower = None  # all features are there: 0.8 GiB of the 3B's 5.7 in bf16
     runs.begin(settings)  # only now: a run that cannot start leaves nothing
     counts = examples.write_skipped_report(out, skipped)

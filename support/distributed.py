@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from support.dataset import images as pictures
+from support.dataset.images import LazyImage
 
 
 def world() -> int:
@@ -137,7 +137,7 @@ def shard_batches(window: list[list[dict]]) -> list[list[dict]]:
 
 def trains_on_image(example: dict) -> bool:
     """Whether the image tower is trained on this row: it has pixels to read, not features."""
-    return isinstance(example.get("image_features"), pictures.Picture)
+    return isinstance(example.get("image_features"), LazyImage)
 
 
 def own_dropout(seed: int, steps_done: int) -> None:

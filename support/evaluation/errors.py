@@ -270,7 +270,9 @@ def known_types(where: str, traces: str | None = None, skip_bad: bool = False) -
 
 def scene_facts(where: str) -> dict[str, dict]:
     """{id: facts} of the demo, or of a folder like it; {} of other data."""
-    path = (data.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
+    from demo.scenes import demo_folder  # late: only the demo needs it
+
+    path = (demo_folder() if where == "demo" else Path(where)) / "scenes.json"
     return files.read_json(path) if path.is_file() else {}
 
 

@@ -184,9 +184,9 @@ def holds(trace: dict, problem: Problem, key: str) -> bool:
 
 
 def demo_traces() -> str:
-    from demo import teacher
+    from demo import scenes, teacher
 
-    return teacher.traces(data.demo_folder())
+    return teacher.traces(scenes.demo_folder())
 
 
 def warn_of_overlap(train: list[Problem], test: list[Problem]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from support import files
-from support.dataset.layouts import SPLITS
+from support.dataset.sources import SPLITS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL_THREADS = torch.get_num_threads()

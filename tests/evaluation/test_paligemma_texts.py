@@ -59,21 +59,26 @@ class Speaker:
             rows.append(self.script(ids, types))
             call = (ids.tolist(), types.tolist(), max_new_tokens, options["stop_loops"])
             self.calls.append(call)
-        state = SimpleNamespace(rows=rows, t=0)
+        script = Script(rows)
+        return backbones.decode(self, script.logits(), script, max_new_tokens, **options)
 
-        def logits():
-            words = torch.tensor([row[state.t] for row in state.rows])
-            return 1e6 * F.one_hot(words, TEXT["vocab_size"]).float()
+    def step(self, ids, script):
+        script.t += 1
+        return script.logits()
 
-        def keep(alive):
-            state.rows = [row for row, stays in zip(state.rows, alive, strict=True) if stays]
 
-        def step(ids, cache):
-            state.t += 1
-            return logits()
+class Script:
+    """In the place of a cache: the ids of each live row, and which of them is next."""
 
-        state.keep = keep
-        return backbones.decode(logits(), step, state, max_new_tokens, 1, 0, **options)
+    def __init__(self, rows):
+        self.rows, self.t = rows, 0
+
+    def logits(self):
+        ids = torch.tensor([row[self.t] for row in self.rows])
+        return 1e6 * F.one_hot(ids, TEXT["vocab_size"]).float()
+
+    def keep(self, alive):
+        self.rows = [row for row, stays in zip(self.rows, alive, strict=True) if stays]
 
 
 def own_problem(id="1", choices=("red", "blue", "green"), index=0, question="Which is most?"):

@@ -25,7 +25,7 @@ import data
 import train
 from support import distributed
 from support.checkpoints.weights import write_safetensors
-from support.dataset.images import Picture
+from support.dataset.images import LazyImage
 from support.dataset.tokenizers import load_tokenizer
 from support.evaluation import models
 from support.training import optim
@@ -97,7 +97,7 @@ def as_process(patch, rank, world):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_row_of_a_window_is_in_one_shard(world, monkeypatch):
     """Seven rows in batches of at most 3; two have images, and the image tower is trained."""
-    picture = Picture("x.png", 8)
+    picture = LazyImage("x.png", 8)
     rows = [{"id": i, "labels": [-100, 5]} for i in range(7)]
     rows[2] |= {"image_features": picture}
     rows[5] |= {"image_features": picture}

@@ -11,8 +11,8 @@ from small_runs import PALIGEMMA, SMALL, lines_of, settings, spoiled_data, write
 import data
 import eval as evaluation
 import train
-from demo import teacher
-from support.dataset import images
+from demo import scenes, teacher
+from support.dataset import features, images
 from support.dataset.traces import load_traces
 from support.files import read_json
 from support.training import examples
@@ -42,7 +42,7 @@ GOOD = {
 def test_the_demos_traces_that_are_kept(keep, share, capsys):
     """Against the verdicts in the file itself."""
     problems = data.load("demo", "train")[:300]
-    verdicts = {t["id"]: t["verdict"] for t in lines_of(teacher.traces(data.demo_folder()))}
+    verdicts = {t["id"]: t["verdict"] for t in lines_of(teacher.traces(scenes.demo_folder()))}
     expected = [p.id for p in problems if GOOD[keep](verdicts[p.id])]
     rows = rows_of(problems, "--keep", keep)
     assert [row.problem.id for row in rows] == expected
@@ -193,7 +193,8 @@ def test_bad_records_are_skipped_and_counted_in_all_splits(name, tmp_path, capsy
         train.main(flags)
     assert not (tmp_path / "run").exists()
     opened, real = [], images.open_image
-    monkeypatch.setattr(images, "open_image", lambda path: opened.append(path) or real(path))
+    for module in (features, images):
+        monkeypatch.setattr(module, "open_image", lambda path: opened.append(path) or real(path))
     monkeypatch.setattr(evaluation, "write_report", lambda *args: None)
     monkeypatch.setattr(examples, "warn_of_overlap", lambda *args: None)
     train.main([*flags, "--on-error", "skip"])

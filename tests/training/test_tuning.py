@@ -335,7 +335,7 @@ def test_full_training_reads_images_not_a_cache():
     chosen = settings("paligemma", "--full")
     problem = next(p for p in data.load("demo", "train") if p.image)
     features = models.image_features(chosen, [problem], models.load_paligemma(chosen))
-    assert isinstance(features, images.Pictures)
+    assert isinstance(features, images.LazyImages)
 
 
 @pytest.mark.slow
@@ -347,7 +347,7 @@ def test_adapters_on_the_image_tower_read_images_too(tmp_path):
     assert all(tensor.any() for tensor in adapter(folder).values())
     chosen, (model,), _ = evaluation.load_run(folder)
     problems = [p for p in data.load("demo", "test") if p.image][:2]
-    assert isinstance(models.image_features(chosen, problems, model), images.Pictures)
+    assert isinstance(models.image_features(chosen, problems, model), images.LazyImages)
     plain = models.load_paligemma(chosen)
     assert isinstance(models.image_features(chosen, problems, plain), Features)
 
