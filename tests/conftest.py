@@ -29,10 +29,9 @@ def gemma():
 
 def scored(problems, predictions, faithful=False, rationale_format="QCM-LE", partial=False):
     """The metrics of predictions about these problems, as eval.py makes them."""
-    from support.evaluation import errors as kinds
-    from support.evaluation import metrics
+    from support.evaluation import errors, metrics
 
-    graded = kinds.explained(metrics.grade_all(problems, predictions, faithful, partial))
+    graded = errors.classify_all(metrics.grade_all(problems, predictions, faithful, partial))
     return metrics.metrics_of(graded, faithful, rationale_format)
 
 
@@ -42,7 +41,7 @@ def read_once():
     are read once for all tests of a module. Files that a test writes are read each time."""
     import data
     from demo import scenes
-    from support.evaluation import errors as kinds
+    from support.evaluation import errors
     from support.training import examples as records
 
     @functools.cache
@@ -58,8 +57,8 @@ def read_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", once(data.load))
-        patch.setattr(kinds, "scene_facts", once(kinds.scene_facts))
-        for module in (kinds, records):
+        patch.setattr(errors, "scene_facts", once(errors.scene_facts))
+        for module in (errors, records):
             patch.setattr(module, "load_traces", once(module.load_traces))
         yield
 

@@ -492,10 +492,17 @@ def batches(mm, ids=None):
         }
 
 
-def test_write_decodes_every_problem(mm):
+def generated(model, batches, max_new_tokens):
+    texts = {}
+    for batch in batches:
+        texts |= fusion.generate_texts(model, batch, Numbers(), max_new_tokens)
+    return texts
+
+
+def test_generate_texts_decodes_every_problem(mm):
     ids, mask, features, _ = mm.batch
     expected = mm.ours.generate(ids, mask, features, max_new_tokens=6)
-    written = fusion.write(mm.ours.train(), batches(mm), Numbers(), 6)
+    written = generated(mm.ours.train(), batches(mm), 6)
     assert list(written) == [f"p{i}" for i in range(6)]
     stops = set()
     for row, got in zip(expected.tolist(), written.values(), strict=True):
@@ -512,16 +519,17 @@ def test_write_decodes_every_problem(mm):
 def test_stage_two_reads_what_stage_one_wrote(mm):
     seen = []
 
-    def make_batches(generated):
-        seen.append(generated)
-        shift = 0 if generated is None else sum(map(len, generated.values())) % 7 + 1
-        return batches(mm, (mm.batch[0] + shift) % (mm.config["vocab_size"] - 2) + 2)
+    def answers(rationales):
+        seen.append(rationales)
+        shift = sum(map(len, rationales.values())) % 7 + 1
+        ids = (mm.batch[0] + shift) % (mm.config["vocab_size"] - 2) + 2
+        return generated(mm.ours, batches(mm, ids), 3)
 
-    results = fusion.two_stage(mm.ours, mm.ours, make_batches, Numbers(), (6, 3))
-    stage_1 = fusion.write(mm.ours, make_batches(None), Numbers(), 6)
+    stage_1 = generated(mm.ours, batches(mm), 6)
+    results = fusion.two_stage(lambda: stage_1, answers)
     texts = {pid: got["text"] for pid, got in stage_1.items()}
-    assert seen[0] is None and seen[1] == texts
-    stage_2 = fusion.write(mm.ours, make_batches(texts), Numbers(), 3)
+    assert seen == [texts]
+    stage_2 = answers(texts)
     for pid, result in results.items():
         assert result["rationale"] == texts[pid]
         assert result["response"] == stage_2[pid]["text"]
@@ -532,7 +540,9 @@ def test_stage_two_reads_what_stage_one_wrote(mm):
 
 def test_teacher_forced_reads_the_gold_text(mm):
     """That is why it is not a prediction: other gold text, other output."""
-    forced = fusion.teacher_forced(mm.ours, batches(mm), Numbers())
+    forced = {}
+    for batch in batches(mm):
+        forced |= fusion.teacher_forced_texts(mm.ours, batch, Numbers())
     with torch.no_grad():
         best = mm.ours(*mm.batch).argmax(-1)
     assert forced == {

@@ -8,7 +8,7 @@ docs/ must be in it. After new runs:
     python tests/test_readme.py keep runs/ONE runs/TWO    the accuracy of runs with several seeds
     python tests/test_readme.py keep bench.json ...       what bench.py --json wrote
     python tests/test_readme.py keep graded/A graded/B    pali_reason's outputs (docs/results.md)
-    python tests/test_kinds.py > tests/results/kinds.txt  anything else that a command prints
+    python tests/evaluation/test_errors.py > tests/results/kinds.txt   what a command prints
     python tests/test_readme.py write                     the tables again; pytest names the prose
 """
 

@@ -57,9 +57,8 @@ from support.checkpoints import hub
 from support.checkpoints.keys import TABLES, transformers_path
 from support.dataset.features import Features
 from support.dataset.tokenizers import load_tokenizer
-from support.training import checks as guards
-from support.training import optim as optimizing
-from support.training.journal import Journal
+from support.training import checks, optim
+from support.training.runs import Checkpoints, Log
 from support.training.settings import parse_args as train_flags
 
 GIB = 2**30
@@ -149,13 +148,23 @@ def ready(model: nn.Module, device: str) -> nn.Module:
 def in_the_middle():
     """`train.fit` without what it does once a training: the leak test before the first step, the
     look at moved weights in the first two."""
-    kept = guards.stop_if_it_leaks, guards.steepest
-    guards.stop_if_it_leaks = lambda *_: None
-    guards.steepest = lambda model: {}
+    kept = checks.stop_if_it_leaks, checks.steepest
+    checks.stop_if_it_leaks = lambda *_: None
+    checks.steepest = lambda model: {}
     try:
         yield
     finally:
-        guards.stop_if_it_leaks, guards.steepest = kept
+        checks.stop_if_it_leaks, checks.steepest = kept
+
+
+def fit(model: nn.Module, rows: list[dict], settings) -> None:
+    """An epoch of train.py on these rows; nothing is saved."""
+    plan = train.make_plan(settings, "bench", 1.0, model, rows, lambda loss_of: {})
+    train.fit(plan, Checkpoints(Log(io.StringIO())))
+
+
+def to_device(batch: dict, device: str) -> dict:
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def run_and_probe(side: Side) -> tuple[Callable, Callable]:
@@ -380,7 +389,7 @@ def hf_multimodal(folder, device, attention=None):
 
         def fused(self, batch):
             """What the decoder reads, and the mask that goes with it."""
-            batch = train.to_device(batch, self.device)
+            batch = to_device(batch, self.device)
             mask, e = batch["attention_mask"], self.encoder
             text = e(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
             image = e.image_dense(batch["image_features"])
@@ -481,13 +490,12 @@ class Training:
 
         def run():
             with silence(), in_the_middle():
-                journal = Journal(io.StringIO())
-                train.fit(model, self.examples, lambda model: {}, self.flags, "bench", 1.0, journal)
+                fit(model, self.examples, self.flags)
 
         def probe():
-            batch = train.to_device(data.collate(self.same[0]), self.device)
-            loss, count = train.t5_loss(model.eval(), batch, self.flags)
-            row = train.to_device(self.pad(self.same[0][:1]), self.device)
+            batch = to_device(data.collate(self.same[0]), self.device)
+            loss, count = train.t5_loss(model.eval(), batch, self.flags.weighting)
+            row = to_device(self.pad(self.same[0][:1]), self.device)
             names = ("input_ids", "attention_mask", "image_features", "decoder_input_ids")
             logits = no_grad(model, *(row[name] for name in names))  # (1, U, V)
             padded = F.cross_entropy(logits[0], row["labels"][0])
@@ -740,14 +748,13 @@ class Tuning:
         def run():
             model.language_model.checkpointing = checkpointing
             with silence(), in_the_middle():
-                journal = Journal(io.StringIO())
-                train.fit(model, [example], lambda model: {}, self.flags, "", 1.0, journal)
+                fit(model, [example], self.flags)
 
         def probe():
-            batch = train.to_device(data.pali_collate([example]), self.args.device)
+            batch = to_device(data.pali_collate([example]), self.args.device)
 
             def loss():
-                total, count = train.paligemma_loss(model.train(), batch, self.flags)
+                total, count = train.paligemma_loss(model.train(), batch, self.flags.weighting)
                 return total / count
 
             name_of = partial(transformers_path, nano.PaliGemma)
@@ -767,7 +774,7 @@ class Tuning:
             self.their_begun = copies(model)
         batch = data.pali_collate([self.row | {"image_features": self.pixels.numpy()}])
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
-        batch = train.to_device({k: v for k, v in batch.items() if k != "ids"}, self.args.device)
+        batch = to_device({k: v for k, v in batch.items() if k != "ids"}, self.args.device)
         labels = batch["labels"][0, -self.suffix :]
         trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -977,7 +984,7 @@ import io, json, os, sys
 import torch
 import data, lora, model, train
 from support.training.settings import parse_args
-from support.training.journal import Journal
+from support.training.runs import Checkpoints, Log
 from support.dataset.tokenizers import load_tokenizer
 folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -990,7 +997,8 @@ side = pg.config.vision.image_size
 pixels = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
 example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().numpy()}
 log = io.StringIO()
-train.fit(pg, [example], lambda model: {}, flags, "start", 1.0, Journal(log))
+plan = train.make_plan(flags, "start", 1.0, pg, [example], lambda loss_of: {})
+train.fit(plan, Checkpoints(Log(log)))
 print(json.loads(log.getvalue())["loss"], flush=True)
 os._exit(0)
 """
@@ -1085,8 +1093,7 @@ def t5_step(length, B, V):
     batch = {"input_ids": ids[:, :length], "attention_mask": torch.ones(B, length).long()}
     batch |= {"labels": ids[:, length:], "decoder_input_ids": ids[:, length:]}
     batch["image_features"] = torch.ones(B, *FEATURES)
-    flags = train_flags(["--model", "mmcot"])
-    return step_of(ready(model, "cpu"), train.t5_loss, batch, flags)
+    return step_of(ready(model, "cpu"), train.t5_loss, batch)
 
 
 def lora_step(length, B, V):
@@ -1103,8 +1110,7 @@ def lora_step(length, B, V):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds}
     batch["labels"] = ids.masked_fill(kinds == 0, -100)
     batch["image_features"] = torch.ones(B, 16, 256)
-    flags = train_flags(["--model", "paligemma"])
-    return step_of(ready(model.train(), "cpu"), train.paligemma_loss, batch, flags)
+    return step_of(ready(model.train(), "cpu"), train.paligemma_loss, batch, "example")
 
 
 def loss_of(length, B, V, chunked=True):
@@ -1113,11 +1119,10 @@ def loss_of(length, B, V, chunked=True):
     weight = torch.randn(V, 256) / 16
     states = torch.randn(B, length, 256, requires_grad=True)
     labels = torch.randint(2, V, (B, length))
-    flags = train_flags(["--model", "paligemma"])
 
     def run():
         if chunked:
-            loss, count = train.cross_entropy(lambda x: x @ weight.T, weight, states, labels, flags)
+            loss, count = train.cross_entropy(lambda x: x @ weight.T, weight, states, labels)
             (loss / count).backward()
         else:
             F.cross_entropy((states @ weight.T).flatten(0, 1), labels.flatten()).backward()
@@ -1126,15 +1131,15 @@ def loss_of(length, B, V, chunked=True):
     return run, [weight, states, labels]
 
 
-def step_of(model, loss_function, batch, flags):
+def step_of(model, loss_function, batch, weighting="token"):
     with silence():
-        optimizer = optimizing.make_optimizer(model, 1e-4, 0.01)
+        optimizer = optim.make_optimizer(model, 0.01)
 
     def run():
-        loss, count = loss_function(model, batch, flags)
+        loss, count = loss_function(model, batch, weighting)
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step(1e-4)
         optimizer.zero_grad()
 
     run()  # AdamW makes its moments

@@ -32,7 +32,7 @@ from support.dataset.tokenizers import encode, load_tokenizer, plain_ids
 from support.dataset.traces import load_traces
 from support.evaluation import metrics, report, tables
 from support.teachers.cache import Ledger
-from support.training import folders
+from support.training import runs
 from support.training.settings import parse_args
 
 
@@ -219,13 +219,13 @@ def run_folder(folder):
     splits = enumerate(("train", "train", "val", "test", "test"))
     write_lines(file, [record(id=i, split=split) for i, split in splits])
     flags = ["--model", "mmcot", "--recipe", "answer", "--data", str(file), "--device", "cpu"]
-    config = vars(parse_args([*flags, "--out", str(folder)])) | {"versions": folders.VERSIONS}
-    folders.write_config(config, folder)
+    settings = parse_args([*flags, "--out", str(folder)])
+    runs.write_config(settings, folder)
     problems = data.load(file, "test")
     results = [{"id": p.id, "response": "The answer is (B).", "stop": "eos"} for p in problems]
     graded = metrics.grade_all(problems, results)
-    about = evaluation.about(config["data"], "test", "QCM-LE")
-    scores, graded = evaluation.assess(graded, about, config)
+    about = evaluation.about(settings.data, "test", "QCM-LE")
+    scores, graded = evaluation.assess(graded, about, vars(settings))
     tables.write_graded(folder, graded, scores | {"skipped": {"train": 0, "test": 1}})
     steps = [{"stage": "answer", "step": i, "loss": 0.5, "val_loss": 1.0} for i in (1, 2)]
     write_lines(folder / "log.jsonl", steps)
@@ -334,7 +334,7 @@ def read_run(run):
     tables.table({"run": column.scores}, all_rows=True)
     tables.runs_table({"run": column.scores})
     report.write_report(run, {"run": column})
-    folders.is_complete(parse_args(["--model", "mmcot", "--resume", "--out", str(run)]))
+    runs.is_complete(parse_args(["--model", "mmcot", "--resume", "--out", str(run)]))
 
 
 READERS = {  # name: (what writes the valid files, what reads them, the files that are damaged)
