@@ -1021,7 +1021,7 @@ class Speaker:
         more = range(100, 200) if said.endswith("...") else [1]  # other words, or <eos>
         return plain_ids(self.tokenizer, said.removesuffix("...")) + [*more]
 
-    def write(self, input_ids, max_new_tokens, attention_mask, token_type_ids, **how):
+    def generate(self, input_ids, max_new_tokens, attention_mask, token_type_ids, **how):
         rows = []
         for ids, mask, kinds in zip(input_ids, attention_mask, token_type_ids, strict=True):
             ids, kinds = ids[mask.bool()], kinds[mask.bool()]
