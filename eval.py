@@ -111,10 +111,7 @@ def about(
 
 
 def assess(
-    graded: list[Graded],
-    subject: dict,
-    config: dict | None = None,
-    judge: Callable | None = None,
+    graded: list[Graded], subject: dict, config: dict | None = None, judge: Callable | None = None
 ) -> tuple[dict, list[Graded]]:
     """(metrics, graded with kinds) of what `grade_all` returns. `subject`: see `about`; `config`:
     the run's whose predictions these are, if any; `judge`: see `errors.refine`."""
