@@ -157,8 +157,15 @@ class MultimodalT5(Pretrained):
         """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
         options are those of `model.decode`."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
-        return self.t5.generate_from(
-            memory, attention_mask, max_new_tokens, temperature, generator, stop_loops, on_token
+        return self.t5.generate(
+            input_ids,
+            attention_mask,
+            max_new_tokens,
+            temperature,
+            generator,
+            stop_loops,
+            on_token,
+            memory,
         )  # (B, U)
 
 

@@ -1,48 +1,34 @@
-"""The plain backbones: T5, DETR-ResNet, SigLIP, Gemma-2, PaliGemma 2, and decoding.
+"""The plain backbones, T5, DETR, SigLIP, Gemma 2 and PaliGemma 2, and their decoding loop.
 
 T5           Raffel et al. 2020, arXiv 1910.10683; v1.1 (gated GELU, untied) is FLAN-T5's.
 DETR         Carion et al. 2020, arXiv 2005.12872; ResNet v1.5 (He et al. 2016, stride in conv2).
 SigLIP       Zhai et al. 2023, arXiv 2303.15343; the vision transformer, So400m/14.
 Gemma 2      arXiv 2408.00118. PaliGemma 2: Steiner et al. 2024, arXiv 2412.03555.
 
-What is worth knowing before reading:
-  * T5 does not scale attention logits, has no biases, and one relative-position table per stack.
-  * T5 v1.0 ties the output layer to the embedding and scales by D^-0.5 before it; v1.1 neither.
-  * DETR's `features` are the last decoder states after the decoder's norm, as Multimodal-CoT's.
-  * Gemma's norm multiplies by 1 + w, its scores and logits are soft-capped, every second layer
-    sees 4096 tokens only, and its scores are scaled by a number from the config.
-  * PaliGemma is a prefix language model: picture and question see each other, the answer is
-    causal. Picture features are not scaled, word embeddings are (by the root of D).
-  * How checkpoints call the weights is data in support/checkpoints/keys.py.
-
-First come the architectures, each with its sizes and formulas, then the loop they decode with. A
-first reading may stop there: what follows is the same formulas again where the plain way costs too
-much.
-
-`python model.py --keys DIR_OR_HUB_ID` prints the weight table that loading goes by; `--summary`
-the architecture, with shapes and parameter counts (fusion.py does both for a T5 with a fusion).
-
-Left out on purpose: DETR's training half (matching, losses, dropout: here it is a frozen feature
-extractor), SigLIP's text half and pooling head, PaliGemma 1 (refused by name), fp16 (it overflows;
-refused with a sentence), beam search.
+support/checkpoints/ reads files, support/kernels.py has quicker versions. `python model.py --keys
+DIR_OR_HUB_ID` prints how a checkpoint loads, `--summary` its architecture. Not here: DETR's
+training, SigLIP's text half and pooling head.
 
 Axes:
   B batch        T source length   U target length   S key length     D width       N heads
   H head width   F ffn width       V vocabulary      Q object queries P feature pixels (h*w)
   C channels     L classes         K key-value heads I image tokens    G = N / K
-  Y X pixels of a picture, down and across; h w the same of a feature map; n pictures
-  `new` tokens of this call; `live` rows still written; `length` tokens compared; `...` any axes
+  Y X pixels of an image, down and across; h w the same of a feature map; n images
+  `new` tokens of this call; `live` rows still decoded; `length` tokens compared; `...` any axes
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+Pair = tuple[Tensor, Tensor]  # keys and values, or cosines and sines
 
 
 class Pretrained(nn.Module):
@@ -65,9 +51,58 @@ class Pretrained(nn.Module):
         hub.save(self, folder)
 
 
-# ----------------------------------------------------------------------------------------------
-# T5
-# ----------------------------------------------------------------------------------------------
+def split(x: Tensor, heads: int) -> Tensor:
+    """(B, T, N*H) -> (B, N, T, H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+# ---- Caches of decoding --------------------------------------------------------------------------
+
+
+class LayerCache:
+    """Keys and values of one layer's self-attention, allocated once at their final length; and of
+    a T5 decoder's cross-attention, computed once from the encoder's states."""
+
+    def __init__(self, like, B, heads, length, H, memory=None):
+        self.k = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
+        self.v = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
+        self.length = 0
+        self.memory = memory
+
+    def append(self, k: Tensor, v: Tensor) -> Pair:
+        """k, v (B, K, T, H) of the new tokens -> views on all tokens so far."""
+        start = self.length
+        self.length += k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]  # (B, K, S, H)
+
+    def keep(self, alive: Tensor) -> None:
+        self.k = self.k[alive]
+        self.v = self.v[alive]
+        if self.memory is not None:
+            self.memory = tuple(x[alive] for x in self.memory)
+
+
+class Cache:
+    """Decoding state of a batch: keys and values per layer, and tensors with a row a text."""
+
+    def __init__(self, layers, **rows):
+        self.layers = layers
+        self.rows = rows
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length
+
+    def keep(self, alive: Tensor) -> None:
+        """Drop the rows where the boolean (B,) is False."""
+        self.rows = {name: t[alive] for name, t in self.rows.items()}
+        for layer in self.layers:
+            layer.keep(alive)
+
+
+# ---- T5 ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,19 +127,12 @@ class T5Config:
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
 
-    def __post_init__(self):
-        buckets, far = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if buckets < 4 or far <= buckets // 2:  # see relative_bucket
-            raise ValueError(f"{buckets} buckets of relative positions do not go up to {far}.")
-        if max(self.pad_token_id, self.decoder_start_token_id) >= self.vocab_size:
-            raise ValueError("pad_token_id or decoder_start_token_id is not below vocab_size.")
-
     @property
-    def decoder_layers(self):
+    def decoder_layers(self) -> int:
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
     @property
-    def scaled(self):
+    def scaled(self) -> bool:
         """Whether the decoder's output is multiplied by D^-0.5 before the vocabulary layer.
 
         transformers 5 writes tie_word_embeddings=true even for v1.1, so its own key goes first.
@@ -118,9 +146,10 @@ class T5Norm(nn.Module):
 
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
-    def forward(self, x):  # (..., D)
+    def forward(self, x: Tensor) -> Tensor:  # (..., D)
         # Eq. RMSNorm (T5): w x / sqrt(mean(x^2) + eps)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # (..., D)
 
@@ -138,16 +167,13 @@ class T5Attention(nn.Module):
         self.o_proj = nn.Linear(inner, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, N*H) -> (B, N, S, H)
-
-    def keys_values(self, x):
+    def keys_values(self, x: Tensor) -> Pair:
         """x (B, S, D) -> k, v, each (B, N, S, H)."""
-        return self.split(self.k_proj(x)), self.split(self.v_proj(x))  # (B, N, S, H)
+        return split(self.k_proj(x), self.heads), split(self.v_proj(x), self.heads)  # (B, N, S, H)
 
-    def forward(self, x, k, v, bias):
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """x (B, T, D), k and v (B, N, S, H), additive bias (B or 1, N or 1, T, S) -> (B, T, D)."""
-        q = self.split(self.q_proj(x))  # (B, N, T, H)
+        q = split(self.q_proj(x), self.heads)  # (B, N, T, H)
         # Eq. attention (T5): softmax(q k^T + bias) v
         weights = (q @ k.transpose(2, 3) + bias).float().softmax(-1).to(v.dtype)  # (B, N, T, S)
         out = self.dropout(weights) @ v  # (B, N, T, H)
@@ -160,17 +186,12 @@ class T5FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
-        if not self.gated and config.feed_forward_proj != "relu":
-            raise ValueError(
-                f"T5 feed_forward_proj {config.feed_forward_proj!r} is not known here: "
-                "released models use 'relu' (v1.0) or 'gated-gelu' (v1.1)."
-            )
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
             setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x):  # (..., D)
+    def forward(self, x: Tensor) -> Tensor:  # (..., D)
         if self.gated:
             # Eq. GEGLU (T5): GELU(x W_0) * (x W_1)
             h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (..., F)
@@ -184,19 +205,24 @@ class T5Block(nn.Module):
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        width = config.d_model
-        eps = config.layer_norm_epsilon
         self.is_decoder = is_decoder
         self.self_attn = T5Attention(config)
-        self.self_attn_norm = T5Norm(width, eps)
+        self.self_attn_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
         if is_decoder:
             self.cross_attn = T5Attention(config)
-            self.cross_attn_norm = T5Norm(width, eps)
+            self.cross_attn_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
         self.ffn = T5FeedForward(config)
-        self.ffn_norm = T5Norm(width, eps)
+        self.ffn_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x, bias, memory=None, memory_bias=None, cache=None):
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        memory: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x (B, T, D) -> (B, T, D). `bias` and `memory_bias` are added to the scores of the two
         attentions; `memory` (B, S, D) are the encoder's states, which a decoder's block reads.
         With a `LayerCache` x are the newest tokens, and the memory is in the cache already."""
@@ -211,7 +237,9 @@ class T5Block(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
-def relative_bucket(distance, bidirectional, buckets=32, max_distance=128):
+def relative_bucket(
+    distance: Tensor, bidirectional: bool, buckets: int = 32, max_distance: int = 128
+) -> Tensor:
     """T5's bucket of a relative position `distance` = key position - query position (any shape).
 
     Half of the buckets are exact distances, the rest grow logarithmically up to `max_distance`,
@@ -236,7 +264,8 @@ class T5Stack(nn.Module):
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        self.config, self.is_decoder = config, is_decoder
+        self.config = config
+        self.is_decoder = is_decoder
         layers = config.decoder_layers if is_decoder else config.num_layers
         self.relative_attention_bias = nn.Embedding(
             config.relative_attention_num_buckets, config.num_heads
@@ -245,35 +274,42 @@ class T5Stack(nn.Module):
         self.final_layer_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def position_bias(self, start, end):
+    def position_bias(self, start: int, end: int) -> Tensor:
         """Bias (1, N, T, S) for the queries start..end-1 over the keys 0..end-1."""
-        device = self.relative_attention_bias.weight.device
-        distance = (
-            torch.arange(end, device=device) - torch.arange(start, end, device=device)[:, None]
-        )
         c = self.config
-        bucket = relative_bucket(
-            distance,
-            not self.is_decoder,
-            c.relative_attention_num_buckets,
-            c.relative_attention_max_distance,
-        )  # (T, S)
+        keys = torch.arange(end, device=self.relative_attention_bias.weight.device)  # (S,)
+        distance = keys - keys[start:, None]  # (T, S)
+        buckets = c.relative_attention_num_buckets
+        farthest = c.relative_attention_max_distance
+        bucket = relative_bucket(distance, not self.is_decoder, buckets, farthest)  # (T, S)
         bias = self.relative_attention_bias(bucket).permute(2, 0, 1)[None]  # (1, N, T, S)
         if self.is_decoder:
             bias = bias.masked_fill(distance > 0, torch.finfo(bias.dtype).min)
         return bias
 
-    def forward(self, x, mask_bias=None, memory=None, memory_bias=None, cache=None):
-        """x (B, T, D) embeddings -> (B, T, D) states, normed and dropped out. With a `T5Cache` x
-        are the newest tokens: their queries begin where the cache ends."""
+    def forward(
+        self, x: Tensor, mask_bias: Tensor, memory: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """x (B, T, D) embeddings -> (B, T, D) states, normed and dropped out. `mask_bias`
+        (B, 1, 1, S) hides the source's pads: an encoder's own, or those of a decoder's `memory`.
+        With a `Cache` x are the newest tokens: their queries begin where the cache ends."""
         start = 0 if cache is None else cache.length
         bias = self.position_bias(start, start + x.shape[1])  # (1, N, T, S)
-        if mask_bias is not None:
-            bias = bias + mask_bias  # (B, N, T, S)
+        if not self.is_decoder:
+            bias = bias + mask_bias  # (B, N, T, T)
         x = self.dropout(x)
         for i, block in enumerate(self.block):
-            x = block(x, bias, memory, memory_bias, cache and cache.layers[i])
+            x = block(x, bias, memory, mask_bias, cache and cache.layers[i])
         return self.dropout(self.final_layer_norm(x))
+
+    def cache(self, memory: Tensor, memory_bias: Tensor, length: int) -> Cache:
+        """A decoder's cache for `length` tokens after memory (B, T, D) with its mask."""
+        c = self.config
+        layers = []
+        for block in self.block:
+            kv = block.cross_attn.keys_values(memory)  # (B, N, T, H) each
+            layers.append(LayerCache(memory, len(memory), c.num_heads, length, c.d_kv, kv))
+        return Cache(layers, memory_bias=memory_bias)
 
 
 class T5(Pretrained):
@@ -285,12 +321,13 @@ class T5(Pretrained):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder, self.decoder = T5Stack(config, False), T5Stack(config, True)
+        self.encoder = T5Stack(config, is_decoder=False)
+        self.decoder = T5Stack(config, is_decoder=True)
         tied = config.scaled if tied is None else tied
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     @torch.no_grad()
-    def init_weights(self, generator=None):
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
         """T5's own initialisation (mesh-tensorflow's), for training from scratch."""
         c = self.config
         std = {"q_proj": (c.d_model * c.d_kv) ** -0.5, "o_proj": (c.num_heads * c.d_kv) ** -0.5}
@@ -299,34 +336,35 @@ class T5(Pretrained):
             if p.dim() > 1:  # norms stay at one
                 p.normal_(0.0, std.get(name.split(".")[-2], c.d_model**-0.5), generator=generator)
 
-    def encode(self, input_ids, attention_mask):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) ids and mask -> encoder states (B, T, D)."""
         return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
 
-    def mask_bias(self, attention_mask):
-        """(B, T) of ones and zeros -> additive (B, 1, 1, T): 0 or the dtype's lowest number."""
-        dtype = self.shared.weight.dtype
-        blocked = (1 - attention_mask[:, None, None, :]).to(dtype)  # (B, 1, 1, T)
-        return blocked * torch.finfo(dtype).min
+    def mask_bias(self, attention_mask: Tensor) -> Tensor:
+        """(B, T) of ones and zeros -> additive (B, 1, 1, T), see the function of this name."""
+        return mask_bias(attention_mask[:, None, None].bool(), self.shared.weight.dtype)
 
-    def decode_states(self, decoder_input_ids, memory, memory_bias):
+    def decode_states(
+        self, decoder_input_ids: Tensor, memory: Tensor, memory_bias: Tensor
+    ) -> Tensor:
         """(B, U) ids -> (B, U, D), ready for the vocabulary layer."""
         x = self.shared(decoder_input_ids)  # (B, U, D)
-        states = self.decoder(x, memory=memory, memory_bias=memory_bias)
-        return self.rescaled(states)  # (B, U, D)
+        return self.rescaled(self.decoder(x, memory_bias, memory))  # (B, U, D)
 
-    def rescaled(self, states):
+    def rescaled(self, states: Tensor) -> Tensor:
         return states * self.config.d_model**-0.5 if self.config.scaled else states
 
-    def head(self, states):
+    def head(self, states: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
         return F.linear(states, self.head_weight())  # (..., V)
 
-    def head_weight(self):
+    def head_weight(self) -> Tensor:
         """(V, D): the output layer's, which is the embedding's where they are tied."""
         return (self.lm_head or self.shared).weight
 
-    def forward(self, input_ids, attention_mask, decoder_input_ids):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
+    ) -> Tensor:
         """Teacher-forced logits (B, U, V) for (B, T) source ids and (B, U) shifted target ids."""
         memory = self.encode(input_ids, attention_mask)  # (B, T, D)
         states = self.decode_states(decoder_input_ids, memory, self.mask_bias(attention_mask))
@@ -335,59 +373,35 @@ class T5(Pretrained):
     @torch.inference_mode()
     def generate(
         self,
-        input_ids,
-        attention_mask,
-        max_new_tokens,
-        temperature=0.0,
-        generator=None,
-        stop_loops=False,
-        on_token=None,
-    ):
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        stop_loops: bool = False,
+        on_token: Callable[[int, Tensor], None] | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
         """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
-        options are those of `decode`."""
-        memory = self.encode(input_ids, attention_mask)  # (B, T, D)
-        return self.generate_from(
-            memory, attention_mask, max_new_tokens, temperature, generator, stop_loops, on_token
-        )  # (B, U)
-
-    @torch.inference_mode()
-    def generate_from(
-        self,
-        memory,
-        attention_mask,
-        max_new_tokens,
-        temperature=0.0,
-        generator=None,
-        stop_loops=False,
-        on_token=None,
-    ):
-        """As `generate`, from encoder states (B, T, D), perhaps fused with an image."""
+        options are those of `decode`; `memory` (B, T, D) are encoder states with a fused image."""
+        if memory is None:
+            memory = self.encode(input_ids, attention_mask)  # (B, T, D)
         c = self.config
-        cache = T5Cache(self.decoder, memory, self.mask_bias(attention_mask), max_new_tokens)
+        cache = self.decoder.cache(memory, self.mask_bias(attention_mask), max_new_tokens)
         start = torch.full((len(memory), 1), c.decoder_start_token_id, device=memory.device)
+        logits = self.step(start, cache)  # (B, V)
         return decode(
-            self.step(start, cache),
-            self.step,
-            cache,
-            max_new_tokens,
-            eos_id=c.eos_token_id,
-            pad_id=c.pad_token_id,
-            temperature=temperature,
-            generator=generator,
-            stop_loops=stop_loops,
-            on_token=on_token,
+            self, logits, cache, max_new_tokens, temperature, generator, stop_loops, on_token
         )
 
-    def step(self, ids, cache):
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """The newest ids (B, 1) -> logits (B, V) of what follows; the cache grows by one token."""
         x = self.shared(ids)  # (B, 1, D)
-        states = self.decoder(x, memory_bias=cache.memory_bias, cache=cache)  # (B, 1, D)
+        states = self.decoder(x, cache.rows["memory_bias"], cache=cache)  # (B, 1, D)
         return self.head(self.rescaled(states[:, -1]))  # (B, V)
 
 
-# ----------------------------------------------------------------------------------------------
-# DETR
-# ----------------------------------------------------------------------------------------------
+# ---- DETR ----------------------------------------------------------------------------------------
 
 RESNET_LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
@@ -410,24 +424,12 @@ class DETRConfig:
     num_labels: int = 91  # L, without "no object"
     id2label: dict = None  # {"0": name, ...}
 
-    def __post_init__(self):
-        heads = self.encoder_attention_heads, self.decoder_attention_heads
-        if any(self.d_model % n for n in heads) or self.d_model % 4:  # 4: sines, cosines, two axes
-            raise ValueError(f"d_model is {self.d_model}, no multiple of 4 and of {heads} heads.")
-
     @property
-    def resnet(self):
+    def resnet(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(blocks per stage, width per stage) of the ResNet."""
         kwargs = self.backbone_kwargs or {}
-        layers = kwargs.get("layers") or RESNET_LAYERS.get(self.backbone)
-        if layers is None:
-            raise ValueError(
-                f"DETR backbone {self.backbone!r} is not known; {', '.join(RESNET_LAYERS)} are."
-            )
-        sizes = tuple(layers), tuple(kwargs.get("channels") or (64, 128, 256, 512))
-        if any(len(size) != 4 or not max(size) <= 10_000 for size in sizes) or sum(layers) > 256:
-            raise ValueError(f"backbone_kwargs {kwargs!r:.60} are not four stages of a ResNet.")
-        return sizes
+        layers = kwargs.get("layers") or RESNET_LAYERS[self.backbone]
+        return tuple(layers), tuple(kwargs.get("channels") or (64, 128, 256, 512))
 
 
 class FrozenBatchNorm(nn.Module):
@@ -435,19 +437,16 @@ class FrozenBatchNorm(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        for name, value in (
-            ("weight", 1.0),
-            ("bias", 0.0),
-            ("running_mean", 0.0),
-            ("running_var", 1.0),
-        ):
-            self.register_buffer(name, torch.full((channels,), value))
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x):  # (B, C, h, w)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
         scale, shift = self.scale_shift()
         return x * scale[:, None, None] + shift[:, None, None]  # (B, C, h, w)
 
-    def scale_shift(self):
+    def scale_shift(self) -> Pair:
         """s and b - mean * s, (C,) each."""
         # eps goes in before rsqrt: without it, channels that died in pretraining give nan.
         scale = self.weight * (self.running_var + 1e-5).rsqrt()  # (C,)
@@ -460,16 +459,18 @@ class Bottleneck(nn.Module):
     def __init__(self, inner, width, stride, dilation, project):
         super().__init__()
         outer = 4 * width
-        self.conv1, self.bn1 = nn.Conv2d(inner, width, 1, bias=False), FrozenBatchNorm(width)
+        self.conv1 = nn.Conv2d(inner, width, 1, bias=False)
+        self.bn1 = FrozenBatchNorm(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
         self.bn2 = FrozenBatchNorm(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, outer, 1, bias=False), FrozenBatchNorm(outer)
+        self.conv3 = nn.Conv2d(width, outer, 1, bias=False)
+        self.bn3 = FrozenBatchNorm(outer)
         self.project = project
         if project:
             conv = nn.Conv2d(inner, outer, 1, stride, bias=False)
             self.downsample = nn.Sequential(conv, FrozenBatchNorm(outer))
 
-    def forward(self, x):  # (B, C, h, w)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -481,33 +482,32 @@ class ResNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        layers, channels = config.resnet
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), FrozenBatchNorm(64)
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = FrozenBatchNorm(64)
         inner = 64
-        for i, (depth, width) in enumerate(zip(layers, channels, strict=True)):
+        for i, (depth, width) in enumerate(zip(*config.resnet, strict=True)):
             dc5 = config.dilation and i == 3
-            stride, blocks = 1 if i == 0 or dc5 else 2, []
+            blocks = []
             for j in range(depth):
+                stride = 2 if j == 0 and i > 0 and not dc5 else 1
                 # In DC5 the blocks after the first dilate; the first keeps dilation 1.
-                project = j == 0 and (stride > 1 or inner != 4 * width or i > 0)
-                block = Bottleneck(
-                    inner, width, stride if j == 0 else 1, 2 if dc5 and j else 1, project
-                )
-                blocks.append(block)
+                dilation = 2 if dc5 and j > 0 else 1
+                project = j == 0 and (i > 0 or inner != 4 * width)
+                blocks.append(Bottleneck(inner, width, stride, dilation, project))
                 inner = 4 * width
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.channels = inner
 
-    def stem(self, pixels):
+    def stem(self, pixels: Tensor) -> Tensor:
         return F.relu(self.bn1(self.conv1(pixels)))  # (B, C, h, w), stride 2
 
-    def forward(self, pixels):
+    def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, Y, X) -> C5 (B, C, h, w)."""
         x = F.max_pool2d(self.stem(pixels), 3, 2, 1)  # stride 4
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, C, h, w)
 
 
-def sine_positions(mask, width):
+def sine_positions(mask: Tensor, width: int) -> Tensor:
     """DETR's 2-D positions: (B, h, w) valid mask -> (B, P, D), rows (y) first, then columns (x).
 
     Positions are normalised to 2*pi over the valid part, so padding does not shift them.
@@ -531,15 +531,18 @@ class DETRAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
 
-    def forward(self, query, key, value, mask=None):
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """query (B, T, D), key, value (B, S, D), mask (B, 1, 1, S) of valid keys -> (B, T, D)."""
-        projected = (self.q_proj(query), self.k_proj(key), self.v_proj(value))
-        q, k, v = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected
-        )  # (B, N, T, H), (B, N, S, H), (B, N, S, H)
+        q = split(self.q_proj(query), self.heads)  # (B, N, T, H)
+        k = split(self.k_proj(key), self.heads)  # (B, N, S, H)
+        v = split(self.v_proj(value), self.heads)  # (B, N, S, H)
         # Eq. attention (DETR): softmax(q k^T / sqrt(H)) v
         out = F.scaled_dot_product_attention(q, k, v, mask)  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -548,12 +551,15 @@ class DETRAttention(nn.Module):
 class DETREncoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, ffn = config.d_model, config.encoder_ffn_dim
+        D = config.d_model
         self.self_attn = DETRAttention(D, config.encoder_attention_heads)
-        self.self_attn_layer_norm, self.final_layer_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.fc1, self.fc2 = nn.Linear(D, ffn), nn.Linear(ffn, D)
+        self.self_attn_layer_norm = nn.LayerNorm(D)
+        self.fc1 = nn.Linear(D, config.encoder_ffn_dim)
+        self.fc2 = nn.Linear(config.encoder_ffn_dim, D)
+        self.final_layer_norm = nn.LayerNorm(D)
 
-    def forward(self, x, positions, mask):  # (B, P, D), (B, P, D), (B, 1, 1, P); post-norm
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """x, positions (B, P, D); mask (B, 1, 1, P). Post-norm."""
         x = self.self_attn_layer_norm(x + self.self_attn(x + positions, x + positions, x, mask))
         return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
 
@@ -561,17 +567,22 @@ class DETREncoderLayer(nn.Module):
 class DETRDecoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, ffn, heads = config.d_model, config.decoder_ffn_dim, config.decoder_attention_heads
-        self.self_attn, self.encoder_attn = DETRAttention(D, heads), DETRAttention(D, heads)
-        self.self_attn_layer_norm, self.encoder_attn_layer_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.fc1, self.fc2 = nn.Linear(D, ffn), nn.Linear(ffn, D)
+        D = config.d_model
+        self.self_attn = DETRAttention(D, config.decoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(D)
+        self.encoder_attn = DETRAttention(D, config.decoder_attention_heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(D)
+        self.fc1 = nn.Linear(D, config.decoder_ffn_dim)
+        self.fc2 = nn.Linear(config.decoder_ffn_dim, D)
         self.final_layer_norm = nn.LayerNorm(D)
 
-    def forward(self, x, queries, memory, positions, mask):
+    def forward(
+        self, x: Tensor, queries: Tensor, memory: Tensor, positions: Tensor, mask: Tensor
+    ) -> Tensor:
         """x, queries (B, Q, D); memory, positions (B, P, D); mask (B, 1, 1, P). Post-norm."""
         x = self.self_attn_layer_norm(x + self.self_attn(x + queries, x + queries, x))
-        seen = self.encoder_attn(x + queries, memory + positions, memory, mask)  # (B, Q, D)
-        x = self.encoder_attn_layer_norm(x + seen)
+        attended = self.encoder_attn(x + queries, memory + positions, memory, mask)  # (B, Q, D)
+        x = self.encoder_attn_layer_norm(x + attended)
         return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
 
 
@@ -582,26 +593,26 @@ class DETR(Pretrained):
 
     def __init__(self, config):
         super().__init__()
-        self.config, D = config, config.d_model
+        self.config = config
+        D = config.d_model
         self.backbone = ResNet(config)
         self.input_projection = nn.Conv2d(self.backbone.channels, D, 1)
         self.query_position_embeddings = nn.Embedding(config.num_queries, D)
-        self.encoder, self.decoder = nn.Module(), nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            DETREncoderLayer(config) for _ in range(config.encoder_layers)
-        )
-        self.decoder.layers = nn.ModuleList(
-            DETRDecoderLayer(config) for _ in range(config.decoder_layers)
-        )
+        self.encoder = nn.Module()
+        layers = (DETREncoderLayer(config) for _ in range(config.encoder_layers))
+        self.encoder.layers = nn.ModuleList(layers)
+        self.decoder = nn.Module()
+        layers = (DETRDecoderLayer(config) for _ in range(config.decoder_layers))
+        self.decoder.layers = nn.ModuleList(layers)
         self.decoder.layernorm = nn.LayerNorm(D)
         self.class_labels_classifier = nn.Linear(D, config.num_labels + 1)
         self.bbox_predictor = nn.Module()
         self.bbox_predictor.layers = nn.ModuleList(nn.Linear(D, out) for out in (D, D, 4))
 
-    def features(self, pixel_values, pixel_mask=None):
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
         """Object features (B, Q, D): the last decoder layer's states after the decoder's norm.
 
-        pixel_values (B, 3, Y, X), ImageNet-normalised; pixel_mask (B, Y, X), 1 where the picture
+        pixel_values (B, 3, Y, X), ImageNet-normalised; pixel_mask (B, Y, X), 1 where the image
         is, for batches of unequal sizes. Padding changes activations at the border a little, so
         features for training are made one size at a time.
         """
@@ -620,23 +631,21 @@ class DETR(Pretrained):
             objects = layer(objects, queries, x, positions, mask)
         return self.decoder.layernorm(objects)  # (B, Q, D)
 
-    def detect(self, objects):
+    def detect(self, objects: Tensor) -> Pair:
         """Features (..., D) -> class logits (..., L + 1), the last one "no object", and boxes
-        (..., 4) as centre x, centre y, width, height, each in 0..1 of the picture."""
+        (..., 4) as centre x, centre y, width, height, each in 0..1 of the image."""
         boxes = objects
         for layer in self.bbox_predictor.layers[:-1]:
             boxes = F.relu(layer(boxes))  # (..., D)
         boxes = self.bbox_predictor.layers[-1](boxes).sigmoid()  # (..., 4)
         return self.class_labels_classifier(objects), boxes  # (..., L + 1), (..., 4)
 
-    def forward(self, pixel_values, pixel_mask=None):
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Pair:
         """(B, 3, Y, X) -> class logits (B, Q, L + 1) and boxes (B, Q, 4)."""
         return self.detect(self.features(pixel_values, pixel_mask))  # (B, Q, L + 1), (B, Q, 4)
 
 
-# ----------------------------------------------------------------------------------------------
-# SigLIP
-# ----------------------------------------------------------------------------------------------
+# ---- SigLIP --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -649,16 +658,12 @@ class SigLIPConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12  # N
     num_channels: int = 3
-    image_size: int = 224  # Y, the pictures are squares
+    image_size: int = 224  # Y, the images are squares
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads or self.image_size < self.patch_size:
-            raise ValueError("hidden_size is no multiple of its heads, or a patch is too large.")
-
     @property
-    def patches(self):
+    def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2  # I
 
 
@@ -669,14 +674,15 @@ class SigLIPAttention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj, self.k_proj = nn.Linear(D, D), nn.Linear(D, D)
-        self.v_proj, self.out_proj = nn.Linear(D, D), nn.Linear(D, D)
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x):  # (B, I, D)
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected
-        )  # (B, N, I, H)
+    def forward(self, x: Tensor) -> Tensor:  # (B, I, D)
+        q = split(self.q_proj(x), self.heads)  # (B, N, I, H)
+        k = split(self.k_proj(x), self.heads)  # (B, N, I, H)
+        v = split(self.v_proj(x), self.heads)  # (B, N, I, H)
         # Eq. attention (SigLIP): softmax(q k^T / sqrt(H)) v
         out = F.scaled_dot_product_attention(q, k, v)  # (B, N, I, H)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, I, D)
@@ -685,13 +691,15 @@ class SigLIPAttention(nn.Module):
 class SigLIPLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, eps = config.hidden_size, config.layer_norm_eps
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D, eps), nn.LayerNorm(D, eps)
-        self.self_attn, self.mlp = SigLIPAttention(config), nn.Module()
+        D = config.hidden_size
+        self.layer_norm1 = nn.LayerNorm(D, config.layer_norm_eps)
+        self.self_attn = SigLIPAttention(config)
+        self.layer_norm2 = nn.LayerNorm(D, config.layer_norm_eps)
+        self.mlp = nn.Module()
         self.mlp.fc1 = nn.Linear(D, config.intermediate_size)
         self.mlp.fc2 = nn.Linear(config.intermediate_size, D)
 
-    def forward(self, x):  # (B, I, D); pre-norm
+    def forward(self, x: Tensor) -> Tensor:  # (B, I, D); pre-norm
         x = x + self.self_attn(self.layer_norm1(x))
         hidden = F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh")  # (B, I, F)
         return x + self.mlp.fc2(hidden)
@@ -702,24 +710,23 @@ class SigLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, D = config, config.hidden_size
-        self.embeddings, self.encoder = nn.Module(), nn.Module()
-        self.embeddings.patch_embedding = nn.Conv2d(
-            config.num_channels, D, config.patch_size, config.patch_size
-        )
+        self.config = config
+        D = config.hidden_size
+        patch = config.patch_size
+        self.embeddings = nn.Module()
+        self.embeddings.patch_embedding = nn.Conv2d(config.num_channels, D, patch, patch)
         self.embeddings.position_embedding = nn.Embedding(config.patches, D)
+        self.encoder = nn.Module()
         layers = (SigLIPLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder.layers = nn.ModuleList(layers)
         self.post_layernorm = nn.LayerNorm(D, config.layer_norm_eps)
 
-    def forward(self, pixels):
+    def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, Y, Y) in -1..1 -> (B, I, D), row by row."""
         side = self.config.image_size
         if pixels.shape[-2:] != (side, side):
-            raise ValueError(
-                f"These weights see pictures of {side} x {side} pixels, not "
-                f"{pixels.shape[-1]} x {pixels.shape[-2]}: resize them (pictures.siglip_pixels)."
-            )
+            shape = tuple(pixels.shape)
+            raise ValueError(f"These weights take images of {side} x {side} pixels, not {shape}.")
         x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
         # Eq. positions (SigLIP): a learned vector for each patch
         x = x + self.embeddings.position_embedding.weight
@@ -728,9 +735,7 @@ class SigLIP(nn.Module):
         return self.post_layernorm(x)
 
 
-# ----------------------------------------------------------------------------------------------
-# Gemma-2
-# ----------------------------------------------------------------------------------------------
+# ---- Gemma-2 -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -752,17 +757,7 @@ class Gemma2Config:
     attn_logit_softcapping: float | None = 50.0  # None: off
     final_logit_softcapping: float | None = 30.0  # None: off
 
-    def __post_init__(self):
-        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError("layer_types does not have an entry for each of num_hidden_layers.")
-        groups, halves = self.num_attention_heads % self.num_key_value_heads, self.head_dim % 2
-        if groups or halves or not (self.query_pre_attn_scalar > 0 and self.rope_theta > 0):
-            raise ValueError(
-                "num_attention_heads is no multiple of num_key_value_heads, head_dim is odd, or "
-                "query_pre_attn_scalar or rope_theta is not above 0."
-            )
-
-    def is_sliding(self, layer):
+    def is_sliding(self, layer: int) -> bool:
         if self.layer_types:
             return self.layer_types[layer] == "sliding_attention"
         return layer % 2 == 0
@@ -773,15 +768,16 @@ class GemmaNorm(nn.Module):
 
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
 
-    def forward(self, x):  # (B, T, D)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
         # Eq. RMSNorm (Gemma): (1 + w) x / sqrt(mean(x^2) + eps)
         y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
         return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
 
 
-def rotary_angles(positions, width, theta, dtype):
+def rotary_angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> Pair:
     """cos and sin (B, 1, T, H) of positions (B, T): angles in fp32, H/2 of them, twice in a row."""
     # Eq. angles (RoPE): position * theta^(-2i / H)
     powers = torch.arange(0, width, 2, device=positions.device).float() / width  # (H/2,)
@@ -790,24 +786,24 @@ def rotary_angles(positions, width, theta, dtype):
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE (arXiv 2104.09864), halves and not pairs: x (..., T, H) turned by its position."""
     first, second = x.chunk(2, -1)  # (..., T, H/2)
     # Eq. rotation (RoPE): (a, b) -> (a cos - b sin, b cos + a sin)
     return x * cos + torch.cat((-second, first), -1) * sin  # (..., T, H)
 
 
-def soft_cap(x, cap):
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap."""
     # Eq. soft-cap (Gemma 2)
     return torch.tanh(x / cap) * cap if cap else x
 
 
-def prefix_lm_mask(valid, suffix, new, window=None):
+def prefix_lm_mask(valid: Tensor, suffix: Tensor, new: int, window: int | None = None) -> Tensor:
     """Who sees whom: (B, 1, T, S) booleans for the last T = `new` of S tokens.
 
     valid, suffix (B, S): False at pads; True where the text is generated, one after the other.
-    Picture and prefix (p) see each other, the suffix (s) sees everything before it:
+    Image and prefix (p) see each other, the suffix (s) sees everything before it:
 
           p p p s s
         p 1 1 1 0 0
@@ -817,7 +813,8 @@ def prefix_lm_mask(valid, suffix, new, window=None):
         s 1 1 1 1 1
     """
     position = valid.cumsum(1)  # (B, S), consecutive over what is no pad
-    query, key = position[:, -new:, None], position[:, None, :]  # (B, T, 1), (B, 1, S)
+    query = position[:, -new:, None]  # (B, T, 1)
+    key = position[:, None, :]  # (B, 1, S)
     allowed = key <= query  # (B, T, S)
     if window is not None:
         allowed = allowed & (key > query - window)
@@ -825,7 +822,7 @@ def prefix_lm_mask(valid, suffix, new, window=None):
     return ((allowed | both_prefix) & valid[:, None, :])[:, None]  # (B, 1, T, S)
 
 
-def mask_bias(allowed, dtype):
+def mask_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """Booleans -> 0 or the dtype's lowest number, to be added to scores; the same shape."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
@@ -837,7 +834,7 @@ class GemmaAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = config
-        self.head_dim = c.head_dim
+        self.heads = c.num_attention_heads
         self.kv_heads = c.num_key_value_heads
         self.scale = c.query_pre_attn_scalar**-0.5  # only by coincidence head_dim^-0.5 in the 2B
         self.cap = c.attn_logit_softcapping
@@ -847,21 +844,20 @@ class GemmaAttention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.softmax = nn.Softmax(-1)  # a module, so that a hook can watch the weights
 
-    def split(self, x):
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, N*H) -> (B, N, T, H)
-
-    def forward(self, x, cos, sin, bias, cache=None):
-        """x (B, T, D), angles (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D). With a
+    def forward(
+        self, x: Tensor, angles: Pair, bias: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x (B, T, D), cos and sin (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D). With a
         `LayerCache` x are the newest T of S tokens."""
-        q = rotate(self.split(self.q_proj(x)), cos, sin)  # (B, N, T, H)
-        k = rotate(self.split(self.k_proj(x)), cos, sin)  # (B, K, T, H)
-        v = self.split(self.v_proj(x))  # (B, K, T, H)
+        q = rotate(split(self.q_proj(x), self.heads), *angles)  # (B, N, T, H)
+        k = rotate(split(self.k_proj(x), self.kv_heads), *angles)  # (B, K, T, H)
+        v = split(self.v_proj(x), self.kv_heads)  # (B, K, T, H)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, H), of all tokens so far
         out = self.attend(q, k, v, bias)  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
-    def attend(self, q, k, v, bias):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """q (B, N, T, H), k and v (B, K, S, H), bias (B, 1, T, S) -> (B, N, T, H)."""
         # G queries share a key head: k and v are broadcast over them, not copied.
         q = q.unflatten(1, (self.kv_heads, -1))  # (B, K, G, T, H)
@@ -877,11 +873,11 @@ class GemmaAttention(nn.Module):
 class GemmaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, ffn = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, ffn, bias=False), nn.Linear(D, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, D, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):  # (B, T, D)
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
         # Eq. GEGLU (Gemma): GELU(x W_gate) * (x W_up)
         h = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # (B, T, F)
         return self.down_proj(h)  # (B, T, D)
@@ -892,17 +888,18 @@ class GemmaLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width = config.hidden_size
-        eps = config.rms_norm_eps
+        norm = (config.hidden_size, config.rms_norm_eps)
         self.self_attn = GemmaAttention(config)
         self.mlp = GemmaMLP(config)
-        self.input_layernorm = GemmaNorm(width, eps)
-        self.post_attention_layernorm = GemmaNorm(width, eps)
-        self.pre_feedforward_layernorm = GemmaNorm(width, eps)
-        self.post_feedforward_layernorm = GemmaNorm(width, eps)
+        self.input_layernorm = GemmaNorm(*norm)
+        self.post_attention_layernorm = GemmaNorm(*norm)
+        self.pre_feedforward_layernorm = GemmaNorm(*norm)
+        self.post_feedforward_layernorm = GemmaNorm(*norm)
 
-    def forward(self, x, cos, sin, bias, cache=None):  # (B, T, D)
-        h = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache)
+    def forward(
+        self, x: Tensor, angles: Pair, bias: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        h = self.self_attn(self.input_layernorm(x), angles, bias, cache)  # (B, T, D)
         x = x + self.post_attention_layernorm(h)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
@@ -911,47 +908,59 @@ class Gemma2(nn.Module):
     """The language model without its output layer, which is the embedding again.
 
     With `checkpointing` a training step keeps each layer's input only and computes the layer again
-    on the way back: a third more time, a fraction of the memory.
+    in the backward pass: a third more time, a fraction of the memory.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing = config, False
+        self.config = config
+        self.checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = (GemmaLayer(config) for _ in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = GemmaNorm(config.hidden_size, config.rms_norm_eps)
 
-    def embed(self, input_ids):
+    def embed(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), times the root of D as the model's own dtype has it."""
         x = self.embed_tokens(input_ids)  # (B, T, D)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
-    def forward(self, x, valid, suffix, cache=None):
+    def cache(self, B: int, length: int) -> Cache:
+        """An empty cache for B rows of `length` tokens, prompts included."""
+        c = self.config
+        like = self.embed_tokens.weight
+        sizes = (c.num_key_value_heads, length, c.head_dim)
+        layers = [LayerCache(like, B, *sizes) for _ in self.layers]
+        none = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, 0)
+        return Cache(layers, valid=none, suffix=none)
+
+    def forward(
+        self, x: Tensor, valid: Tensor, suffix: Tensor, cache: Cache | None = None
+    ) -> Tensor:
         """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D). With a
-        `GemmaCache` they are of the newest tokens."""
+        `Cache` they are of the newest tokens."""
         c = self.config
         T = x.shape[1]
         if cache is not None:
-            valid, suffix = cache.extend(valid, suffix)  # (B, S)
+            valid = torch.cat((cache.rows["valid"], valid), 1)  # (B, S)
+            suffix = torch.cat((cache.rows["suffix"], suffix), 1)  # (B, S)
+            cache.rows = {"valid": valid, "suffix": suffix}
         full = mask_bias(prefix_lm_mask(valid, suffix, T), x.dtype)  # (B, 1, T, S)
         sliding = full
         if valid.shape[1] > c.sliding_window:  # a window as long as the text cuts nothing
             sliding = mask_bias(prefix_lm_mask(valid, suffix, T, c.sliding_window), x.dtype)
         positions = valid.cumsum(1)[:, -T:] - 1  # (B, T)
-        cos, sin = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H) each
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H)
         for i, layer in enumerate(self.layers):
             bias = sliding if c.is_sliding(i) else full
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, bias, use_reentrant=False)
+                x = checkpoint(layer, x, angles, bias, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, bias, cache and cache.layers[i])
+                x = layer(x, angles, bias, cache and cache.layers[i])
         return self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------
-# PaliGemma 2
-# ----------------------------------------------------------------------------------------------
+# ---- PaliGemma 2 ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -966,8 +975,8 @@ class PaliGemmaConfig:
     bos_token_id: int = 2
 
     @property
-    def image_tokens(self):
-        """How many tokens a picture takes: 256 at 224 pixels, 1024 at 448, 4096 at 896."""
+    def image_tokens(self) -> int:
+        """How many tokens an image takes: 256 at 224 pixels, 1024 at 448, 4096 at 896."""
         return self.vision.patches  # I
 
 
@@ -982,16 +991,15 @@ class PaliGemma(Pretrained):
 
     def __init__(self, config):
         super().__init__()
-        if max(config.image_token_index, config.pad_token_id) >= config.text.vocab_size:
-            raise ValueError("image_token_index or pad_token_id is not below vocab_size.")
         self.config = config
-        self.vision_tower, self.multi_modal_projector = SigLIP(config.vision), nn.Module()
-        width = config.vision.hidden_size
-        self.multi_modal_projector.linear = nn.Linear(width, config.text.hidden_size)
+        self.vision_tower = SigLIP(config.vision)
+        projector = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
+        self.multi_modal_projector = nn.Module()
+        self.multi_modal_projector.linear = projector
         self.language_model = Gemma2(config.text)
 
     @torch.no_grad()
-    def init_weights(self, generator=None):
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Unit-scale initialisation for training from scratch (the demo); norms as they are."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
@@ -999,23 +1007,23 @@ class PaliGemma(Pretrained):
             elif name.endswith("bias"):
                 p.zero_()
 
-    def image_features(self, pixel_values):
-        """(n, 3, Y, Y) -> (n, I, D): what the language model sees of a picture. Not scaled."""
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """(n, 3, Y, Y) -> (n, I, D): what the language model sees of an image. Not scaled."""
         weight = self.multi_modal_projector.linear.weight
         return self.multi_modal_projector.linear(self.vision_tower(pixel_values.to(weight.dtype)))
 
     def states(
         self,
-        input_ids,
-        attention_mask=None,
-        token_type_ids=None,
-        image_features=None,
-        cache=None,
-    ):
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """(B, T) ids -> states (B, T, D) after the final norm.
 
         attention_mask  0 at pads, on the left or on the right.
-        token_type_ids  0 for picture and prefix, 1 for the suffix; None is all prefix.
+        token_type_ids  0 for image and prefix, 1 for the suffix; None is all prefix.
         image_features  (n, I, D) of the n rows with <image> tokens, in their order.
         """
         x = self.language_model.embed(input_ids)  # (B, T, D)
@@ -1026,7 +1034,7 @@ class PaliGemma(Pretrained):
         if sum(wanted) != found or any(n % self.config.image_tokens for n in wanted):
             raise ValueError(
                 f"The rows have {wanted} <image> tokens, but there are features for {found}: "
-                f"each picture needs {self.config.image_tokens} tokens, and none may be cut."
+                f"each image needs {self.config.image_tokens} tokens, and none may be cut."
             )
         if found:
             features = image_features.to(x.dtype).flatten(0, 1)  # (n * I, D)
@@ -1036,19 +1044,19 @@ class PaliGemma(Pretrained):
         suffix = (ones * 0 if token_type_ids is None else token_type_ids).bool()  # (B, T)
         return self.language_model(x, valid, suffix, cache)
 
-    def head(self, states):
+    def head(self, states: Tensor) -> Tensor:
         """(..., D) -> soft-capped logits (..., V)."""
         logits = F.linear(states, self.language_model.embed_tokens.weight)  # (..., V)
         return soft_cap(logits, self.config.text.final_logit_softcapping)  # (..., V)
 
     def forward(
         self,
-        input_ids,
-        pixel_values=None,
-        attention_mask=None,
-        token_type_ids=None,
-        image_features=None,
-    ):
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V); see `states`. Give pixel_values (n, 3, Y, Y) or their features."""
         if pixel_values is not None:
             image_features = self.image_features(pixel_values)  # (n, I, D)
@@ -1057,129 +1065,51 @@ class PaliGemma(Pretrained):
     @torch.inference_mode()
     def generate(
         self,
-        input_ids,
-        pixel_values=None,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
         *,
-        max_new_tokens,
-        attention_mask=None,
-        token_type_ids=None,
-        image_features=None,
-        temperature=0.0,
-        generator=None,
-        stop_loops=False,
-        on_token=None,
-    ):
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        stop_loops: bool = False,
+        on_token: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Continue prompts (B, T), of which a part may be suffix already: new ids
         (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The last four
         options are those of `decode`, the others those of `forward`."""
         if pixel_values is not None:
             image_features = self.image_features(pixel_values)  # (n, I, D)
-        like = self.language_model.embed_tokens.weight
-        length = input_ids.shape[1] + max_new_tokens
-        cache = GemmaCache(self.config.text, len(input_ids), length, like)
+        cache = self.language_model.cache(len(input_ids), input_ids.shape[1] + max_new_tokens)
         states = self.states(input_ids, attention_mask, token_type_ids, image_features, cache)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
-        pads = mask.int().flip(1).argmax(1)  # (B,), after the last token that is none
+        pads = mask.int().flip(1).argmax(1)  # (B,), after the last token
         ends = states[torch.arange(len(pads), device=pads.device), -1 - pads]  # (B, D)
         return decode(
+            self,
             self.head(ends),
-            self.step,
             cache,
             max_new_tokens,
-            eos_id=self.config.eos_token_id,
-            pad_id=self.config.pad_token_id,
-            temperature=temperature,
-            generator=generator,
-            stop_loops=stop_loops,
-            on_token=on_token,
+            temperature,
+            generator,
+            stop_loops,
+            on_token,
         )
 
-    def step(self, ids, cache):
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
         """The newest ids (B, 1) -> logits (B, V) of what follows; the cache grows by one token."""
         states = self.states(ids, token_type_ids=torch.ones_like(ids), cache=cache)  # (B, 1, D)
         return self.head(states[:, -1])  # (B, V)
 
 
-# ----------------------------------------------------------------------------------------------
-# Decoding: caches, and one loop for every model that generates
-# ----------------------------------------------------------------------------------------------
+# ---- Decoding: one loop for every model that generates -------------------------------------------
 
 
-class LayerCache:
-    """Keys and values of one layer's self-attention, allocated once at their final length; and of
-    a T5 decoder's cross-attention, computed once from the encoder's states."""
-
-    def __init__(self, like, B, heads, length, H, memory=None):
-        self.k = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
-        self.v = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
-        self.length = 0
-        self.memory = memory
-
-    def append(self, k, v):
-        """k, v (B, K, T, H) of the new tokens -> views on all tokens so far."""
-        start = self.length
-        self.length += k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]  # (B, K, S, H)
-
-    def keep(self, alive):
-        self.k = self.k[alive]
-        self.v = self.v[alive]
-        if self.memory is not None:
-            self.memory = tuple(x[alive] for x in self.memory)
-
-
-class T5Cache:
-    """Decoding state of a batch: keys and values per layer, and the mask of what they read."""
-
-    def __init__(self, decoder, memory, memory_bias, length):
-        c = decoder.config
-        self.layers = []
-        for block in decoder.block:
-            kv = block.cross_attn.keys_values(memory)  # (B, N, T, H) each
-            self.layers.append(LayerCache(memory, len(memory), c.num_heads, length, c.d_kv, kv))
-        self.memory_bias = memory_bias  # (B, 1, 1, T)
-
-    @property
-    def length(self):
-        return self.layers[0].length
-
-    def keep(self, alive):
-        """Drop the rows where the boolean (B,) is False."""
-        self.memory_bias = self.memory_bias[alive]
-        for layer in self.layers:
-            layer.keep(alive)
-
-
-class GemmaCache:
-    """Decoding state of a batch: keys and values per layer, and which tokens are what."""
-
-    def __init__(self, config, B, length, like):
-        sizes = (config.num_key_value_heads, length, config.head_dim)
-        self.layers = [LayerCache(like, B, *sizes) for _ in range(config.num_hidden_layers)]
-        self.valid = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, S)
-        self.suffix = self.valid  # (B, S)
-
-    @property
-    def length(self):
-        return self.layers[0].length
-
-    def extend(self, valid, suffix):
-        """Flags (B, T) of the new tokens -> flags (B, S) of all."""
-        self.valid = torch.cat((self.valid, valid), 1)  # (B, S)
-        self.suffix = torch.cat((self.suffix, suffix), 1)  # (B, S)
-        return self.valid, self.suffix
-
-    def keep(self, alive):
-        """Drop the rows where the boolean (B,) is False."""
-        self.valid = self.valid[alive]
-        self.suffix = self.suffix[alive]
-        for layer in self.layers:
-            layer.keep(alive)
-
-
-def pick(logits, temperature=0.0, generator=None):
+def pick(
+    logits: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
     """The next ids (B,) from logits (B, V): arg-max, or a sample at `temperature`."""
     if temperature == 0:
         return logits.argmax(-1)  # (B,)
@@ -1187,8 +1117,8 @@ def pick(logits, temperature=0.0, generator=None):
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
 
 
-def looping(ids, times=4, least=24):
-    """(B, U) ids -> (B,): whether a row ends in one chunk said `times` times over.
+def looping(ids: Tensor, times: int = 4, least: int = 24) -> Tensor:
+    """(B, U) ids -> (B,): whether a row ends in one chunk repeated `times` times.
 
     Together they are `least` tokens or more. Counting n-grams anywhere in the text (8 tokens, four
     times) would cut every fifth of Gemini's own thoughts, which restate a formula as often as they
@@ -1204,25 +1134,23 @@ def looping(ids, times=4, least=24):
 
 @torch.inference_mode()
 def decode(
-    logits,
-    step,
-    cache,
-    max_new_tokens,
-    eos_id,
-    pad_id=0,
-    temperature=0.0,
-    generator=None,
-    stop_loops=False,
-    on_token=None,
-):
+    model: nn.Module,
+    logits: Tensor,
+    cache: Cache,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    stop_loops: bool = False,
+    on_token: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
     """Generate up to `max_new_tokens` ids per row; rows that have finished leave the batch.
 
-    logits (B, V) choose the first id; `step(ids (B, 1), cache) -> logits (B, V)` runs the model on
-    one more token per live row; `cache.keep(alive)` drops the rows where the boolean (B,) is False.
-    With `stop_loops` a row that repeats itself (see `looping`) ends as well. `on_token(t, ids)`
-    gets the ids of the live rows at step t as soon as they are chosen: t = 0 begins a text.
-    Returns (B, <= max_new_tokens) ids, EOS included, `pad_id` after the end of a row.
+    logits (B, V) choose the first id; `model.step(ids (B, 1), cache) -> logits (B, V)` reads one
+    more token per live row. With `stop_loops` a row that repeats itself (see `looping`) ends as
+    well. `on_token(t, ids)` gets the ids of the live rows at step t as soon as they are chosen:
+    t = 0 begins a text. Returns (B, <= max_new_tokens) ids, EOS included, pads after a row's end.
     """
+    pad_id = model.config.pad_token_id
     out = torch.full((len(logits), max_new_tokens), pad_id, device=logits.device)  # (B, U)
     rows = torch.arange(len(logits), device=logits.device)  # (live,), their places in `out`
     length = 0
@@ -1232,7 +1160,7 @@ def decode(
         if on_token:
             on_token(length, ids)
         length += 1
-        stopped = ids == eos_id  # (live,)
+        stopped = ids == model.config.eos_token_id  # (live,)
         if stop_loops:
             stopped = stopped | looping(out[rows, :length])
         if stopped.any():
@@ -1243,11 +1171,11 @@ def decode(
                 break
             cache.keep(alive)
         if length < max_new_tokens:
-            logits = step(ids[:, None], cache)  # (live, V)
+            logits = model.step(ids[:, None], cache)  # (live, V)
     return out[:, :length]
 
 
-def stop_reason(ids, eos_id, pad_id, stop_loops=False):
+def stop_reason(ids: Tensor, eos_id: int, pad_id: int, stop_loops: bool = False) -> str:
     """Why `decode` ended a row, of which `ids` (U,) are all it gave: "eos", "loop" or "length"."""
     if (ids == eos_id).any():
         return "eos"

@@ -393,7 +393,7 @@ def run_paligemma(args):
         features, splits = records.with_pictures(args, splits, skipped, model)
     left, test = {p.id for p in splits["train"]}, splits[args.test_split]
     rows = [row for row in rows if row.problem.id in left]
-    if not isinstance(features, pictures.Pictures):
+    if not isinstance(features, pictures.LazyImages):
         model.vision_tower = None  # all pictures were looked at: 0.8 GiB of the 3B's 5.7 in bf16
     folders.begin(args)  # only now: a run that cannot start leaves nothing
     counts = records.told_skipped(args, skipped)

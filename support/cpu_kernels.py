@@ -55,12 +55,12 @@ class QuickT5Stack(plain.T5Stack):
     heads and rows share one, and the position bias is looked up. 1.4 times as fast at the demo's
     size, where it is all dispatch."""
 
-    def forward(self, x, mask_bias=None, memory=None, memory_bias=None, cache=None):
+    def forward(self, x, mask_bias, memory=None, cache=None):
         if cache is None or x.shape[1] > 1 or self.training or torch.is_grad_enabled():
-            return super().forward(x, mask_bias, memory, memory_bias, cache)
+            return super().forward(x, mask_bias, memory, cache)
         rows = (len(x), self.config.num_heads, 1, -1)
         bias = self.newest_bias(cache.length + 1).expand(rows).flatten(0, 1)  # (B*N, 1, S)
-        memory_bias = memory_bias.expand(rows).flatten(0, 1)  # (B*N, 1, S)
+        memory_bias = mask_bias.expand(rows).flatten(0, 1)  # (B*N, 1, S)
         x = x[:, 0]  # (B, D)
         for block, layer in zip(self.block, cache.layers, strict=True):
             h = block.self_attn_norm(x)
@@ -183,11 +183,11 @@ class QuickT5(plain.T5):
     def head(self, states):
         return product(states, self.head_weight())
 
-    def generate_from(self, memory, attention_mask, max_new_tokens, *options):
+    def generate(self, input_ids, *arguments, **options):
         layers = (m for m in self.decoder.modules() if isinstance(m, nn.Linear))
         weights = [self.head_weight(), *(layer.weight for layer in layers)]
-        with laid_out(weights, len(memory)):
-            return super().generate_from(memory, attention_mask, max_new_tokens, *options)
+        with torch.inference_mode(), laid_out(weights, len(input_ids)):
+            return super().generate(input_ids, *arguments, **options)
 
 
 class QuickPaliGemma(plain.PaliGemma):

@@ -130,7 +130,7 @@ def dealt(window):
 
 
 def trains_on_picture(example):
-    return isinstance(example.get("image_features"), pictures.Picture)
+    return isinstance(example.get("image_features"), pictures.LazyImage)
 
 
 def own_dropout(args, done):

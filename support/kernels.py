@@ -260,7 +260,7 @@ class FusedT5Attention(plain.T5Attention):
     dropout: there the scores are written out, and the bias is added in place."""
 
     def forward(self, x, k, v, bias):
-        q = self.split(self.q_proj(x))  # (B, N, T, H)
+        q = plain.split(self.q_proj(x), self.heads)  # (B, N, T, H)
         p = self.dropout.p if self.training else 0.0
         if p and x.device.type == "cpu":
             scores = (q @ k.transpose(2, 3)).add_(bias)  # (B, N, T, S)

@@ -106,14 +106,14 @@ def gemma_cases(layer: nn.Module) -> tuple[nn.Module, list[Case]]:
         past = S - x.shape[1]
         keys = draw(2, 2, past, H, scale=3.0).to(x)  # (B, K, past, H)
         cache.append(keys, draw(2, 2, past, H, seed=1).to(x))
-        return module(x, cos, sin, bias, cache)
+        return module(x, (cos, sin), bias, cache)
 
     def whole(module, x, cos, sin, bias):
-        return module(x, cos, sin, bias)
+        return module(x, (cos, sin), bias)
 
     # A mask is data; that a learned bias would get no gradient is a case of its own.
     def masked(module, x, cos, sin, bias):
-        return module(x, cos, sin, bias.detach())
+        return module(x, (cos, sin), bias.detach())
 
     pads = ~valid
     learned = newest(S) | {"bias": draw(2, 1, S, S)}
@@ -199,15 +199,12 @@ def t5_stack_cases(layer: nn.Module) -> tuple[nn.Module, list[Case]]:
     memory_bias[1, :, :, 3:] = torch.finfo(torch.float32).min
 
     def tokens(module, x, memory, memory_bias):
-        cache = plain.T5Cache(module, memory, memory_bias, x.shape[1])
-        each = []
-        for t in range(x.shape[1]):
-            step = {"memory_bias": cache.memory_bias, "cache": cache}
-            each.append(module(x[:, t : t + 1], **step))
-        return torch.cat(each, 1)
+        cache = module.cache(memory, memory_bias, x.shape[1])
+        steps = x.split(1, 1)
+        return torch.cat([module(token, memory_bias, cache=cache) for token in steps], 1)
 
     def at_once(module, x, memory, memory_bias):
-        return module(x, memory=memory, memory_bias=memory_bias)
+        return module(x, memory_bias, memory)
 
     inputs = {"x": draw(2, 5, 6, scale=3.0), "memory": draw(2, 4, 6, scale=2.0)}
     inputs["memory_bias"] = memory_bias

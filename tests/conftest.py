@@ -40,6 +40,7 @@ def read_once():
     """Most runs look at a few of the demo's 8,600 problems: these, their traces and their facts
     are read once for all tests of a module. Files that a test writes are read each time."""
     import data
+    from demo import scenes
     from support.evaluation import errors
     from support.training import examples as records
 
@@ -48,7 +49,7 @@ def read_once():
         kept = functools.cache(read)
 
         def reading(where, *rest):
-            is_demo = where == "demo" or data.demo_folder() in Path(where).parents
+            is_demo = where == "demo" or scenes.demo_folder() in Path(where).parents
             fills = any(isinstance(x, list) for x in rest)  # what --on-error skip found
             return (kept if is_demo and not fills else read)(where, *rest)
 

@@ -351,6 +351,6 @@ def test_grouped_query_attention(cap):
 
     kept = [attended(q[n], k[n // 3], v[n // 3], score) for n in range(6)]
     exact = torch.cat(kept, -1) @ net.o_proj.weight.double().T
-    close(net(x, *still, bias)[0], exact)
+    close(net(x, still, bias)[0], exact)
     with torch.no_grad():
-        close(net(x, *still, bias)[0], exact)
+        close(net(x, still, bias)[0], exact)

@@ -61,7 +61,7 @@ from model import (
     T5Config,
 )
 from support import files
-from support.dataset import downloads
+from support.dataset import sources
 from support.dataset import tokenizers as tokenizing
 from support.dataset.features import cached_features, published_features
 from support.dataset.images import open_image, siglip_pixels, unusable
@@ -451,17 +451,17 @@ def read_adapter(folder):
 
 def read_zip(folder):
     (folder / "set").mkdir()
-    downloads.unpack(folder / "train.zip", folder / "set", "train")
+    sources.unpack(folder / "train.zip", folder / "set", "train")
 
 
 def read_addresses(folder):
-    fetch, downloads.download_scienceqa = downloads.download_scienceqa, lambda *_: None
+    fetch, sources.download_scienceqa = sources.download_scienceqa, lambda *_: None
     try:
         data.main(["scienceqa", "--addresses", f"{folder}/table.json", "--to", f"{folder}/set"])
     except SystemExit as stop:
         raise ValueError(stop.code) from None
     finally:
-        downloads.download_scienceqa = fetch
+        sources.download_scienceqa = fetch
 
 
 def read_predictions(folder):

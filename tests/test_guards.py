@@ -266,7 +266,7 @@ def test_what_is_not_finite_is_named_and_not_learned(given, how, monkeypatch):
         return stopped(
             FloatingPointError, "gradient norm (nan|inf).*not taken", *given_order(given)
         )
-    monkeypatch.setattr(data, "_stacked", lambda rows: torch.stack(
+    monkeypatch.setattr(data, "stack_features", lambda rows: torch.stack(
         [torch.as_tensor(e["image_features"]).float() * (1 if e is not examples[1] else torch.nan)
          for e in rows]))  # fmt: skip
     before = weights(model)

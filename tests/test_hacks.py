@@ -23,6 +23,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import data
+from demo import scenes
 from model import PaliGemma
 from support import files
 from support.dataset import images as pictures
@@ -110,7 +111,7 @@ def run(folder, recipe):
     """Run a recipe's commands in the copy; each line printed below one must be in its output."""
     cache = folder / "cache"
     cache.mkdir()
-    demo = data.demo_folder()  # drawn once, not in each copy
+    demo = scenes.demo_folder()  # drawn once, not in each copy
     (cache / demo.name).symlink_to(demo)
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "NANOCOT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}

@@ -429,16 +429,13 @@ def test_wrong_outputs_are_refused(monkeypatch):
     scaled = lambda self, q, k, v, bias: attend(self, q * 1.01, k, v, bias)  # noqa: E731
     newest = kernels.QuickT5Stack.newest_bias
     late = lambda self, length: newest(self, length + 1)[..., :-1]  # noqa: E731
+    fused = kernels.FusedT5Attention.forward
+    doubled = lambda self, x, k, v, bias: fused(self, x, 2 * k, v, bias)  # noqa: E731
     faults = [
         (kernels.LeanGemmaAttention, "attend", shifted, tiny_paligemma),
         (kernels.LeanGemmaAttention, "attend", scaled, tiny_paligemma),
         (kernels.QuickT5Stack, "newest_bias", late, tiny_mmcot),
-        (
-            kernels.FusedT5Attention,
-            "split",
-            lambda self, x: 2 * model.T5Attention.split(self, x),
-            tiny_mmcot,
-        ),
+        (kernels.FusedT5Attention, "forward", doubled, tiny_mmcot),
         (kernels.LeanLoRALinear, "forward", nn.Linear.forward, tiny_paligemma),
     ]
     for kernel, name, fault, make in faults:

@@ -29,7 +29,7 @@ import train
 from model import T5
 from support import distributed as devices
 from support.checkpoints.weights import write_safetensors
-from support.dataset.images import Picture
+from support.dataset.images import LazyImage
 from support.dataset.tokenizers import load_tokenizer
 from support.evaluation import models as loading
 from support.training import optim as optimizing
@@ -101,7 +101,7 @@ def as_process(patch, rank, world):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_row_of_a_window_is_dealt_once(world, monkeypatch):
     """Seven rows in batches of at most 3; two have pictures, and the image tower is trained."""
-    picture = Picture("x.png", 8)
+    picture = LazyImage("x.png", 8)
     rows = [{"id": i, "labels": [-100, 5]} for i in range(7)]
     rows[2] |= {"image_features": picture}
     rows[5] |= {"image_features": picture}

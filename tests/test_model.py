@@ -172,7 +172,7 @@ def test_t5_unknown_feed_forward_is_refused(tmp_path):
     config, hf = oracle.tiny_t5("v1.1")
     config["feed_forward_proj"] = "gated-silu"
     oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(hf))
-    with pytest.raises(ValueError, match="gated-silu.*not known"):
+    with pytest.raises(ValueError, match="gated-silu"):
         T5.from_pretrained(tmp_path)
 
 
@@ -585,7 +585,7 @@ def test_detr_boxes_are_in_the_unit_square(detr_files):
 
 def test_detr_unknown_backbone_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "detr", "backbone": "swin_tiny"}')
-    with pytest.raises(ValueError, match="swin_tiny.*not known.*resnet50, resnet101"):
+    with pytest.raises(ValueError, match="swin_tiny.*resnet101"):
         DETR.from_pretrained(tmp_path)
 
 

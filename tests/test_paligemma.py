@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from model import Gemma2Config, PaliGemma, SigLIPConfig
+from model import Gemma2Config, PaliGemma, SigLIPConfig, stop_reason
 from support.checkpoints.hub import from_config, model_config
 from support.checkpoints.keys import TABLES, transformers_path
 
@@ -376,8 +376,7 @@ def test_one_row_too_short_and_one_too_long_do_not_make_it_right(pg):
 
 @pytest.mark.parametrize("size", [(14, 28), (42, 42), (28, 42)])
 def test_wrong_picture_size(pg, size):
-    width, height = size[1], size[0]
-    with pytest.raises(ValueError, match=f"28 x 28 pixels, not {width} x {height}: resize"):
+    with pytest.raises(ValueError, match=f"28 x 28 .*{size[0]}, {size[1]}"):
         pg.image_features(torch.zeros(1, 3, *size))
 
 
@@ -974,7 +973,7 @@ def test_rows_that_finish_leave_the_batch(speaker, golden, monkeypatch):
     monkeypatch.setattr(model.Gemma2, "forward", spy)
     said = speaker.pg.generate(**speaker.batch, max_new_tokens=STEPS)
     eos = speaker.pg.config.eos_token_id
-    stops = [model.stop_reason(row, eos, 0) for row in said]
+    stops = [stop_reason(row, eos, 0) for row in said]
     until = ends(said, eos)
     assert sizes == [sum(end > step for end in until) for step in range(len(sizes))]
     assert len(set(sizes)) == 4 and len(sizes) == STEPS
@@ -1143,15 +1142,15 @@ class Script:
         self.at += 1
         return said
 
-    def decode(self, limit, **how):
-        def step(ids, cache):
-            assert cache is self and ids.shape == (len(self.rows), 1)
-            assert torch.equal(ids[:, 0], self.rows[:, self.at - 1])
-            return self.logits()
+    def step(self, ids, cache):
+        assert cache is self and ids.shape == (len(self.rows), 1)
+        assert torch.equal(ids[:, 0], self.rows[:, self.at - 1])
+        return self.logits()
 
-        said = model.decode(self.logits(), step, self, limit, eos_id=1, **how)
-        loops = how.get("stop_loops", False)
-        return said, [model.stop_reason(row, 1, how.get("pad_id", 0), loops) for row in said]
+    def decode(self, limit, stop_loops=False, pad_id=0):
+        self.config = SimpleNamespace(eos_token_id=1, pad_token_id=pad_id)
+        said = model.decode(self, self.logits(), self, limit, stop_loops=stop_loops)
+        return said, [stop_reason(row, 1, pad_id, stop_loops) for row in said]
 
 
 LIMIT = 80
@@ -1202,7 +1201,7 @@ def test_a_real_loop_is_stopped(speaker):
     free = pg.generate(max_new_tokens=limit, **batch)
     said = pg.generate(max_new_tokens=limit, stop_loops=True, **batch)
     eos = pg.config.eos_token_id
-    stops = [model.stop_reason(row, eos, 0, True) for row in said]
+    stops = [stop_reason(row, eos, 0, True) for row in said]
     assert "loop" in stops
     for row, stop in enumerate(stops):
         end = first_stop(free[row].tolist())

@@ -30,7 +30,7 @@ import eval as evaluation
 import lora
 import model as backbones
 import train
-from demo import teacher
+from demo import scenes, teacher
 from support.checkpoints import peft
 from support.dataset import images as pictures
 from support.dataset.features import Features
@@ -271,7 +271,7 @@ def rows_of(problems, *flags, **changed):
 
 def verdicts(n):
     """(problem ids, their verdicts) of the first n demo problems, from the file itself."""
-    folder = data.demo_folder()
+    folder = scenes.demo_folder()
     ids = [p.id for p in data.load("demo", "train")[:n]]
     told = {t["id"]: t["verdict"] for t in lines_of(teacher.traces(folder))}
     return ids, [told[i] for i in ids]
@@ -826,7 +826,7 @@ def test_full_training_sees_pictures_not_a_cache():
     model = loading.load_paligemma(args)
     problem = next(p for p in data.load("demo", "train") if p.image)
     features = loading.image_features(args, [problem], model)
-    assert isinstance(features, pictures.Pictures)
+    assert isinstance(features, pictures.LazyImages)
 
 
 @pytest.mark.slow
@@ -839,7 +839,7 @@ def test_adapters_on_the_image_tower_see_pictures_too(tmp_path):
     config, (model,), _ = evaluation.load_run(run_.folder)
     problems = [p for p in data.load("demo", "test") if p.image][:2]
     seen = loading.image_features(config, problems, model)
-    assert isinstance(seen, pictures.Pictures)
+    assert isinstance(seen, pictures.LazyImages)
     plain = loading.load_paligemma(config)
     assert isinstance(loading.image_features(config, problems, plain), Features)
 

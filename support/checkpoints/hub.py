@@ -144,6 +144,74 @@ def from_config(config_class: type, config: dict):
     return config_class(**values)
 
 
+def checked(config: object):
+    """A config, if its sizes and those of the configs in it go together; else a ValueError."""
+    for field in fields(config):
+        if is_dataclass(getattr(config, field.name)):
+            checked(getattr(config, field.name))
+    for holds, sentence in size_checks(config):
+        if not holds:
+            raise ValueError(sentence)
+    return config
+
+
+def size_checks(c: object) -> list[tuple[bool, str]]:
+    """(whether it holds, what is wrong if not) of the sizes of one architecture: what torch would
+    refuse later in words of its own, or take hours to build."""
+    kind = type(c).__name__
+    if kind == "T5Config":
+        buckets = c.relative_attention_num_buckets
+        far = c.relative_attention_max_distance
+        form = c.feed_forward_proj
+        low = max(c.pad_token_id, c.decoder_start_token_id) < c.vocab_size
+        return [
+            (
+                buckets >= 4 and far > buckets // 2,
+                f"{buckets} position buckets cannot reach {far}.",
+            ),
+            (low, "pad_token_id or decoder_start_token_id is not below vocab_size."),
+            (
+                form in ("relu", "gated-gelu"),
+                f"feed_forward_proj {form!r} is not relu or gated-gelu.",
+            ),
+        ]
+    if kind == "DETRConfig":
+        stages = c.backbone_kwargs or {}
+        layers = stages.get("layers") or (3, 4, 6, 3)
+        channels = stages.get("channels") or (64, 128, 256, 512)
+        four = len(layers) == len(channels) == 4 and max(*layers, *channels) <= 10_000
+        heads = (c.encoder_attention_heads, c.decoder_attention_heads)
+        even = not any(c.d_model % n for n in (*heads, 4))  # 4: sines, cosines, two axes
+        known = "layers" in stages or c.backbone in ("resnet50", "resnet101")
+        return [
+            (known, f"backbone {c.backbone!r} is not known; resnet50 and resnet101 are."),
+            (four and sum(layers) <= 256, f"backbone_kwargs {stages!r:.60} are not four stages."),
+            (even, f"d_model {c.d_model} is not a multiple of 4 and of {heads} heads."),
+        ]
+    if kind == "SigLIPConfig":
+        even = c.hidden_size % c.num_attention_heads == 0
+        return [
+            (even, "hidden_size is not a multiple of num_attention_heads."),
+            (c.image_size >= c.patch_size, "patch_size is larger than image_size."),
+        ]
+    if kind == "Gemma2Config":
+        even = c.num_attention_heads % c.num_key_value_heads == 0 and c.head_dim % 2 == 0
+        types_fit = not c.layer_types or len(c.layer_types) == c.num_hidden_layers
+        positive = c.query_pre_attn_scalar > 0 and c.rope_theta > 0
+        return [
+            (types_fit, "layer_types does not have an entry for each of num_hidden_layers."),
+            (
+                even,
+                "num_attention_heads is no multiple of num_key_value_heads, or head_dim is odd.",
+            ),
+            (positive, "query_pre_attn_scalar or rope_theta is not above 0."),
+        ]
+    if kind == "PaliGemmaConfig":
+        low = max(c.image_token_index, c.pad_token_id) < c.text.vocab_size
+        return [(low, "image_token_index or pad_token_id is not below vocab_size.")]
+    return []
+
+
 def unwrap(annotation: object) -> tuple[type, bool]:
     """(float, True) for `float | None`, (tuple, False) for `tuple[int, ...]`."""
     options = [annotation]
@@ -229,10 +297,10 @@ def build(model_class: type, folder: str | Path) -> nn.Module:
     tied = head_is_tied(folder) if stored else None
     with described(folder):
         if kind == "T5":
-            return model_class(model_config(model_class, config), tied)
+            return model_class(checked(model_config(model_class, config)), tied)
         if kind == "MultimodalT5":
             t5_class = model_class.t5_class
-            t5 = t5_class(model_config(t5_class, config), tied)
+            t5 = t5_class(checked(model_config(t5_class, config)), tied)
             table = table_of(model_class)
             shapes = {table.to_ours(name): header.shape for name, header in stored.items()}
             if "fusion.image_dense.weight" not in shapes:
@@ -241,7 +309,7 @@ def build(model_class: type, folder: str | Path) -> nn.Module:
             no_image = config.get("no_image", "zero")
             fusion = model_class.fusion_class(t5.config.d_model, feature_dim, no_image)
             return model_class(t5, fusion)
-        return model_class(model_config(model_class, config))
+        return model_class(checked(model_config(model_class, config)))
 
 
 class Undrawn(TorchFunctionMode):

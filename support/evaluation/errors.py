@@ -15,6 +15,7 @@ from pathlib import Path
 
 import data
 from data import Problem
+from demo import scenes
 from support import files
 from support.dataset.choices import LETTERS
 from support.dataset.traces import load_traces
@@ -270,7 +271,7 @@ def known_types(where: str, traces: str | None = None, skip_bad: bool = False) -
 
 def scene_facts(where: str) -> dict[str, dict]:
     """{id: facts} of the demo, or of a folder like it; {} of other data."""
-    path = (data.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
+    path = (scenes.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
     return files.read_json(path) if path.is_file() else {}
 
 

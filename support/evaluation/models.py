@@ -114,7 +114,7 @@ def image_features(
 
     Published feature files are used as they are. Otherwise DETR is loaded only if an image is not
     in the cache. A PaliGemma `model` makes its own, projected; where its image tower is trained or
-    adapted they are not kept, and `Pictures` gives the pixels. The cache is named by a hash of the
+    adapted they are not kept, and `LazyImages` gives the pixels. The cache is named by a hash of the
     weights, not of the code that makes features of them. With a list `skipped`, problems whose
     image cannot be used go there, as (id, reason).
     """
@@ -124,7 +124,7 @@ def image_features(
             if skipped is not None:
                 skipped += images.unusable(problems, images.open_image)
             size = model.config.vision.image_size
-            return images.Pictures(problems, size, model.config.image_tokens)
+            return images.LazyImages(problems, size, model.config.image_tokens)
     elif settings.vision in NO_VISION:
         return None
     elif settings.features:

@@ -151,9 +151,9 @@ def holds(trace, problem, key):
 
 
 def demo_traces():
-    from demo import teacher
+    from demo import scenes, teacher
 
-    return teacher.traces(data.demo_folder())
+    return teacher.traces(scenes.demo_folder())
 
 
 def warn_of_overlap(train, test):
