@@ -1041,7 +1041,8 @@ class Speaker:
             return logits()
 
         state.keep = keep
-        return backbones.decode(logits(), step, state, max_new_tokens, 1, 0, **how)
+        self.step = step
+        return backbones.decode(self, logits(), state, max_new_tokens, **how)
 
 
 def own_problem(id="1", choices=("red", "blue", "green"), index=0, question="Which is most?"):
