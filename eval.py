@@ -49,7 +49,7 @@ from support.evaluation.models import (
 )
 from support.evaluation.report import detected_objects, fusion_maps, paligemma_maps, write_report
 from support.evaluation.tables import Column
-from support.teachers import judging
+from support.teachers import filters
 from support.training.settings import read_config, read_settings
 
 ATTENTION_MAPS = 24  # problems whose attention maps are kept
@@ -111,10 +111,7 @@ def about(
 
 
 def assess(
-    graded: list[Graded],
-    subject: dict,
-    config: dict | None = None,
-    judge: Callable | None = None,
+    graded: list[Graded], subject: dict, config: dict | None = None, judge: Callable | None = None
 ) -> tuple[dict, list[Graded]]:
     """(metrics, graded with kinds) of what `grade_all` returns. `subject`: see `about`; `config`:
     the run's whose predictions these are, if any; `judge`: see `errors.refine`."""
@@ -133,7 +130,7 @@ def assess(
 def judge_of(spec: str | None, folder: str | Path) -> Callable | None:
     """The judge of --judge SPEC, its verdicts kept in the folder's judge.jsonl; None without."""
     cache = Path(folder) / "judge.jsonl"
-    return partial(judging.judge_many, spec=spec, cache=cache) if spec else None
+    return partial(filters.judge_many, spec=spec, cache=cache) if spec else None
 
 
 def target_format(model: str) -> str | None:

@@ -113,8 +113,8 @@ def image_features(
 
     Published feature files are used as they are. Otherwise DETR is loaded only if an image is not
     in the cache. A PaliGemma `model` makes its own, projected; where its image tower is trained or
-    adapted they are not kept, and `LazyImages` has the pixels. The cache is named by a hash of the
-    weights, not of the code that makes features of them. With a list `skipped`, problems whose
+    adapted they are not kept, and `LazyImages` gives the pixels. The cache is named by a hash of
+    the weights, not of the code that makes features of them. With a list `skipped`, problems whose
     image cannot be used go there, as (id, reason).
     """
     if model is not None:
