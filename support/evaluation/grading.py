@@ -120,9 +120,10 @@ SAYS = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+LABEL = re.compile(r"\banswer *(?:: *|\n)", re.IGNORECASE)  # what follows is the answer's part
 CONCLUDES = re.compile(  # "Therefore, the angle is 45°."
-    r"(?:^|(?<=[.!?] ))[ \t]*(?:(?:and|but) )?(?:therefore|thus|so|hence|in conclusion|overall|"
-    r"consequently|finally|∴|因此|所以|故|بنابراین)(?![a-z])",
+    r"(?:^|(?<=[.!?] ))[ \t]*(?:(?:and|but) )?(?:therefore|thus|so|hence|in conclusion|"
+    r"overall|consequently|finally|∴|因此|所以|故|بنابراین)(?![a-z]| that\b)",
     re.IGNORECASE | re.MULTILINE)  # fmt: skip
 CASE = re.compile(  # "If there are more cars, the answer is A. Otherwise, the answer is B."
     r"\W*(?:if|otherwise|else|assuming|suppos\w+|unless|in case)\b", re.IGNORECASE)
@@ -178,9 +179,11 @@ def without_asides(problem, text: str) -> str:
     """A plain text without confidence, sources, lists of other options and sentences that repeat
     the question."""
     text = ASIDE.sub("", text)
-    asked = {squash(x) for x in SENTENCE.split(plain(problem.question)) if len(x.split()) > 2}
-    parts = re.split(f"({SENTENCE.pattern})", text)
-    return "".join("" if squash(x) in asked else x for x in parts)
+    for sentence in SENTENCE.split(plain(problem.question)):
+        if len(sentence.split()) > 2 and len(sentence) < 500:
+            whole = rf"(?:^|(?<=[.!?。]\s)|(?<=。)){re.escape(sentence.strip())}(?=\s|$)"
+            text = re.sub(whole, "", text, flags=re.MULTILINE) if sentence.strip() in text else text
+    return text
 
 
 def tagged(text: str) -> str | None:
@@ -238,7 +241,11 @@ def said_after(text: str, start: int) -> str | None:
 def stated(problem, reply: Reply) -> tuple[str | None, str]:
     """The last answer in words or in a box: not one that is asked, nor one of several cases."""
     cases, failure = {}, NOTHING_READ
-    for m in reversed(list(SAYS.finditer(reply.text))):
+    matches = list(SAYS.finditer(reply.text))
+    # A box before the last sentence may hold a step on the way: it comes after all words.
+    end = reply.text.rfind(reply.sentences[-1])
+    matches.sort(key=lambda m: (m[0] != "⟦" or m.start() >= end, m.start()))
+    for m in reversed(matches):
         said = said_after(reply.text, m.end())
         if said is None and not cases and failure == NOTHING_READ:
             return None, "no answer given"
@@ -260,6 +267,12 @@ def stated(problem, reply: Reply) -> tuple[str | None, str]:
     if len(cases) == 1:
         return next(iter(cases.items()))
     return None, "several answers" if cases else failure
+
+
+def broken_off(reply: Reply) -> bool:
+    """Does a line of several sentences end in the middle of one? It has not come to its answer."""
+    line = reply.lines[-1].rstrip()
+    return len([x for x in SENTENCE.split(line) if squash(x)]) > 1 and line[-1].isalnum()
 
 
 def bare_line(problem, line: str) -> bool:
@@ -374,8 +387,12 @@ def commitment(problem, text: str, prose: bool = False) -> tuple[str | None, str
         failures.append(how)
         if search is stated and reply.unfit >= 0:
             return choice_like(problem, NONE_FITS, "no such choice")
+        if search is stated and (labels := LABEL.split(reply.text))[1:]:
+            reply = reply_of(problem, labels[-1])
     if reply.refused >= 0:
         return choice_like(problem, REFUSES, "refused")
+    if broken_off(reply):
+        return None, next((x for x in failures if x != NOTHING_READ), NOTHING_READ)
     parsed, how = mentioned(problem, reply.sentences if prose else reply.sentences[-3:])
     if parsed is None and how == NOTHING_READ and prose and not problem.choices:
         text = read(problem, reply.lines[-1])

@@ -40,7 +40,9 @@ LATEX = [(re.compile(pattern), instead) for pattern, instead in (
 )]  # fmt: skip
 CHOICES = re.compile(  # the list of choices, repeated line by line: "(A) dog\n(B) cat\n(C) bird"
     r"^[ \t]*\(?A[).:].*\n\s*\(?B[).:].*(?:\n\s*\(?[C-J][).:].*)*", re.MULTILINE)  # fmt: skip
-MARKDOWN = re.compile(r"\*\*|__|`+|\$|^[ \t]*(?:[-*#>]+|\d+[.)])[ \t]+(?=\S)", re.MULTILINE)
+MARKDOWN = re.compile(r"\*\*|__|`+|\$|^[ \t]*(?:[-*#>]+"
+                      r"|\d+[.)](?! *(?i:explanation|reason|because|since)))[ \t]+(?=\S)", re.MULTILINE)
+SIGNS = str.maketrans("", "", "*^{}⟦⟧")
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=。)|\n")
 
 # --- numbers
@@ -67,11 +69,15 @@ SIGN = re.compile(r"(?<![\d)] )\b(?:minus|negative) (?=\d)", re.IGNORECASE)
 NOTHING = re.compile(r"\b(?:is|are|was|were|has|have) no\b|\bnone of\b", re.IGNORECASE)
 RANGE = re.compile(  # 5-10, 5 to 10, between 5 and 10, 3:15: not one number
     r"(?<![\w.,])\d+(?:\.\d+)?(?:-|\s?~\s?|:|\s(?:to|or)\s)\d+(?:\.\d+)?(?![\d-])(?!\s*[=≈])"
-    r"|\bbetween \d[\d.,]* and \d+(?:\.\d+)?")  # fmt: skip
+    r"|\bbetween (?:the )?\d[^.\n]{0,30}? and (?:the )?\d+(?:\.\d+)?")  # fmt: skip
 RATIO = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s?(?::|\bto\b)\s?(\d+(?:\.\d+)?)")  # 1:2, 1 to 2
 OPENS = re.compile(  # begins with a number, within four words, and no operator after it
     r"\s*(?:[^\W\d]+\s){0,3}[-+]?[\d.,]+(?![\d.,]*\s*[-+×÷*/=≈√^])")  # fmt: skip
+YEAR = re.compile(r"\b(?:which|what) years?\b|\bwhen\b", re.IGNORECASE)
 ASKS = re.compile(r"(?:how many|which|what) (?!is|are|was|were|do)(\w+)", re.IGNORECASE)
+GIVES = re.compile(
+    r"\b(?:gives?|giving|makes?|making|leaves?|leaving|yields?|equals?|get|obtain|results? in)"
+    r"(?: [a-z]+){0,2} (-?[\d,]*\.?\d+)")  # fmt: skip
 IS = re.compile(r"\b(?:is|are|was|were|be) (?:[a-z]+ ){0,2}(-?[\d,]*\.?\d+)")
 
 # --- letters and words
@@ -86,7 +92,8 @@ WORD_AFTER = re.compile(r"[\s).:,(\]-]*(yes|no|true|false)\b", re.IGNORECASE)
 DENIED_FIRST = re.compile(  # not A but C; not A, it's C
     r"\b(?:is |are |it's )?not [^.;\n]{1,60}?(?:,? but(?: rather)?|[,;] (?:but|rather|instead|it is|it's))"
     r"(?= )", re.IGNORECASE)  # fmt: skip
-DENIED_LAST = re.compile(r"(?<=\w)(?:\W{1,3}(?:and |but )?not| (?:rather than|instead of)) [^,.;\n]*")
+DENIED_LAST = re.compile(  # C, not A; C rather than A
+    r"(?<=[\w)])(?:, ?(?:and |but )?not| (?:and|but) not| rather than| instead of) [^,.;\n]*")
 DENIES = re.compile(r"\b(?:not|no|neither|nor|cannot)\b|n't\b", re.IGNORECASE)
 REJECTS = re.compile(
     r"\b(?:not|neither|nor|cannot|wrong|incorrect|false|eliminated?|ruled? out|excluded?)\b|n't\b",
@@ -112,7 +119,7 @@ def plain(text: str) -> str:
 
 def squash(text: str) -> str:
     """What two spellings of one answer have in common."""
-    return " ".join(re.sub(r"[*^{}⟦⟧]", "", text).split()).strip(" .()[]\"',:;").casefold()
+    return " ".join(text.translate(SIGNS).split()).strip(" .()[]\"',:;").casefold()
 
 
 @lru_cache(maxsize=4096)
@@ -166,9 +173,11 @@ def spelled_value(match: re.Match) -> str:
     return f"{total + current:.12g}"
 
 
-def in_digits(text: str) -> str:
-    """A plain text, its numbers in words as digits: "minus twenty-five" is -25."""
-    return SIGN.sub("-", SPELLED.sub(spelled_value, text))
+def in_digits(text: str, scaled: bool = True) -> str:
+    """A plain text, its numbers in words as digits: "minus twenty-five" is -25, and unless scales
+    are units, "1.2 million" 1200000."""
+    text = SPELLED.sub(lambda m: spelled_value(m) if scaled or m[0][0].isalpha() else m[0], text)
+    return SIGN.sub("-", text)
 
 
 def affirmed(text: str) -> str:
@@ -369,7 +378,9 @@ def value(problem, said: str, trust: int = STATED) -> tuple[str | None, str]:
 
 def numbers(problem, said: str, trust: int) -> tuple[list[float], str]:
     """(the numbers of a text that may be the answer, why there are none or "")."""
-    said = in_digits(said)
+    # A chart may count in millions: only an integer, of no unit, is said in full.
+    scaled = asks_for(problem) == "integer" and not re.search(SCALED, problem.question)
+    said = in_digits(said, scaled)
     if re.search(r"\bratio\b", problem.question, re.IGNORECASE):
         said = RATIO.sub(lambda m: str(float(m[1]) / (float(m[2]) or math.inf)), said)
     if re.search(r"\bhow many\b|\bnumber of\b", problem.question, re.IGNORECASE):
@@ -389,7 +400,7 @@ def last_of(problem, said: str, trust: int) -> list[float]:
     question = plain(problem.question)
     asked = amounts(in_digits(question))
     tail = amounts(re.split("[=≈]", said)[-1])
-    if trust == CONCLUDED and re.search("[=≈]", said) and len(tail) > 1:
+    if trust == CONCLUDED and re.search("[=≈]", said) and len(set(tail) - set(asked)) > 1:
         return []  # a sum not yet made
     every = tail or amounts(said)
     found = [x for x in every if x not in asked] or (every if trust != CONCLUDED else [])
@@ -402,8 +413,10 @@ def last_of(problem, said: str, trust: int) -> list[float]:
     likeness = [len(about & words_of(x)) for x in clauses]
     like = [x for x, n in zip(clauses, likeness, strict=True) if n == max(likeness)]
     for rather in (
-        re.findall(rf"(?<![\d.,])(\d+) (?:{thing})\b", said),
+        re.findall(r"\b[12]\d{3}\b", said) if YEAR.search(question) else [],
+        re.findall(rf"(?<![\d.,])(?<!of )(\d+) (?:{thing})\b", said),
         re.findall(rf"\b(?:{thing}) (\d+)", said),
+        GIVES.findall(said),
         like,
         IS.findall(said),
     ):
