@@ -37,6 +37,7 @@ from support.evaluation.reading import (
     distance,
     is_yes_no,
     plain,
+    plain_question,
     pole,
     read,
     right,
@@ -51,6 +52,7 @@ GUESS_LETTERS = "ABCDE"  # the original's, however many choices a problem has
 NOTHING_READ = "no answer found"
 FINAL = ("several answers", "letter not among the options")  # failures of an answer that is stated
 DOUBTFUL = ("in prose", "in own words")  # an answer is mentioned, not committed to
+AT_ODDS = ", not concluded"  # a choice is stated, and the reply comes to something else
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Grade:
     could be read. `how`: what it was, and the pass that read it, or why nothing was read:
 
     letter, choice text, nearest choice, number, list, text + the pass, as in "letter in words"
+    + ", not concluded": the reply comes to another choice, or to none of them
     no answer found, refused, several answers, letter not among the options, no such choice
     + "; guessed X": what the original scorers make of a failed parse (--faithful-parse)
     """
@@ -131,7 +134,7 @@ SUPPOSED = re.compile(r"\b(?:if|unless|assuming|provided that)\b", re.IGNORECASE
 VERB = re.compile(r"\b(?:is|are|was|were|has|have|be)\b")
 FIND = r"(?:determine|tell|say|know|answer|give|provide|identify|infer|access|process|help|assist|" \
        r"analy[sz]e|conclude|decide|display|confirm|calculate|find|solve|choose|count|estimate|draw)"  # fmt: skip
-REFUSES = re.compile(  # I cannot see the image · it is impossible to tell · there is no image
+REFUSES = re.compile(  # of lower case: i cannot see the image · it is impossible to tell · there is no image
     rf"\b(?:sorry|as an ai|無法|i need (?:more|to see|the)|to answer this)\b|无法(?:确定|判断|回答)"
     rf"|\b(?:cannot|can't|can not|couldn't|could not|unable to|impossible to|not possible to|"
     rf"(?:not|n't) able to|no way (?:to|of)|not clear how to)(?: \w+)? (?:{FIND}(?:ing)?\b|"
@@ -145,13 +148,13 @@ REFUSES = re.compile(  # I cannot see the image · it is impossible to tell · t
     rf"|\bno (?:image|picture|figure|chart|graph|photo)s?\b[^.\n]{{0,20}}\b(?:provided|attached|available|"
     rf"shown|given|here)\b|\bi (?:see|have|received) no (?:image|picture|figure|chart|graph|photo)\b"
     rf"|\b(?:please|could you|can you) (?:\w+ )?(?:provide|describe|upload|share|attach|send)\b",
-    re.IGNORECASE)  # fmt: skip
-NONE_FITS = re.compile(  # none of the options is correct · not among the choices
-    r"(?<![A-J][).:] )\b(?:none of (?:the|these)(?! other| rest| remaining) (?:\w+ ){0,2}?"
+    )  # fmt: skip
+NONE_FITS = re.compile(  # of lower case: none of the options is correct · not among the choices
+    r"(?<![a-j][).:] )\b(?:none of (?:the|these)(?! other| rest| remaining) (?:\w+ ){0,2}?"
     r"(?:options?|choices?|answers?|above)\b"
     r"|not (?:\w+ )?(?:among|in|one of) the (?:\w+ )?(?:options|choices|answers)\b"
     r"|no (?!other)(?:\w+ )?(?:option|choice) (?:that )?(?:\w+ )?(?:match|fit|is correct|correspond)"
-    r"|(?:do|does)(?:n't| not) (?:match|fit|correspond to) any\b)", re.IGNORECASE)  # fmt: skip
+    r"|(?:do|does)(?:n't| not) (?:match|fit|correspond to) any\b)")  # fmt: skip
 
 
 # --- what is the reply's own
@@ -179,7 +182,7 @@ def without_asides(problem, text: str) -> str:
     """A plain text without confidence, sources, lists of other options and sentences that repeat
     the question."""
     text = ASIDE.sub("", text)
-    for sentence in SENTENCE.split(plain(problem.question)):
+    for sentence in SENTENCE.split(plain_question(problem.question)):
         if len(sentence.split()) > 2 and len(sentence) < 500:
             whole = rf"(?:^|(?<=[.!?。]\s)|(?<=。)){re.escape(sentence.strip())}(?=\s|$)"
             text = re.sub(whole, "", text, flags=re.MULTILINE) if sentence.strip() in text else text
@@ -223,8 +226,8 @@ class Reply:
 def reply_of(problem, text: str) -> Reply:
     text = without_asides(problem, plain(text))
     sentences = [x for x in SENTENCE.split(text) if squash(x)]
-    refused = max((m.start() for m in REFUSES.finditer(text)), default=-1)
-    unfit = max((m.start() for m in NONE_FITS.finditer(text)), default=-1)
+    refused = max((m.start() for m in REFUSES.finditer(text.lower())), default=-1)
+    unfit = max((m.start() for m in NONE_FITS.finditer(text.lower())), default=-1)
     lines = [x for x in text.splitlines() if squash(x)]
     return Reply(text, lines, sentences, refused, unfit if problem.choices else -1)
 
@@ -253,7 +256,7 @@ def stated(problem, reply: Reply) -> tuple[str | None, str]:
             continue
         parsed, how = read(problem, said)
         where = "in a box" if m[0] == "⟦" else "in words"
-        if parsed is None and REFUSES.search(said):
+        if parsed is None and REFUSES.search(said.lower()):
             return None, "refused"
         before = SENTENCE.split(reply.text[max(0, m.start() - 300) : m.start()])[-1]
         if parsed is not None and (CASE.match(before) or SUPPOSED.search(said)):
@@ -307,7 +310,7 @@ def concluded(problem, reply: Reply) -> tuple[str | None, str]:
     """The last conclusion, or equation if it has the last numbers, after any refusal."""
     last = next((x for x in reply.sentences[:-4:-1] if amounts(x)), "")
     starts = [m.start() for m in CONCLUDES.finditer(reply.text)]
-    if re.search("[=≈]", last):
+    if reply.refused < 0 and re.search("[=≈]", last):
         starts.append(reply.text.rfind(last))
     failure = NOTHING_READ
     for start in sorted(starts, reverse=True):
@@ -373,7 +376,7 @@ def commitment(problem, text: str, prose: bool = False) -> tuple[str | None, str
     for inside, where in ((tagged(text), "in a tag"), (json_answer(text), "in JSON")):
         if inside is not None:
             parsed, how = commitment(problem, inside, prose=True)
-            return parsed, how if parsed is None else f"{re.split(' (?:in|as) ', how)[0]} {where}"
+            return parsed, how if parsed is None else f"{re.split(' in | as ', how)[0]} {where}"
     reply = reply_of(problem, text)
     if not reply.sentences:
         return None, NOTHING_READ
@@ -381,6 +384,9 @@ def commitment(problem, text: str, prose: bool = False) -> tuple[str | None, str
     for search in (stated, lined, concluded, implied):
         parsed, how = search(problem, reply)
         if parsed is not None:
+            if search is stated and problem.choices:
+                end, why = concluded(problem, reply)
+                how += AT_ODDS if (end or parsed) != parsed or why == "no such choice" else ""
             return parsed, how
         if search is stated and how in (*FINAL, "no such choice", "no answer given"):
             return None, how.replace("no answer given", NOTHING_READ)
@@ -403,7 +409,7 @@ def commitment(problem, text: str, prose: bool = False) -> tuple[str | None, str
 
 def choice_like(problem, pattern: re.Pattern, failure: str) -> tuple[str | None, str]:
     """The one choice that says what a reply says: "cannot be determined", "none of the above"."""
-    hits = [x for x, text in zip(LETTERS, problem.choices, strict=False) if pattern.search(text)]
+    hits = [x for x, text in zip(LETTERS, problem.choices, strict=False) if pattern.search(text.lower())]
     return (hits[0], "choice text in words") if len(hits) == 1 else (None, failure)
 
 
@@ -491,4 +497,5 @@ def is_conclusive(grade: Grade) -> bool:
     read, or only the nearest choice, or a sentence in passing, or a text that is not the gold text
     but may mean the same. Measured: tests/evaluation/test_verdicts.py."""
     doubtful = grade.how.startswith(("nearest", "list", "text")) and not grade.correct
-    return grade.parsed is not None and not doubtful and not grade.how.endswith(DOUBTFUL)
+    weak = grade.how.endswith((*DOUBTFUL, AT_ODDS))
+    return grade.parsed is not None and not doubtful and not weak

@@ -117,6 +117,12 @@ def plain(text: str) -> str:
     return CHOICES.sub("", MARKDOWN.sub("", text))
 
 
+@lru_cache(maxsize=4096)
+def plain_question(text: str) -> str:
+    """`plain`, of a text that many replies are compared with."""
+    return plain(text)
+
+
 def squash(text: str) -> str:
     """What two spellings of one answer have in common."""
     return " ".join(text.translate(SIGNS).split()).strip(" .()[]\"',:;").casefold()
@@ -192,7 +198,7 @@ def asks_for(problem) -> str:
     kind = "choice" if problem.choices else problem.meta.get("answer_type")
     if kind in ("choice", "integer", "float", "list", "text"):
         return kind
-    gold = plain(problem.answer).strip()
+    gold = plain_question(problem.answer).strip()
     return "number" if gold and AMOUNT.fullmatch(gold) else "text"
 
 
@@ -313,8 +319,11 @@ def mentioned(texts: list[str], said: str) -> list[int]:
         return [texts.index(said)]
     tail = re.split("[=≈]", said)[-1]
     said = tail if amounts(tail) else said
+    product = re.search(r"\d ?[×x*] ?\d", said)  # "4 x 4" is no 4
     hits = []
     for i, text in enumerate(texts):
+        if product and text.isdigit():
+            continue
         inside = rf"(?a)(?<![\w.,/√^-]){re.escape(text)}(?![\w/√^]|[.,]\d)"
         if text in POLES:  # "there are no cubes" and "no cubes are" are no answers
             inside = rf"(?a)^{text}(?=\W|$)(?! [a-z]+ (?:is|are)\b)|(?:\b(?:is|be|was)|[,:]) {text}$"
@@ -323,7 +332,7 @@ def mentioned(texts: list[str], said: str) -> list[int]:
     hits = [i for i in hits if not any(texts[i] in texts[j] for j in hits if texts[i] != texts[j])]
     found = {round(x, 6) for x in amounts(in_digits(said))}
     same = [i for i, t in enumerate(texts) if {round(x, 6) for x in amounts(in_digits(t))} == found]
-    return hits or (same if found else [])
+    return hits or (same if found and not product else [])
 
 
 def nearest(texts: list[str], said: str) -> list[int]:
@@ -397,7 +406,7 @@ def last_of(problem, said: str, trust: int) -> list[float]:
     """[the number that a sentence ends in], or []: of those after the last "=" the ones that the
     question does not have; of these rather one of the kind asked for, of the things asked for, in
     the clause most like the question, or after an "is"."""
-    question = plain(problem.question)
+    question = plain_question(problem.question)
     asked = amounts(in_digits(question))
     tail = amounts(re.split("[=≈]", said)[-1])
     if trust == CONCLUDED and re.search("[=≈]", said) and len(set(tail) - set(asked)) > 1:
