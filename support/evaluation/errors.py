@@ -16,8 +16,16 @@ from support import files
 from support.dataset.choices import LETTERS
 from support.dataset.traces import load_traces
 from support.evaluation.decode_cache import before_loop
-from support.evaluation.grading import ANSWER, CUE, committed
-from support.evaluation.reading import SENTENCE, normal, plain, right, squash
+from support.evaluation.grading import (
+    ANSWER,
+    CUE,
+    SENTENCE,
+    committed,
+    normal,
+    plain,
+    right,
+    squash,
+)
 from support.training.examples import bad_records
 
 KINDS = ("sound", "lucky", "novel", "right", "right thought, wrong answer", "loop", "nonsense",

@@ -18,7 +18,8 @@ one case among others is no answer. A reply that cannot be read is a failure, co
 never a guess. docs/grading.md has examples of every kind.
 
 Implements the answer extraction of ScienceQA (Lu et al. 2022, arXiv 2209.09513) as Multimodal-CoT
-(Zhang et al. 2023, arXiv 2302.00923) calls it (`published`; its guess: `grade`).
+(Zhang et al. 2023, arXiv 2302.00923) calls it (`published`; its guess: `grade`), and the comparison
+of MathVista's official scorer (`right`).
 """
 
 import math
@@ -37,13 +38,20 @@ from support.evaluation.reading import (
     distance,
     is_yes_no,
     plain,
-    plain_question,
     pole,
     read,
-    right,
     squash,
     squashed,
-    words_of,
+)
+from support.evaluation.replies import (
+    EXPLAINS,
+    NONE_FITS,
+    REFUSES,
+    Reply,
+    json_answer,
+    own_words,
+    reply_of,
+    tagged,
 )
 
 CUE = "Answer:"  # what PaliGemma's last line begins with
@@ -71,38 +79,6 @@ class Grade:
     how: str
 
 
-# --- what a reply consists of. Each expression: what it finds.
-THINK = re.compile(  # <think> ... </think>, [THINK], ◁think▷
-    r"[<\[◁](/?)(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)[>\]▷]", re.IGNORECASE)  # fmt: skip
-END = re.compile(  # <|im_end|>  </s>  <end_of_turn>  [/INST]
-    r"</?s>|<eos>|<(?:start|end)_of_turn>|\[/?INST\]"
-    r"|<\|(?:im_start|im_end|eot_id|eot|end|endoftext|end_of_text|return|start|user|assistant)\|>",
-    re.IGNORECASE)  # fmt: skip
-NEXT_QUESTION = re.compile(  # "\nQuestion: ..."  "\n### Human: ..."  "\nProblem 2. ..."
-    r"^[#*>_ \t-]*(?:(?:next |new )?(?:question|problem|exercise)|human|user|instruction|q|问题|题目)"
-    r"[*_ \t]*(?:#?\d+[*_ \t]*[:.：)]|[:：])|(?<=[.!?)\]]) (?:Question|Q|Human|User) ?\d*:",
-    re.IGNORECASE | re.MULTILINE)  # fmt: skip
-TAG = re.compile(  # <answer>  <final_answer>  <|begin_of_box|>
-    r"[<\[]\|?(?:begin_of_box|(?:final[_ ]?|correct[_ ]?)?(?:answer|ans|choice|option))\|?[>\]]",
-    re.IGNORECASE)  # fmt: skip
-TAG_END = re.compile(r"[<\[]/\w+[>\]]|<\|end_of_box\|>")
-FIELD = re.compile(  # "answer": "B"  'final_answer': 25  "choice": "C"  "answer": [1, 2]
-    r"""["'](?:(?:final|correct|selected|chosen|predicted)[ _-]?)?(answer|choice|option|prediction|
-        letter)(?:[ _-]?(?:letter|choice|option|text|value))?["']\s*:\s*
-        (?:"((?:[^"\\]|\\.)*)"|'([^'\n]*)'|(\[[^\[\]]*\])|([^\s,}\]{"'\[]+))""",
-    re.IGNORECASE | re.VERBOSE)  # fmt: skip
-ASIDE = re.compile(  # "Confidence: 95%"  "(certainty: high)"  "I am 90% sure"  "Source: a book, p. 4"
-    r"^[^\w\n]*(?:(?:my |overall )?(?:confidence|certainty)|sources?|references?|citations?)"
-    r"(?: (?:level|score|rating))?\s?(?:\([^()\n]*\))?\s?[:=][ \t]*(?:\n[ \t]*)?.*"
-    r"|[(\[]\s*(?:confidence|certainty)\b[^()\n]*[)\]]|\bwith (?:\d+ ?%|\w+) (?:confidence|certainty)\b"
-    r"|\bI(?:'m| am) (?:about |around )?\d+(?:\.\d+)? ?% (?:sure|confident|certain)\b[^.\n]*"
-    # "Other options:\nA. dog\nD. mouse"
-    r"|^[^\w\n]*(?:why )?(?:the )?(?:not|other|others|incorrect|wrong|remaining|alternative|rejected)\b"
-    r"[^\n:]{0,40}:?[ \t]*(?:\n+[ \t]*[-*•(]*[ \t]?[A-J][).:].*)+",
-    re.IGNORECASE | re.MULTILINE)  # fmt: skip
-EXPLAINS = re.compile(  # "B\n\nExplanation: ..."
-    r"(?:^|(?<=[.!?)] ))[^\w\n]*(?:explanation|reason(?:ing)?|rationale|justification|proof|steps?)\b"
-    r"[^\w\n]*:", re.IGNORECASE | re.MULTILINE)  # fmt: skip
 STOP = re.compile(r"\n|⟧|[。;]|[.!?](?=\s|$)")
 
 # --- where a reply says its answer, or comes to one
@@ -113,9 +89,10 @@ SAYS = re.compile(
              (?:\s(?:therefore|thus|then|that))?[\s:]*             # The answer is B
          | [:=]+ | -(?=\s) | (?<=answer)\n)                        # Final answer: B
       | \bI(?:'ll|'d|\swould|\swill)?\s(?:choose|pick|select|go\swith|opt\sfor)\s   # I choose B
-      | (?:(?:标准|正确|最终)?答案|正确选项|[故应]?[选選][项择項擇]?|答え|정답|답) \s*(?:应该是|是|为|は|은)? \s*:?
+      | (?:答案|正确选项|[故应]?[选選][项择項擇]?|答え|정답|답) \s*(?:应该是|是|为|は|은)? \s*:?  # 答案：B
       | (?:پاسخ|جواب|گزینه) (?:\s(?:نهایی|صحیح|درست))? \s*:?
-      | \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)(?:\s\w+)?\s*(?:\b(?:est|es|é|è|ist)\b|:|-)
+      | \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)(?:\s\w+)?
+            \s*(?:\b(?:est|es|é|è|ist)\b|:|-)
       | (?=(?:\([A-Z]\)|\boption\s[A-Z]\b) [^.\n()]{0,60}?                # Option B is correct
            \sis\s(?:the\s)?(?:correct|right|best|answer)\b)
       | (?=\b[B-J]\sis\s(?:the\s)?(?:correct|right|best)\b)
@@ -129,109 +106,13 @@ CONCLUDES = re.compile(  # "Therefore, the angle is 45°."
     r"overall|consequently|finally|∴|因此|所以|故|بنابراین)(?![a-z]| that\b)",
     re.IGNORECASE | re.MULTILINE)  # fmt: skip
 CASE = re.compile(  # "If there are more cars, the answer is A. Otherwise, the answer is B."
-    r"\W*(?:if|otherwise|else|assuming|suppos\w+|unless|in case)\b", re.IGNORECASE)
+    r"\W*(?:if|otherwise|else|assuming|suppos\w+|unless|in case)\b", re.IGNORECASE
+)
 SUPPOSED = re.compile(r"\b(?:if|unless|assuming|provided that)\b", re.IGNORECASE)
 VERB = re.compile(r"\b(?:is|are|was|were|has|have|be)\b")
-FIND = r"(?:determine|tell|say|know|answer|give|provide|identify|infer|access|process|help|assist|" \
-       r"analy[sz]e|conclude|decide|display|confirm|calculate|find|solve|choose|count|estimate|draw)"  # fmt: skip
-REFUSES = re.compile(  # of lower case: i cannot see the image · it is impossible to tell · there is no image
-    rf"\b(?:sorry|as an ai|無法|i need (?:more|to see|the)|to answer this)\b|无法(?:确定|判断|回答)"
-    rf"|\b(?:cannot|can't|can not|couldn't|could not|unable to|impossible to|not possible to|"
-    rf"(?:not|n't) able to|no way (?:to|of)|not clear how to)(?: \w+)? (?:{FIND}(?:ing)?\b|"
-    rf"be (?:\w+ )?(?:determined|answered|told|known|identified|inferred|calculated|found|said)\b)"
-    rf"|\b(?:i|we)(?: \w+)? (?:cannot|can't|can not|am unable to|am not able to|don't|do not)(?: \w+)? "
-    rf"(?:see|view|have (?:access|enough|the (?:image|picture))|know\b)"
-    rf"|\b(?:not|n't|without|in)\s?(?:\w+ ){{0,3}}(?:enough|sufficient) (?:\w+ )?"
-    rf"(?:information|context|data|details?)\b|\b(?:insufficient|more|additional) (?:\w+ )?"
-    rf"(?:information|context|data) (?:is|are|would be)? ?(?:needed|required|necessary|to\b)|\binsufficient "
-    rf"(?:information|data|context)\b|\bnot (?:specified|given|mentioned|stated|provided) in the\b"
-    rf"|\bno (?:image|picture|figure|chart|graph|photo)s?\b[^.\n]{{0,20}}\b(?:provided|attached|available|"
-    rf"shown|given|here)\b|\bi (?:see|have|received) no (?:image|picture|figure|chart|graph|photo)\b"
-    rf"|\b(?:please|could you|can you) (?:\w+ )?(?:provide|describe|upload|share|attach|send)\b",
-    )  # fmt: skip
-NONE_FITS = re.compile(  # of lower case: none of the options is correct · not among the choices
-    r"(?<![a-j][).:] )\b(?:none of (?:the|these)(?! other| rest| remaining) (?:\w+ ){0,2}?"
-    r"(?:options?|choices?|answers?|above)\b"
-    r"|not (?:\w+ )?(?:among|in|one of) the (?:\w+ )?(?:options|choices|answers)\b"
-    r"|no (?!other)(?:\w+ )?(?:option|choice) (?:that )?(?:\w+ )?(?:match|fit|is correct|correspond)"
-    r"|(?:do|does)(?:n't| not) (?:match|fit|correspond to) any\b)")  # fmt: skip
-
-
-# --- what is the reply's own
-def own_words(problem, text: str) -> str:
-    """The raw reply without thoughts in tags and without what follows its end: a token that ends a
-    turn, or an invented next question. The problem's own question, repeated, ends nothing."""
-    text = text.rpartition("<|channel|>final<|message|>")[2]
-    first, *rest = THINK.split(text)  # text, "/" or "", text, ...
-    shown = [after for mark, after in zip(rest[::2], rest[1::2], strict=True) if mark]
-    if not rest or not rest[0]:
-        shown.insert(0, first)
-    if rest and not rest[-2] and (tag := TAG.search(rest[-1])):  # an answer ends an open thought
-        shown.append(rest[-1][tag.start() :])
-    turns = [turn for turn in END.split("\n".join(shown)) if turn.strip()]
-    text = re.sub(r"\A\s*(?:assistant|model)\s*\n", "", turns[0]) if turns else ""
-    asked = words_of(problem.question)
-    for m in NEXT_QUESTION.finditer(text):
-        own = words_of(text[m.end() : m.end() + 2 * len(problem.question) + 50])
-        if re.search(r"\w", text[: m.start()]) and len(asked & own) < 0.8 * len(asked):
-            return text[: m.start()]
-    return text
-
-
-def without_asides(problem, text: str) -> str:
-    """A plain text without confidence, sources, lists of other options and sentences that repeat
-    the question."""
-    text = ASIDE.sub("", text)
-    for sentence in SENTENCE.split(plain_question(problem.question)):
-        if len(sentence.split()) > 2 and len(sentence) < 500:
-            whole = rf"(?:^|(?<=[.!?。]\s)|(?<=。)){re.escape(sentence.strip())}(?=\s|$)"
-            text = re.sub(whole, "", text, flags=re.MULTILINE) if sentence.strip() in text else text
-    return text
-
-
-def tagged(text: str) -> str | None:
-    """What the last answer tag that holds anything holds, None without one."""
-    for m in reversed(list(TAG.finditer(text))):
-        inside = TAG_END.split(text[m.end() :], maxsplit=1)[0]
-        if inside.strip():
-            return inside
-    return None
-
-
-def json_answer(text: str) -> str | None:
-    """What the last answer field of a JSON object says, "" for null, None without one."""
-    if "{" not in text:
-        return None
-    fields = [m.groups("") for m in FIELD.finditer(text)]
-    fields = [x for x in fields if x[0].casefold() == "answer"] or fields
-    if not fields:
-        return None
-    answer = "".join(fields[-1][1:]).replace("\\\\", "\\").replace('\\"', '"')
-    return "" if answer in ("null", "None") else answer
 
 
 # --- the passes over a plain text. Each gives (parsed or None, how).
-@dataclass(frozen=True)
-class Reply:
-    """A plain reply: its lines and sentences that say anything, and the positions after which an
-    answer counts: behind its last refusal, behind the last "none of the options"."""
-
-    text: str
-    lines: list[str]
-    sentences: list[str]
-    refused: int
-    unfit: int
-
-
-def reply_of(problem, text: str) -> Reply:
-    text = without_asides(problem, plain(text))
-    sentences = [x for x in SENTENCE.split(text) if squash(x)]
-    refused = max((m.start() for m in REFUSES.finditer(text.lower())), default=-1)
-    unfit = max((m.start() for m in NONE_FITS.finditer(text.lower())), default=-1)
-    lines = [x for x in text.splitlines() if squash(x)]
-    return Reply(text, lines, sentences, refused, unfit if problem.choices else -1)
-
-
 def said_after(text: str, start: int) -> str | None:
     """What stands after a cue, to the end of its sentence; None if the text ends there."""
     rest = text[start : start + 1000].lstrip(" \n\t:⟦")
@@ -252,7 +133,8 @@ def stated(problem, reply: Reply) -> tuple[str | None, str]:
         said = said_after(reply.text, m.end())
         if said is None and not cases and failure == NOTHING_READ:
             return None, "no answer given"
-        if said is None or said.endswith("?") or m.start() < reply.unfit:
+        asked = said and said.endswith("?") and not is_choice(problem, said)
+        if said is None or asked or m.start() < reply.unfit:
             continue
         parsed, how = read(problem, said)
         where = "in a box" if m[0] == "⟦" else "in words"
@@ -278,12 +160,16 @@ def broken_off(reply: Reply) -> bool:
     return len([x for x in SENTENCE.split(line) if squash(x)]) > 1 and line[-1].isalnum()
 
 
+def is_choice(problem, line: str) -> bool:
+    """Is a line the text of a choice, with its letter or without?"""
+    without_letter = re.sub(r"^\W*[A-J][).:\]]", "", line)
+    return bool({squash(line), squash(without_letter)} & set(squashed(problem.choices)))
+
+
 def bare_line(problem, line: str) -> bool:
-    """Is a line nothing but an answer: four words without a verb, or a choice with its letter?"""
-    texts = squashed(problem.choices)
-    without_letter = squash(re.sub(r"^\W*[A-J][).:\]]", "", line))
+    """Is a line nothing but an answer: a choice, or four words without a verb?"""
     few = len(line.split()) < 5 and not VERB.search(line) and not line.rstrip().endswith("?")
-    return few and not SAYS.search(line) or squash(line) in texts or without_letter in texts
+    return is_choice(problem, line) or few and not SAYS.search(line)
 
 
 def lined(problem, reply: Reply) -> tuple[str | None, str]:
@@ -409,7 +295,9 @@ def commitment(problem, text: str, prose: bool = False) -> tuple[str | None, str
 
 def choice_like(problem, pattern: re.Pattern, failure: str) -> tuple[str | None, str]:
     """The one choice that says what a reply says: "cannot be determined", "none of the above"."""
-    hits = [x for x, text in zip(LETTERS, problem.choices, strict=False) if pattern.search(text.lower())]
+    hits = [
+        x for x, text in zip(LETTERS, problem.choices, strict=False) if pattern.search(text.lower())
+    ]
     return (hits[0], "choice text in words") if len(hits) == 1 else (None, failure)
 
 
@@ -433,6 +321,25 @@ def agrees(problem, rationale: str, response: str) -> bool | None:
 
 
 # --- the grade
+def normal(problem, answer: str) -> str:
+    """One form for all spellings of an answer, so that two can be compared: a letter where there
+    are choices (a letter comes before a choice of that text), else a number, a list or a text."""
+    parsed, _ = read(problem, plain(answer))
+    return squash(plain(answer)) if parsed is None else parsed
+
+
+def right(problem, parsed: str | None) -> bool:
+    """Is an answer in its normal form the gold one? Of choices with one text MathVista takes any,
+    and ScienceQA the one with the right index."""
+    if not problem.choices:
+        return parsed == normal(problem, problem.answer)
+    index = problem.meta.get("answer_index")
+    if index is None or "answer_type" in problem.meta:
+        choices = dict(zip(LETTERS, problem.choices, strict=False))
+        return choices.get(parsed) == problem.answer
+    return parsed == LETTERS[index]
+
+
 def published(problem, response: str) -> tuple[str | None, str]:
     """(letter or None, how) by ScienceQA's rule: exactly one "The answer is (X)", X among the
     choices. Ours: without one, or with an "Answer:" after it, what follows the last "Answer:", or

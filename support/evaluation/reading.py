@@ -1,10 +1,8 @@
 r"""A short text: which choice, number, list or words it names.
 
-`plain` turns LaTeX, Markdown and other scripts' digits into one notation; `normal` is the one form
-in which two answers are compared; `choice_named` and `value` read one sentence or less. Where in a
-reply such a sentence stands, and which one counts, is for grading.py.
-
-Rounding and comparison are those of MathVista's official scorer (`rounded`, `right`).
+`plain` turns LaTeX, Markdown and other scripts' digits into one notation; `choice_named` and
+`value` read one sentence or less. Where in a reply such a sentence stands, and which one counts, is for
+grading.py. Numbers are rounded as MathVista's official scorer does (`rounded`).
 """
 
 import math
@@ -40,8 +38,11 @@ LATEX = [(re.compile(pattern), instead) for pattern, instead in (
 )]  # fmt: skip
 CHOICES = re.compile(  # the list of choices, repeated line by line: "(A) dog\n(B) cat\n(C) bird"
     r"^[ \t]*\(?A[).:].*\n\s*\(?B[).:].*(?:\n\s*\(?[C-J][).:].*)*", re.MULTILINE)  # fmt: skip
-MARKDOWN = re.compile(r"\*\*|__|`+|\$|^[ \t]*(?:[-*#>]+"
-                      r"|\d+[.)](?! *(?i:explanation|reason|because|since)))[ \t]+(?=\S)", re.MULTILINE)
+MARKDOWN = re.compile(
+    r"\*\*|__|`+|\$|^[ \t]*(?:[-*#>]+"
+    r"|\d+[.)](?! *(?i:explanation|reason|because|since)))[ \t]+(?=\S)",
+    re.MULTILINE,
+)
 SIGNS = str.maketrans("", "", "*^{}⟦⟧")
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=。)|\n")
 
@@ -49,7 +50,8 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=。)|\n")
 AMOUNT = re.compile(  # 1,200  -3.5  .5  6×10^4  1e-3  2 1/2  3√2/2  2/3π
     r"(?<![\w.])([-+]?\s?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|[-+]?\.\d+)?"
     r"(?:\s?[×x*]\s?10\s?\^\s?\{?([-+]?\d+)\}?|e([-+]?\d+)\b)?(?:(?<=\d)\s(\d{1,2})(?=/\d))?"
-    r"\s?(?:√\(?(\d+(?:\.\d+)?)\)?)?\s?(π)?(?:\s?/\s?(\d+(?:\.\d+)?))?\s?(π)?", re.ASCII)  # fmt: skip
+    r"\s?(?:√\(?(\d+(?:\.\d+)?)\)?)?\s?(π)?(?:\s?/\s?(\d+(?:\.\d+)?))?\s?(π)?",
+    re.ASCII)  # fmt: skip
 UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen " \
         "fifteen sixteen seventeen eighteen nineteen".split()  # fmt: skip
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -84,16 +86,18 @@ IS = re.compile(r"\b(?:is|are|was|were|be) (?:[a-z]+ ){0,2}(-?[\d,]*\.?\d+)")
 LETTER = re.compile(  # (B)  [b]  【B】  option B  B.  B) 140°  B (no)  b
     r"(?!N/A)(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)[\s:]\s*)?"
     r"(?:[(\[【]\s*([A-Za-z])\s*[)\]】]|([a-z])(?=$|[.)])|"
-    r"([A-Z])(?=$|\s*[).:,;/&(]|\s-|\s(?:because|since|as|is|and|or|which|given|for)\b))")  # fmt: skip
+    r"([A-Z])(?=$|\s*[).:,;/&(]|\s-|\s(?:because|since|as|is|and|or|which|given|for)\b))"
+)
 ANOTHER = re.compile(r"\s*(?:,?\s*(?:and|or)\b|[,&/])\s*[(\[]?([A-Z])(?:[)\]]|(?=$|\s*[.,;]))")
 NAMED = re.compile(r"(?:[(\[【]|\b[Oo]ption )([A-Z])\b|\b[Ii]t(?:'s| is) ([A-Z])(?=\W*$)")
 ALONE = re.compile(r"\"([A-Z])\"|(?<![\w'/-])([A-Z])(?=$|[.,;:!]| (?:is|has|differs|on|in)\b)")
 WORD_AFTER = re.compile(r"[\s).:,(\]-]*(yes|no|true|false)\b", re.IGNORECASE)
 DENIED_FIRST = re.compile(  # not A but C; not A, it's C
-    r"\b(?:is |are |it's )?not [^.;\n]{1,60}?(?:,? but(?: rather)?|[,;] (?:but|rather|instead|it is|it's))"
-    r"(?= )", re.IGNORECASE)  # fmt: skip
+    r"\b(?:is |are |it's )?not [^.;\n]{1,60}?"
+    r"(?:,? but(?: rather)?|[,;] (?:but|rather|instead|it is|it's))(?= )", re.IGNORECASE)  # fmt: skip
 DENIED_LAST = re.compile(  # C, not A; C rather than A
-    r"(?<=[\w)])(?:, ?(?:and |but )?not| (?:and|but) not| rather than| instead of) [^,.;\n]*")
+    r"(?<=[\w)])(?:, ?(?:and |but )?not| (?:and|but) not| rather than| instead of) [^,.;\n]*"
+)
 DENIES = re.compile(r"\b(?:not|no|neither|nor|cannot)\b|n't\b", re.IGNORECASE)
 REJECTS = re.compile(
     r"\b(?:not|neither|nor|cannot|wrong|incorrect|false|eliminated?|ruled? out|excluded?)\b|n't\b",
@@ -187,11 +191,11 @@ def in_digits(text: str, scaled: bool = True) -> str:
 
 
 def affirmed(text: str) -> str:
-    """A sentence without what it denies beside another answer: "not A but C" and "C, not A" are C."""
+    """A sentence without what it denies beside another answer: C of "not A but C", "C, not A"."""
     return DENIED_LAST.sub("", DENIED_FIRST.sub(" ", text))
 
 
-# --- one form for all spellings of an answer
+# --- what is asked for
 def asks_for(problem) -> str:
     """choice | integer | float | list | number | text: what the answer should be; where the record
     has no answer_type, the gold answer decides."""
@@ -215,25 +219,6 @@ def read(problem, text: str, trust: int = STATED) -> tuple[str | None, str]:
     return (choice_named if problem.choices else value)(problem, text, trust)
 
 
-def normal(problem, answer: str) -> str:
-    """One form for all spellings of an answer, so that two can be compared: a letter where there
-    are choices (a letter comes before a choice of that text), else a number, a list or a text."""
-    parsed, _ = read(problem, plain(answer))
-    return squash(plain(answer)) if parsed is None else parsed
-
-
-def right(problem, parsed: str | None) -> bool:
-    """Is an answer in its normal form the gold one? Of choices with one text MathVista takes any,
-    and ScienceQA the one with the right index."""
-    if not problem.choices:
-        return parsed == normal(problem, problem.answer)
-    index = problem.meta.get("answer_index")
-    if index is None or "answer_type" in problem.meta:
-        choices = dict(zip(LETTERS, problem.choices, strict=False))
-        return choices.get(parsed) == problem.answer
-    return parsed == LETTERS[index]
-
-
 # --- which choice
 def is_yes_no(problem) -> bool:
     """Are the choices yes and no, or true and false?"""
@@ -252,10 +237,10 @@ def choice_named(problem, said: str, trust: int = STATED) -> tuple[str | None, s
     letters = LETTERS[: len(problem.choices)]
     texts = squashed(problem.choices)
     said = affirmed(said).strip(" \n\t.*\"':⟦⟧")
-    if trust == STATED and re.match(r"(?:not|neither|nor)\b", said, re.IGNORECASE):
-        if squash(said) not in texts:
-            return None, "no answer found"
     whole = squash(said)
+    denied = re.match(r"(?:not|neither|nor)\b", said, re.IGNORECASE) and whole not in texts
+    if trust == STATED and denied:
+        return None, "no answer found"
     if len(whole) > 1 and texts.count(whole) == 1:
         return letters[texts.index(whole)], "choice text"
     named = {a or b for a, b in NAMED.findall(said)} & set(letters)
@@ -326,7 +311,9 @@ def mentioned(texts: list[str], said: str) -> list[int]:
             continue
         inside = rf"(?a)(?<![\w.,/√^-]){re.escape(text)}(?![\w/√^]|[.,]\d)"
         if text in POLES:  # "there are no cubes" and "no cubes are" are no answers
-            inside = rf"(?a)^{text}(?=\W|$)(?! [a-z]+ (?:is|are)\b)|(?:\b(?:is|be|was)|[,:]) {text}$"
+            inside = (
+                rf"(?a)^{text}(?=\W|$)(?! [a-z]+ (?:is|are)\b)|(?:\b(?:is|be|was)|[,:]) {text}$"
+            )
         if text in said and (len(text) > 1 or text.isdigit()) and re.search(inside, said):
             hits.append(i)
     hits = [i for i in hits if not any(texts[i] in texts[j] for j in hits if texts[i] != texts[j])]

@@ -1,7 +1,6 @@
 """Files of predictions and metrics, and the tables that show them side by side.
 
-Reads predictions in three layouts (ours, MathVista's official one, the released mm-cot code's) and
-writes predictions.jsonl and metrics.json; makes of metrics a table in the terminal, as markdown or
+Writes predictions.jsonl and metrics.json; makes of metrics a table in the terminal, as markdown or
 for the report's page, a line a run, and the difference of two runs in words.
 
 Left out: how the numbers come about (metrics.py), and the page (report.py).
@@ -13,8 +12,8 @@ from pathlib import Path
 
 from support import files
 from support.evaluation.errors import KINDS
-from support.evaluation.grading import ANSWER, grade
 from support.evaluation.metrics import DETAILS, compare, grade_all, percent
+from support.evaluation.predictions import read_predictions
 
 OTHER_ROWS = {  # key of the metrics, or the way to it: what its row is called
     "parse_failures": "parse failures %", "rougeL": "ROUGE-L", "bleu1": "BLEU-1", "bleu4": "BLEU-4",
@@ -25,49 +24,6 @@ OTHER_ROWS = {  # key of the metrics, or the way to it: what its row is called
 
 
 # --- files
-def read_predictions(path, problems=()):
-    """Predictions of a JSONL file, of MathVista's {pid: {"response"}} or of the released code's
-    predictions_ans_*.json. Raises ValueError naming the line, the problem or the position."""
-    content = files.regular_file(path).read_bytes()
-    try:
-        whole = files.parsed(content)
-    except ValueError:  # several lines, as it should be
-        whole = None
-    if isinstance(whole, dict) and "preds" in whole:
-        return in_split_order(path, whole["preds"], whole.get("labels", []), problems)
-    if isinstance(whole, dict) and whole and all(isinstance(x, dict) for x in whole.values()):
-        told = [(f"problem {pid}", {"id": pid} | picked(x)) for pid, x in whole.items()]
-    else:
-        told = [(where.removeprefix(f"{path}, "), x) for where, x in files.json_lines(path)]
-    for where, x in told:
-        if isinstance(x, dict) and type(x.get("id")) is int:
-            x["id"] = str(x["id"])
-        texts = {"id": str, "response": str, "rationale": str | None, "stop": str | None}
-        for key, kinds in texts.items():
-            if not isinstance(x, dict) or not isinstance(x.get(key), kinds):
-                found = f"found {json.dumps(x, ensure_ascii=False)[:60]}"
-                raise ValueError(f'{path}, {where}: "{key}" must be a string; {found}.')
-    return [x for _, x in told]
-
-
-def picked(record):
-    """What of MathVista's official record is the model's: the rest is the problem."""
-    return {key: record[key] for key in ("response", "rationale") if key in record}
-
-
-def in_split_order(path, preds, labels, problems):
-    """The released code's list without ids, matched to problems by position. Where its labels are
-    answers they must be the gold ones, else the split or the order is another."""
-    if len(preds) != len(problems):
-        found = f"{len(preds)} predictions without ids, for {len(problems)} problems"
-        raise ValueError(f"{path} lists {found}; it needs the complete split in its own order.")
-    for p, label in zip(problems, labels, strict=False):
-        if ANSWER.search(label) and not grade(p, label).correct:
-            found = f"{label!r} as the label of problem {p.id}, which has another answer"
-            raise ValueError(f"{path} has {found}; it is of another split, or in another order.")
-    return [{"id": p.id, "response": said} for p, said in zip(problems, preds, strict=True)]
-
-
 def write_graded(folder, graded, scores):
     """Write metrics.json and predictions.jsonl, with "correct", "parsed", "how", "kind" and its
     "because"."""
