@@ -89,7 +89,7 @@ SAYS = re.compile(
              (?:\s(?:therefore|thus|then|that))?[\s:]*             # The answer is B
          | [:=]+ | -(?=\s) | (?<=answer)\n)                        # Final answer: B
       | \bI(?:'ll|'d|\swould|\swill)?\s(?:choose|pick|select|go\swith|opt\sfor)\s   # I choose B
-      | (?:答案|正确选项|[故应]?[选選][项择項擇]?|答え|정답|답) \s*(?:应该是|是|为|は|은)? \s*:?  # 答案：B
+      | (?:答案|正确选项|[故应]?[选選][项择項擇]?|答え|정답|답) \s*(?:应该是|是|为|は|은)? \s*:?
       | (?:پاسخ|جواب|گزینه) (?:\s(?:نهایی|صحیح|درست))? \s*:?
       | \b(?:réponse|respuesta|resposta|risposta|antwort|ответ)(?:\s\w+)?
             \s*(?:\b(?:est|es|é|è|ist)\b|:|-)
@@ -109,6 +109,9 @@ CASE = re.compile(  # "If there are more cars, the answer is A. Otherwise, the a
     r"\W*(?:if|otherwise|else|assuming|suppos\w+|unless|in case)\b", re.IGNORECASE
 )
 SUPPOSED = re.compile(r"\b(?:if|unless|assuming|provided that)\b", re.IGNORECASE)
+OPENING = re.compile(  # No, Teal is not ...  A: No  Yes it is  By the chart, no, ...
+    r"(?:\W*(?:\w\W{1,2})?|[^.,:]{1,60}, )(yes|no|true|false)\b"
+    r"(?=\W*$|[,.:;!]| -| (?:it|they|this|that|there)\b)", re.IGNORECASE)  # fmt: skip
 VERB = re.compile(r"\b(?:is|are|was|were|has|have|be)\b")
 
 
@@ -136,6 +139,10 @@ def stated(problem, reply: Reply) -> tuple[str | None, str]:
         asked = said and said.endswith("?") and not is_choice(problem, said)
         if said is None or asked or m.start() < reply.unfit:
             continue
+        if m[0].endswith("\n") or reply.text.startswith("\n", m.end()):
+            more = squash(reply.text[m.end() :].lstrip()[len(said) :])
+            if more and VERB.search(said) and not is_choice(problem, said):
+                continue  # "Here is the answer:\n\nThere are 4 cubes. ..." introduces a solution
         parsed, how = read(problem, said)
         where = "in a box" if m[0] == "⟦" else "in words"
         if parsed is None and REFUSES.search(said.lower()):
@@ -185,8 +192,7 @@ def lined(problem, reply: Reply) -> tuple[str | None, str]:
             if parsed is not None:
                 return parsed, f"{how} as a line"
             failure = how if failure == NOTHING_READ else failure
-    opening = re.match(r"\W*(?:\w\W{1,2})?(yes|no|true|false)\b(?=\W*$|[,.:;!]| -)",
-                       reply.sentences[0], re.IGNORECASE)  # fmt: skip
+    opening = OPENING.match(reply.sentences[0])
     if opening and is_yes_no(problem) and reply.refused < 0:
         return pole(squashed(problem.choices), opening[1]), "choice text as a line"
     return None, failure

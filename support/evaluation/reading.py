@@ -1,8 +1,8 @@
 r"""A short text: which choice, number, list or words it names.
 
 `plain` turns LaTeX, Markdown and other scripts' digits into one notation; `choice_named` and
-`value` read one sentence or less. Where in a reply such a sentence stands, and which one counts, is for
-grading.py. Numbers are rounded as MathVista's official scorer does (`rounded`).
+`value` read one sentence or less. Where in a reply such a sentence stands, and which one counts, is
+for grading.py. Numbers are rounded as MathVista's official scorer does (`rounded`).
 """
 
 import math
@@ -24,6 +24,7 @@ BEFORE_NFKC = [(re.compile(pattern), instead) for pattern, instead in (
     (r"(?<=\d)(?:\{,\}|\\[,!:; ]|[\u2009\u202f])(?=\d{3}(?!\d))", ","),  # 1{,}200  1\,200
     (r"(?<=\d)(?=[¼½¾⅐-⅞])", " "),  # 2½
     (r"[⁰¹²³⁴-⁹⁻]+", lambda m: "^" + m[0]),  # 10⁻³
+    (r"(?<=\d) : (?=\d)", ":"),  # 2 : 1
 )]  # fmt: skip
 LATEX = [(re.compile(pattern), instead) for pattern, instead in (
     (r"\\(?:left|right|displaystyle|quad|[,;:! ])", " "),
@@ -32,7 +33,7 @@ LATEX = [(re.compile(pattern), instead) for pattern, instead in (
     (r"(?:\\sqrt|√)\s*\{\s*([^{}]*?)\s*\}", r"√\1"),  # \sqrt{3}
     (r"(?<=\d)\s*(?=\\[dt]?frac)", " "),  # 2\frac{1}{2} is mixed
     (r"\\[dt]?frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}", r"\1/\2"),
-    (r"\\(?:times|cdot)\b", "×"), (r"\\pi\b", "π"), (r"\\approx\b", "≈"), (r"\\([%$#&_])", r"\1"),
+    (r"\\[dt]?frac\s*(\d)\s*(\d)", r"\1/\2"), (r"\\(?:times|cdot)\b", "×"), (r"\\pi\b", "π"), (r"\\approx\b", "≈"), (r"\\([%$#&_])", r"\1"),
     (r"\\f?box(?:ed)?\s*\{([^{}]*)\}", r"⟦\1⟧"),  # \boxed{45°}
     (r"\\[()\[\]]", ""),
 )]  # fmt: skip
@@ -94,7 +95,8 @@ ALONE = re.compile(r"\"([A-Z])\"|(?<![\w'/-])([A-Z])(?=$|[.,;:!]| (?:is|has|diff
 WORD_AFTER = re.compile(r"[\s).:,(\]-]*(yes|no|true|false)\b", re.IGNORECASE)
 DENIED_FIRST = re.compile(  # not A but C; not A, it's C
     r"\b(?:is |are |it's )?not [^.;\n]{1,60}?"
-    r"(?:,? but(?: rather)?|[,;] (?:but|rather|instead|it is|it's))(?= )", re.IGNORECASE)  # fmt: skip
+    r"(?:,? but(?: rather)?|[,;] (?:but|rather|instead|it is|it's))(?= )",
+    re.IGNORECASE)  # fmt: skip
 DENIED_LAST = re.compile(  # C, not A; C rather than A
     r"(?<=[\w)])(?:, ?(?:and |but )?not| (?:and|but) not| rather than| instead of) [^,.;\n]*"
 )
@@ -311,10 +313,11 @@ def mentioned(texts: list[str], said: str) -> list[int]:
             continue
         inside = rf"(?a)(?<![\w.,/√^-]){re.escape(text)}(?![\w/√^]|[.,]\d)"
         if text in POLES:  # "there are no cubes" and "no cubes are" are no answers
-            inside = (
-                rf"(?a)^{text}(?=\W|$)(?! [a-z]+ (?:is|are)\b)|(?:\b(?:is|be|was)|[,:]) {text}$"
-            )
-        if text in said and (len(text) > 1 or text.isdigit()) and re.search(inside, said):
+            word = text if POLES[text] in texts else f"(?:{text}|{POLES[text]})"
+            inside = rf"^{word}(?=\W|$)(?! [a-z]+ (?:is|are)\b)|(?:\b(?:is|be|was)|[,:]) {word}$"
+        elif text not in said or len(text) == 1 and not text.isdigit():
+            continue
+        if re.search(inside, said):
             hits.append(i)
     hits = [i for i in hits if not any(texts[i] in texts[j] for j in hits if texts[i] != texts[j])]
     found = {round(x, 6) for x in amounts(in_digits(said))}
@@ -404,14 +407,16 @@ def last_of(problem, said: str, trust: int) -> list[float]:
     found = [x for x in found if x.is_integer() == whole] or found
     things = [*ASKS.findall(question), str(problem.meta.get("unit"))]
     thing = "|".join(map(re.escape, things))
-    about = words_of(question)
+    about = words_of(question) - {x.casefold() for x in things}
     clauses = [x for x in CLAUSE.split(said) if set(amounts(x)) & set(found)]
     likeness = [len(about & words_of(x)) for x in clauses]
-    like = [x for x, n in zip(clauses, likeness, strict=True) if n == max(likeness)]
+    most = max([*likeness, 1])
+    like = [x for x, n in zip(clauses, likeness, strict=True) if n == most]
     for rather in (
         re.findall(r"\b[12]\d{3}\b", said) if YEAR.search(question) else [],
-        re.findall(rf"(?<![\d.,])(?<!of )(\d+) (?:{thing})\b", said),
         re.findall(rf"\b(?:{thing}) (\d+)", said),
+        like if len(like) == 1 else [],
+        re.findall(rf"(?<![\d.,])(?<!out of )(\d+) (?:{thing})\b", said),
         GIVES.findall(said),
         like,
         IS.findall(said),
