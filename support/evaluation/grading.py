@@ -25,6 +25,7 @@ of MathVista's official scorer (`right`).
 import math
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from support.dataset.choices import LETTERS
@@ -35,6 +36,7 @@ from support.evaluation.reading import (
     MENTIONED,
     SENTENCE,
     amounts,
+    asks_for,
     distance,
     is_yes_no,
     plain,
@@ -58,7 +60,6 @@ CUE = "Answer:"  # what PaliGemma's last line begins with
 ANSWER = re.compile(r"The answer is \(([A-Z])\)")
 GUESS_LETTERS = "ABCDE"  # the original's, however many choices a problem has
 NOTHING_READ = "no answer found"
-FINAL = ("several answers", "letter not among the options")  # failures of an answer that is stated
 DOUBTFUL = ("in prose", "in own words")  # an answer is mentioned, not committed to
 AT_ODDS = ", not concluded"  # a choice is stated, and the reply comes to something else
 
@@ -70,7 +71,8 @@ class Grade:
 
     letter, choice text, nearest choice, number, list, text + the pass, as in "letter in words"
     + ", not concluded": the reply comes to another choice, or to none of them
-    no answer found, refused, several answers, letter not among the options, no such choice
+    no answer found, empty answer, refused, several answers, no such choice, letter not among the
+    options
     + "; guessed X": what the original scorers make of a failed parse (--faithful-parse)
     """
 
@@ -125,36 +127,47 @@ def said_after(text: str, start: int) -> str | None:
     return rest[: stop.end() if stop[0] == "?" else stop.start()] if stop else rest
 
 
-def stated(problem, reply: Reply) -> tuple[str | None, str]:
-    """The last answer in words or in a box: not one that is asked, nor one of several cases."""
-    cases, failure = {}, NOTHING_READ
+def statements(problem, reply: Reply) -> Iterator[tuple[str | None, str, bool]]:
+    """(what is stated as the answer, where, whether of one case only), the last first; None of a
+    cue with nothing after it. Left out: what is asked, and what the reply says does not fit."""
     matches = list(SAYS.finditer(reply.text))
     # A box before the last sentence may hold a step on the way: it comes after all words.
     end = reply.text.rfind(reply.sentences[-1])
-    matches.sort(key=lambda m: (m[0] != "⟦" or m.start() >= end, m.start()))
-    for m in reversed(matches):
+    matches.sort(key=lambda m: (m[0] != "⟦" or m.start() >= end, m.start()), reverse=True)
+    for m in matches:
         said = said_after(reply.text, m.end())
-        if said is None and not cases and failure == NOTHING_READ:
-            return None, "no answer given"
-        asked = said and said.endswith("?") and not is_choice(problem, said)
-        if said is None or asked or m.start() < reply.unfit:
+        if problem.choices and m.start() < reply.unfit:
             continue
-        if m[0].endswith("\n") or reply.text.startswith("\n", m.end()):
-            more = squash(reply.text[m.end() :].lstrip()[len(said) :])
-            if more and VERB.search(said) and not is_choice(problem, said):
-                continue  # "Here is the answer:\n\nThere are 4 cubes. ..." introduces a solution
-        parsed, how = read(problem, said)
-        where = "in a box" if m[0] == "⟦" else "in words"
-        if parsed is None and REFUSES.search(said.lower()):
-            return None, "refused"
+        if said and not is_choice(problem, said):
+            after = reply.text[m.end() :]
+            section = m[0].endswith("\n") or after.startswith("\n")
+            # "Here is the answer:\n\nThere are 4 cubes. ..." introduces a solution
+            if section and VERB.search(said) and squash(after.lstrip()[len(said) :]):
+                continue
+            if said.endswith("?"):
+                continue
         before = SENTENCE.split(reply.text[max(0, m.start() - 300) : m.start()])[-1]
-        if parsed is not None and (CASE.match(before) or SUPPOSED.search(said)):
-            cases.setdefault(parsed, f"{how} {where}")
-        elif parsed is not None:
+        supposed = bool(CASE.match(before) or SUPPOSED.search(said or ""))
+        yield said, "in a box" if m[0] == "⟦" else "in words", supposed
+
+
+def stated(problem, reply: Reply) -> tuple[str | None, str]:
+    """The last answer in words or in a box; of cases ("If ..., the answer is A") only if all come
+    to the same."""
+    cases, failure = {}, NOTHING_READ
+    for i, (said, where, supposed) in enumerate(statements(problem, reply)):
+        if said is None and i == 0:
+            return None, "empty answer"
+        parsed, how = read(problem, said or "")
+        if parsed is not None and not supposed:
             return parsed, f"{how} {where}"
-        elif how in FINAL:
+        if parsed is not None:
+            cases.setdefault(parsed, f"{how} {where}")
+        elif said and REFUSES.search(said.lower()):
+            return None, "refused"
+        elif how in ("several answers", "letter not among the options"):
             return None, how
-        elif how != NOTHING_READ:
+        elif how != NOTHING_READ:  # a value that no choice has: an earlier statement may name one
             failure = how
     if len(cases) == 1:
         return next(iter(cases.items()))
@@ -272,31 +285,47 @@ def commitment(problem, text: str, prose: bool = False) -> tuple[str | None, str
     reply = reply_of(problem, text)
     if not reply.sentences:
         return None, NOTHING_READ
+    parsed, how = stated(problem, reply)
+    if parsed is not None:
+        return parsed, how + AT_ODDS if at_odds(problem, reply, parsed) else how
+    if problem.choices and reply.unfit >= 0:
+        return choice_like(problem, NONE_FITS, "no such choice")
+    if how == "refused":
+        return choice_like(problem, REFUSES, how)
+    if how != NOTHING_READ:
+        return None, how
+    if (parts := LABEL.split(reply.text))[1:]:
+        reply = reply_of(problem, parts[-1])
+    return unstated(problem, reply, prose)
+
+
+def unstated(problem, reply: Reply, prose: bool) -> tuple[str | None, str]:
+    """(parsed or None, how): the answer that a reply comes to or mentions, where it states none."""
     failures = []
-    for search in (stated, lined, concluded, implied):
+    for search in (lined, concluded, implied):
         parsed, how = search(problem, reply)
         if parsed is not None:
-            if search is stated and problem.choices:
-                end, why = concluded(problem, reply)
-                how += AT_ODDS if (end or parsed) != parsed or why == "no such choice" else ""
             return parsed, how
-        if search is stated and how in (*FINAL, "no such choice", "no answer given"):
-            return None, how.replace("no answer given", NOTHING_READ)
         failures.append(how)
-        if search is stated and reply.unfit >= 0:
-            return choice_like(problem, NONE_FITS, "no such choice")
-        if search is stated and (labels := LABEL.split(reply.text))[1:]:
-            reply = reply_of(problem, labels[-1])
     if reply.refused >= 0:
         return choice_like(problem, REFUSES, "refused")
-    if broken_off(reply):
-        return None, next((x for x in failures if x != NOTHING_READ), NOTHING_READ)
-    parsed, how = mentioned(problem, reply.sentences if prose else reply.sentences[-3:])
-    if parsed is None and how == NOTHING_READ and prose and not problem.choices:
-        text = read(problem, reply.lines[-1])
-        return (text[0], f"{text[1]} in prose") if text[1] == "text" else text
-    why = next((x for x in [*failures, how] if x != NOTHING_READ), NOTHING_READ)
-    return parsed, how if parsed is not None else why
+    if not broken_off(reply):
+        parsed, how = mentioned(problem, reply.sentences if prose else reply.sentences[-3:])
+        if parsed is not None:
+            return parsed, how
+        failures.append(how)
+    failure = next((x for x in failures if x != NOTHING_READ), NOTHING_READ)
+    if prose and failure == NOTHING_READ and asks_for(problem) in ("number", "text"):
+        return squash(reply.lines[-1]), "text in prose"
+    return None, failure
+
+
+def at_odds(problem, reply: Reply, parsed: str) -> bool:
+    """Does a reply come to another choice than it states, or to a value that no choice has?"""
+    if not problem.choices:
+        return False
+    end, how = concluded(problem, reply)
+    return how == "no such choice" or end not in (None, parsed)
 
 
 def choice_like(problem, pattern: re.Pattern, failure: str) -> tuple[str | None, str]:

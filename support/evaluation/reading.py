@@ -33,7 +33,8 @@ LATEX = [(re.compile(pattern), instead) for pattern, instead in (
     (r"(?:\\sqrt|√)\s*\{\s*([^{}]*?)\s*\}", r"√\1"),  # \sqrt{3}
     (r"(?<=\d)\s*(?=\\[dt]?frac)", " "),  # 2\frac{1}{2} is mixed
     (r"\\[dt]?frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}", r"\1/\2"),
-    (r"\\[dt]?frac\s*(\d)\s*(\d)", r"\1/\2"), (r"\\(?:times|cdot)\b", "×"), (r"\\pi\b", "π"), (r"\\approx\b", "≈"), (r"\\([%$#&_])", r"\1"),
+    (r"\\[dt]?frac\s*(\d)\s*(\d)", r"\1/\2"),
+    (r"\\(?:times|cdot)\b", "×"), (r"\\pi\b", "π"), (r"\\approx\b", "≈"), (r"\\([%$#&_])", r"\1"),
     (r"\\f?box(?:ed)?\s*\{([^{}]*)\}", r"⟦\1⟧"),  # \boxed{45°}
     (r"\\[()\[\]]", ""),
 )]  # fmt: skip

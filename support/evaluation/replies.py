@@ -7,6 +7,7 @@ place of its own. Nothing here knows what an answer is: that is for grading.py.
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from support.evaluation.reading import SENTENCE, plain, plain_question, squash, words_of
 
@@ -156,20 +157,28 @@ def json_answer(text: str) -> str | None:
 # --- a plain reply
 @dataclass(frozen=True)
 class Reply:
-    """A plain reply: its lines and sentences that say anything, and the positions after which an
-    answer counts: behind its last refusal, behind the last "none of the options"."""
+    """A plain reply, and the positions after which an answer counts; -1: it counts anywhere."""
 
     text: str
-    lines: list[str]
-    sentences: list[str]
-    refused: int
-    unfit: int
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return [x for x in self.text.splitlines() if squash(x)]
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        return [x for x in SENTENCE.split(self.text) if squash(x)]
+
+    @cached_property
+    def refused(self) -> int:
+        """Where it last refuses."""
+        return max((m.start() for m in REFUSES.finditer(self.text.lower())), default=-1)
+
+    @cached_property
+    def unfit(self) -> int:
+        """Where it last says that none of the choices fits."""
+        return max((m.start() for m in NONE_FITS.finditer(self.text.lower())), default=-1)
 
 
 def reply_of(problem, text: str) -> Reply:
-    text = without_asides(problem, plain(text))
-    sentences = [x for x in SENTENCE.split(text) if squash(x)]
-    refused = max((m.start() for m in REFUSES.finditer(text.lower())), default=-1)
-    unfit = max((m.start() for m in NONE_FITS.finditer(text.lower())), default=-1)
-    lines = [x for x in text.splitlines() if squash(x)]
-    return Reply(text, lines, sentences, refused, unfit if problem.choices else -1)
+    return Reply(without_asides(problem, plain(text)))
