@@ -27,6 +27,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from support.dataset.choices import LETTERS
 from support.evaluation.reading import (
@@ -118,9 +119,9 @@ VERB = re.compile(r"\b(?:is|are|was|were|has|have|be)\b")
 
 
 # --- the passes over a plain text. Each gives (parsed or None, how).
-def said_after(text: str, start: int) -> str | None:
+def said_after(text: str, start: int, end: int | None = None) -> str | None:
     """What stands after a cue, to the end of its sentence; None if the text ends there."""
-    rest = text[start : start + 1000].lstrip(" \n\t:⟦")
+    rest = text[start : min(start + 1000, end or len(text))].lstrip(" \n\t:⟦")
     if not squash(rest):
         return None
     stop = STOP.search(rest)
@@ -131,11 +132,13 @@ def statements(problem, reply: Reply) -> Iterator[tuple[str | None, str, bool]]:
     """(what is stated as the answer, where, whether of one case only), the last first; None of a
     cue with nothing after it. Left out: what is asked, and what the reply says does not fit."""
     matches = list(SAYS.finditer(reply.text))
+    words = [m.start() for m in matches if m[0] != "⟦"]
+    until = dict(pairwise(words))  # a statement ends where the next one begins
     # A box before the last sentence may hold a step on the way: it comes after all words.
     end = reply.text.rfind(reply.sentences[-1])
     matches.sort(key=lambda m: (m[0] != "⟦" or m.start() >= end, m.start()), reverse=True)
     for m in matches:
-        said = said_after(reply.text, m.end())
+        said = said_after(reply.text, m.end(), until.get(m.start()))
         if problem.choices and m.start() < reply.unfit:
             continue
         if said and not is_choice(problem, said):

@@ -64,7 +64,7 @@ UP_TO_99 = rf"(?:(?:{'|'.join(TENS)})(?:[- ](?:{'|'.join(UNITS[1:10])}))?|(?:{'|
 UP_TO_999 = rf"(?:(?:{UP_TO_99}|a) hundred(?: (?:and )?{UP_TO_99})?|{UP_TO_99})"
 SCALED = r"(?:hundred|thousand|million|billion)\b"
 SPELLED = re.compile(  # twenty-five, one hundred and five, two million three hundred, 1.2 million
-    rf"\b(?:{UP_TO_999}|(?:a|\d[\d,.]*)(?= {SCALED}))(?: {SCALED}(?:,? (?:and )?{UP_TO_999})?)*",
+    rf"\b(?:{UP_TO_999}|(?:a|(?<![\d,.])\d[\d,.]{{0,20}})(?= {SCALED}))(?: {SCALED}(?:,? (?:and )?{UP_TO_999})?)*",
     re.IGNORECASE)  # fmt: skip
 PRONOUN = re.compile(  # the one, the largest one, one of them, one can see: no numbers
     r"(?:\b(?:the|this|that|each|every|no|any|which|other|another)|\w(?:est|er|ed)) one\b"
@@ -172,7 +172,7 @@ def spelled_value(match: re.Match) -> str:
     around = match.string[max(0, match.start() - 9) : match.end() + 8]
     if match[0].casefold() == "one" and PRONOUN.search(around):
         return match[0]
-    total = current = 0
+    total = current = 0.0
     for word in re.findall(r"[a-z]+|\d[\d,.]*", match[0].casefold()):
         if word[0].isdigit():
             current = (amounts(word) or [0])[0]
@@ -180,10 +180,10 @@ def spelled_value(match: re.Match) -> str:
             current = 100 * (current or 1)
         elif word in SCALES:
             total += SCALES[word] * (current or 1)
-            current = 0
+            current = 0.0
         else:
             current += WORD_VALUES.get(word, 0)  # "a" and "and" are worth nothing
-    return f"{total + current:.12g}"
+    return f"{total + current:.12g}" if math.isfinite(total + current) else match[0]
 
 
 def in_digits(text: str, scaled: bool = True) -> str:
