@@ -76,15 +76,17 @@ def json_rows(path: str | Path, whole: object) -> list[tuple[str, object]]:
         return [(f"record {i}", row) for i, row in enumerate([*rows, *whole["incorrect"]], 1)]
     if isinstance(whole, dict) and whole and not set(IDS) & whole.keys():
         if all(isinstance(row, dict) for row in whole.values()):
-            keys = (*TEXTS, "rationale", "error")
-            return [
-                (f"problem {i}", {"id": i} | {key: row[key] for key in keys if key in row})
-                for i, row in whole.items()
-            ]
+            return [(f"problem {i}", {"id": i} | of_the_model(x)) for i, x in whole.items()]
         if all(isinstance(text, str) for text in whole.values()):
             return [(f"problem {i}", {"id": i, "response": x}) for i, x in whole.items()]
         raise ValueError(f"{path} has an unknown layout. {LAYOUTS}")
     return [(where.removeprefix(f"{path}, "), row) for where, row in files.json_lines(path)]
+
+
+def of_the_model(row: dict) -> dict:
+    """What of MathVista's record is the model's: the rest is the problem, and others' verdicts."""
+    keys = ("response", "rationale") if row.get("response") else (*TEXTS, "error")
+    return {key: row[key] for key in keys if key in row}
 
 
 def scienceqa_rows(whole: dict):

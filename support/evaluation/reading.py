@@ -64,7 +64,8 @@ UP_TO_99 = rf"(?:(?:{'|'.join(TENS)})(?:[- ](?:{'|'.join(UNITS[1:10])}))?|(?:{'|
 UP_TO_999 = rf"(?:(?:{UP_TO_99}|a) hundred(?: (?:and )?{UP_TO_99})?|{UP_TO_99})"
 SCALED = r"(?:hundred|thousand|million|billion)\b"
 SPELLED = re.compile(  # twenty-five, one hundred and five, two million three hundred, 1.2 million
-    rf"\b(?:{UP_TO_999}|(?:a|(?<![\d,.])\d[\d,.]{{0,20}})(?= {SCALED}))(?: {SCALED}(?:,? (?:and )?{UP_TO_999})?)*",
+    rf"\b(?:{UP_TO_999}|(?:a|(?<![\d,.])\d[\d,.]{{0,20}})(?= {SCALED}))"
+    rf"(?: {SCALED}(?:,? (?:and )?{UP_TO_999})?)*",
     re.IGNORECASE)  # fmt: skip
 PRONOUN = re.compile(  # the one, the largest one, one of them, one can see: no numbers
     r"(?:\b(?:the|this|that|each|every|no|any|which|other|another)|\w(?:est|er|ed)) one\b"
