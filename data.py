@@ -1,58 +1,36 @@
 r"""Problems, prompts and batches: from the files on disk to the tensors of a batch.
 
-Here: one `Problem` record for ScienceQA in its original layout (Lu et al., arXiv 2209.09513),
-MathVista's testmini (Lu et al., arXiv 2310.02255), your own JSONL and the built-in demo; the prompt
-formats of Multimodal-CoT (Zhang et al., arXiv 2302.00923, github.com/amazon-science/mm-cot), byte
-for byte; PaliGemma's sequence (Beyer et al., arXiv 2407.07726); padding and bucketing.
+One `Problem` record for ScienceQA in its original layout (Lu et al., arXiv 2209.09513), MathVista's
+testmini (Lu et al., arXiv 2310.02255), your own JSONL and the built-in demo; the prompt formats of
+Multimodal-CoT (Zhang et al., arXiv 2302.00923, github.com/amazon-science/mm-cot), byte for byte;
+PaliGemma's sequence (Beyer et al., arXiv 2407.07726); padding and bucketing. The readers of files,
+images, features, tokenizers and traces are in support/dataset/.
 
-In support/: the layouts of the files and what is checked in them (layouts.py), tokenizers, the
-letters of choices, pictures, their features, a teacher's traces, the downloads. Left out on
-purpose: models, scoring (eval.py), few-shot prompts.
+    python data.py scienceqa        downloads a data set and counts its problems
 
-A problem as problems.json has it, and what `prompt(problem, "QCM-LE")` makes of it:
-
-    "7": {"question": "Will these magnets attract or repel each other?",
-          "choices": ["attract", "repel"], "answer": 1, "hint": "Two magnets are shown.",
-          "image": "image.png", "lecture": "Poles push or pull.\nLike poles repel.",
-          "solution": "Two north poles meet.", "split": "train", "subject": "natural science", ...}
-
-    source  Question: Will these magnets attract or repel each other? Context: Two magnets are
-            shown. Options: (A) attract (B) repel Solution:
-    target  Solution: Poles push or pull. // Like poles repel. Two north poles meet..
-
-The doubled full stop is the original's. " // " stands for the newline (see `prompt`).
-
-The same problem as a row for PaliGemma (`sequence`) with a trace of a teacher, at 256 image tokens:
-
-    <image><image> ... <image><bos>reason en Will these magnets attract or repel each other?
-    Hint: Two magnets are shown.
-    Choices: (A) attract (B) repel
-    Two north poles face each other, and like poles repel.
-    Answer: B<eos>
-
-In the loss are the last two lines, from "Two north" to <eos>.
-
-Axes: B batch, T length, U target length; n pictures of a batch, each P positions of F features, for
+Axes: B batch, T length, U target length; n images of a batch, each P positions of F features, for
 PaliGemma I tokens of D, or S pixels down and across.
 """
 
-import hashlib
-import math
-import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
+from support.dataset import sources
 from support.dataset.choices import LETTERS, final_answer, lettered, movable, shuffled
-from support.dataset.layouts import SPLITS, mathvista, own_jsonl, scienceqa
+from support.dataset.features import Features, stack_features
+from support.dataset.images import LazyImages
+from support.dataset.sources import SPLITS
 from support.dataset.tokenizers import encode, plain_ids, special_ids
 from support.files import cache_folder
 
-NEWLINE = " // "
+ImageSource = Features | LazyImages  # where an example's image comes from
 
 
 # --- Problems -------------------------------------------------------------------------------------
@@ -64,9 +42,9 @@ class Problem:
 
     answer  the gold text; of a multiple-choice question, one of `choices`.
     image   a path, or None. ScienceQA: image.png, else choice_0.png, as Multimodal-CoT has it.
-    meta    answer_index (None without choices), split, caption ("" if none), has_image, and what
-            else the record says (subject, grade, topic, category, skill, task). has_image is what
-            the IMG score counts: a picture of the question, not one of the choices.
+    meta    answer_index (None without choices), split, caption ("" if none), has_image, and the
+            record's other keys (subject, grade, topic, category, skill, task). has_image counts for
+            the IMG score: an image of the question, not one of the choices.
     """
 
     id: str
@@ -80,13 +58,13 @@ class Problem:
     meta: dict
 
 
-def load(where, split, skipped=None):
+def load(where: str | Path, split: str, skipped: list | None = None) -> list[Problem]:
     """The problems of one split, in file order.
 
     where    a folder in ScienceQA's or MathVista's layout, a .jsonl file, "demo", or "scienceqa" or
              "mathvista" (downloaded).
     skipped  a list: bad records are left out and added to it, as (id, reason). By default the first
-             one is the error. (`pictures.unusable` has the pictures.)
+             one is the error. (Images are not opened: `images.unusable` checks them.)
     Raises FileNotFoundError or ValueError with a sentence that names the file and the problem.
     """
     if split not in SPLITS:
@@ -94,41 +72,28 @@ def load(where, split, skipped=None):
     downloaded = where in ("scienceqa", "mathvista")
     path = cache_folder() / where if downloaded else Path(where)
     if where == "demo":
+        from demo.scenes import demo_folder  # late: only the demo needs it
+
         path = demo_folder()
-    if path.suffix == ".jsonl":
-        read = own_jsonl
-    elif os.path.isfile(path / "problems.json"):
-        read = scienceqa
-    elif os.path.isfile(path / "annot_testmini.json"):
-        read = mathvista
-    elif downloaded:
-        raise FileNotFoundError(f"{path} is empty: run `python data.py {where}` to fill it.")
-    else:
+    read = sources.reader_of(path)
+    if read is None:
         known = "a folder with problems.json or annot_testmini.json nor a .jsonl file"
-        raise FileNotFoundError(f"{path} is neither {known}.")
+        advice = f": run `python data.py {where}` to download it" if downloaded else ""
+        raise FileNotFoundError(f"{path} is neither {known}{advice}.")
     return [Problem(**fields) for fields in read(path, split, skipped)]
 
 
-def demo_folder():
-    """The demo, drawn at first use. The folder's name has a hash of the scripts that draw it."""
-    from demo import scenes
-
-    scripts = b"".join(script.read_bytes() for script in scenes.SCRIPTS)
-    folder = cache_folder() / f"demo-{hashlib.sha256(scripts).hexdigest()[:10]}"
-    if not folder.is_dir():
-        try:
-            scenes.write(folder)  # appears whole or not at all
-        except OSError:
-            if not folder.is_dir():  # else another run drew it meanwhile: it is the same
-                raise
-    return folder
-
-
 # --- Prompts --------------------------------------------------------------------------------------
-# A format is INPUT-OUTPUT. Question, Context (hint and caption), Multiple options, Generated
-# rationale, Lecture, Explanation (the solution), Answer.
+# A format is INPUT-OUTPUT: Question, Context (hint and caption), Multiple options, Generated
+# rationale, Lecture, Explanation (the solution), Answer. `prompt(problem, "QCM-LE")` gives
+#
+#     source  Question: Will these magnets attract or repel each other? Context: Two magnets are
+#             shown. Options: (A) attract (B) repel Solution:
+#     target  Solution: Poles push or pull. // Like poles repel. Two north poles meet..
+#
+# for the lecture "Poles push or pull.\nLike poles repel."; the doubled full stop is the original's.
 
-
+NEWLINE = " // "
 INPUTS = {
     "QM": "{question} {options}",
     "QC": "{question} {context}",
@@ -160,18 +125,25 @@ OUTPUTS = {
 }
 
 
-def prompt(problem, fmt, generated=None, caption=False, faithful=False):
+def prompt(
+    problem: Problem,
+    fmt: str,
+    generated: str | None = None,
+    caption: bool = False,
+    faithful: bool = False,
+) -> tuple[str, str]:
     """(source, target): the two texts of a training pair, as mm-cot's utils_prompt.py has them.
 
     fmt        a key of INPUTS, a hyphen, a key of OUTPUTS: "QCM-LE", "QCMG-A".
     generated  the rationale for G, with its "Solution:"; None puts in the gold one.
-    caption    whether the context includes the picture's caption.
-    faithful   The original turns a newline of lecture or solution into a backslash and an n, of
-               which T5 sees <unk> and "n" ("...light.nThe..."). By default it is " // " here, one
-               T5 piece that is nowhere in ScienceQA, so decoded text can be split at it. That is
-               the only difference; all other white space becomes single spaces either way.
+    caption    whether the context includes the image's caption.
+    faithful   The original turns a newline of lecture or solution into a backslash and an n, which
+               T5 reads as <unk> and "n" ("...light.nThe..."). By default it is " // " here, one T5
+               piece that is nowhere in ScienceQA, so decoded text can be split at it. That is the
+               only difference; all other white space becomes single spaces either way.
 
-    A problem without choices has no options, and its answer reads "The answer is 12."
+    A problem without choices has no options, and its answer reads "The answer is 12." ValueError
+    for an unknown format or too many choices.
     """
     inputs, _, outputs = fmt.partition("-")
     if inputs not in INPUTS or outputs not in OUTPUTS:
@@ -179,13 +151,16 @@ def prompt(problem, fmt, generated=None, caption=False, faithful=False):
         raise ValueError(f"There is no prompt format {fmt!r}; the parts are {known}.")
     letters = LETTERS[:5] if faithful else LETTERS
     options = lettered(problem, letters)
-    lecture, solution = _one_line(problem.lecture, faithful), _one_line(problem.solution, faithful)
+    lecture = one_line(problem.lecture, faithful)
+    solution = one_line(problem.solution, faithful)
     index = problem.meta.get("answer_index")
     answer = problem.answer if index is None else f"({letters[index]})"
-    context = f"{problem.hint} {problem.meta.get('caption', '') if caption else ''}".strip()
+    context = problem.hint
+    if caption:
+        context += f" {problem.meta.get('caption', '')}"
     parts = {
         "question": f"Question: {problem.question}",
-        "context": f"Context: {context or 'N/A'}",
+        "context": f"Context: {context.strip() or 'N/A'}",
         "options": f"Options: {options}" if options else "",
         "rationale": f"Solution: {lecture} {solution}" if generated is None else generated,
         "lecture": lecture,
@@ -200,7 +175,7 @@ def prompt(problem, fmt, generated=None, caption=False, faithful=False):
     return " ".join(source.split()), " ".join(target.replace("Answer:", "").split())
 
 
-def _one_line(text, faithful):
+def one_line(text: str, faithful: bool) -> str:
     if faithful:
         return text.replace("\n", "\\n")
     return NEWLINE.join(line.strip() for line in text.split("\n") if line.strip())
@@ -209,44 +184,48 @@ def _one_line(text, faithful):
 # --- Tokens and batches ---------------------------------------------------------------------------
 
 
-def examples(problems, fmt, tokenizer, features, generated, config):
+def examples(
+    problems: Sequence[Problem],
+    fmt: str,
+    tokenizer: Tokenizer,
+    features: ImageSource | None = None,
+    generated: dict[str, str] | None = None,
+    *,
+    max_input: int,
+    max_output: int,
+    captions: bool = False,
+    faithful: bool = False,
+) -> list[dict]:
     """Dicts {"id", "input_ids", "labels", "image_features"?} of problems in one prompt format.
 
-    features   `Features`, or None for a text-only run.
-    generated  {id: rationale} that G stands for; None puts in the gold ones.
-    config     a run's flags: vision ("caption" puts captions into the context), faithful_text (in
-               `prompt`, and truncation as the original has it), max_input, max_output (one limit,
-               or one a stage).
+    features    `Features`, or None for a text-only run.
+    generated   {id: rationale} that G stands for; None puts in the gold ones.
+    max_input   the most tokens of a source, max_output of a target; more are cut (`encode`).
+    captions    puts captions into the context.
+    faithful    as in `prompt`, and truncation as the original has it.
     """
-    pairs = [
-        prompt(
-            problem,
-            fmt,
-            None if generated is None else generated[problem.id],
-            caption=config["vision"] == "caption",
-            faithful=config["faithful_text"],
-        )
-        for problem in problems
-    ]
-    longest = config["max_output"][-1 if "G" in fmt else 0]
-    tail = 1 if config["faithful_text"] else 16
-    made = []
-    sources = encode(tokenizer, [source for source, _ in pairs], config["max_input"], tail)
-    targets = encode(tokenizer, [target for _, target in pairs], longest, tail)
+    pairs = []
+    for problem in problems:
+        rationale = None if generated is None else generated[problem.id]
+        pairs.append(prompt(problem, fmt, rationale, captions, faithful))
+    tail = 1 if faithful else 16
+    sources = encode(tokenizer, [source for source, _ in pairs], max_input, tail)
+    targets = encode(tokenizer, [target for _, target in pairs], max_output, tail)
+    rows = []
     for problem, source, target in zip(problems, sources, targets, strict=True):
-        example = {"id": problem.id, "input_ids": source, "labels": target}
+        row = {"id": problem.id, "input_ids": source, "labels": target}
         if features is not None:
-            example["image_features"] = features.stored(problem.id)  # (P, F), read in collate
-        made.append(example)
-    return made
+            row["image_features"] = features.stored(problem.id)  # (P, F), read in collate
+        rows.append(row)
+    return rows
 
 
-def collate(examples, pad_id=0):
+def collate(examples: Sequence[dict], pad_id: int = 0) -> dict:
     """A batch of {"id", "input_ids", "labels"?, "image_features"?} dicts, padded on the right.
 
     Returns ids (list of str), input_ids and attention_mask (B, T); with labels also labels (B, U),
     -100 at pads so that none is in the loss, and decoder_input_ids (B, U), the labels one to the
-    right behind T5's start token, which is its pad; with features also image_features (B, P, F),
+    right after T5's start token, which is its pad; with features also image_features (B, P, F),
     float32.
     """
 
@@ -265,154 +244,174 @@ def collate(examples, pad_id=0):
         batch["labels"] = labels
         batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, pad_id)
     if "image_features" in examples[0]:
-        batch["image_features"] = _stacked(examples)  # (B, P, F)
+        batch["image_features"] = stack_features(examples)  # (B, P, F)
     return batch
 
 
-def _stacked(examples):
-    """The rows' features or pixels as one float32 tensor; NaN would silently become everything."""
-    stacked = np.stack([example["image_features"] for example in examples])
-    stacked = torch.from_numpy(stacked).float()
-    if math.isfinite(stacked.sum()):  # far less work than isfinite of each number
-        return stacked
-    finite = stacked.flatten(1).isfinite().all(dim=1).tolist()
-    if not all(finite):
-        bad = ", ".join(e["id"] for e, fine in zip(examples, finite, strict=True) if not fine)
-        raise ValueError(f"The picture features of these problems are not finite: {bad}.")
-    return stacked
-
-
-def batches(lengths, batch_size, generator=None, chunk=50):
+def batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    chunk: int = 50,
+) -> list[list[int]]:
     """Row numbers, one list a batch, rows of like length together so that little is padding.
 
-    With a torch.Generator: shuffled, sorted by length within every `chunk` batches, then the
-    batches shuffled. Without: sorted by length, for decoding. Deterministic either way.
+    With a generator: shuffled, sorted by length within every `chunk` batches, then the batches
+    shuffled. Without: sorted by length, for decoding. Deterministic either way.
     """
 
     def split(rows, size):
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
+    def by_length(rows):
+        return split(sorted(rows, key=lambda row: lengths[row]), batch_size)
+
     if generator is None:
-        return split(sorted(range(len(lengths)), key=lambda row: lengths[row]), batch_size)
+        return by_length(range(len(lengths)))
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    made = []
+    sorted_batches = []
     for rows in split(order, chunk * batch_size):
-        made += split(sorted(rows, key=lambda row: lengths[row]), batch_size)
-    return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
+        sorted_batches += by_length(rows)
+    shuffle = torch.randperm(len(sorted_batches), generator=generator).tolist()
+    return [sorted_batches[i] for i in shuffle]
 
 
 # --- PaliGemma ------------------------------------------------------------------------------------
-# A row (Beyer et al., arXiv 2407.07726). Image and prefix see each other, the suffix is causal, the
-# loss is on suffix and <eos>:
+# A row (Beyer et al., arXiv 2407.07726) is <image> x I, <bos>, prefix, newline, suffix, <eos>:
 #
-#     <image> x I   <bos>   prefix   "\n"   suffix   <eos>
+#     <image><image> ... <image><bos>reason en Will these magnets attract or repel each other?
+#     Hint: Two magnets are shown.
+#     Choices: (A) attract (B) repel
+#     Two north poles face each other, and like poles repel.
+#     Answer: B<eos>
+#
+# Image and prefix attend to each other, the suffix (the last two lines) is causal and in the loss.
 
 
-def pali_prefix(problem, task):
-    """What PaliGemma reads beside the picture; task: "answer" or "reason"."""
+def pali_prefix(problem: Problem, task: str) -> str:
+    """PaliGemma's prompt next to the image; task: "answer" or "reason"."""
     return f"{task} en {question_lines(problem)}"
 
 
-def question_lines(problem):
-    """The question, then a line each for what the problem has of Hint, Unit (MathVista) and
-    Choices: what a student reads, and a teacher."""
+def question_lines(problem: Problem) -> str:
+    """The question, then a line each for those of Hint, Unit (MathVista) and Choices that the
+    problem has: the text that a student reads, and a teacher."""
     parts = {
         "Hint": problem.hint,
         "Unit": problem.meta.get("unit"),
         "Choices": lettered(problem),
     }
-    told = [f"{name}: {text}" for name, text in parts.items() if text]
-    return "\n".join([problem.question, *told])
+    lines = [f"{name}: {text}" for name, text in parts.items() if text]
+    return "\n".join([problem.question, *lines])
 
 
-def pali_suffix(problem, trace=None):
-    """What PaliGemma is to write: the letter, or the text of a problem without choices.
+def pali_suffix(problem: Problem, trace: dict | None = None) -> str:
+    """PaliGemma's target: the letter, or the text of a problem without choices.
 
-    With a trace (dataset/traces.py) its thought comes first, and the last line is "Answer: B".
-    The gold answer stands there if the trace was judged correct, else what the teacher itself said;
-    if it said nothing there is no such line.
+    With a trace (traces.py) its thought comes first, and the last line is "Answer: B": the gold
+    answer if the trace was judged correct, else the teacher's own, if it has one.
     """
     index = problem.meta.get("answer_index")
     gold = problem.answer if index is None else LETTERS[index]
     if trace is None:
         return gold
     answer = gold if trace["verdict"]["correct"] else final_answer(problem, trace["answer"])
-    return f"{trace['thought'].strip()}\nAnswer: {answer}" if answer else trace["thought"].strip()
+    thought = trace["thought"].strip()
+    return f"{thought}\nAnswer: {answer}" if answer else thought
 
 
-def sequence(tokenizer, prefix, suffix=None, image_tokens=0, layout="paligemma", eos_in_loss=True):
+def sequence(
+    tokenizer: Tokenizer,
+    prefix: str,
+    suffix: str | None = None,
+    image_tokens: int = 0,
+    layout: str = "paligemma",
+    eos_in_loss: bool = True,
+) -> dict[str, list[int]]:
     """One row: {"input_ids", "token_type_ids", "labels"}, lists of T; without suffix no labels.
 
-    token_type_ids  0 through the newline (all of it sees itself), 1 for suffix and <eos> (causal).
+    token_type_ids  0 through the newline (attends to all of itself), 1 for suffix and <eos>.
     labels          the ids of suffix and <eos>, -100 before them; not shifted.
-    layout          "seed" puts <bos> behind the prefix, as pali_reason did.
+    layout          "seed" puts <bos> after the prefix, as pali_reason did.
     eos_in_loss     False keeps <eos> in the row but out of the loss, so nothing teaches to stop.
 
     The newline is tokenised on its own: no neighbour changes its id. A training row ends in its
-    only <eos>, since no text can hold one (`plain_ids`).
+    only <eos>, since no text can hold one (`plain_ids`). ValueError for an unknown layout.
     """
     if layout not in ("paligemma", "seed"):
         raise ValueError(f"There is no layout {layout!r}; there are paligemma and seed.")
     ids = special_ids(tokenizer)
     text = plain_ids(tokenizer, prefix)
     text = [ids["bos"], *text] if layout == "paligemma" else [*text, ids["bos"]]
-    seen = [ids["image"]] * image_tokens + text + plain_ids(tokenizer, "\n")
+    visible = [ids["image"]] * image_tokens + text + plain_ids(tokenizer, "\n")
     if suffix is None:
-        return {"input_ids": seen, "token_type_ids": [0] * len(seen)}
-    told = plain_ids(tokenizer, suffix)
+        return {"input_ids": visible, "token_type_ids": [0] * len(visible)}
+    target = plain_ids(tokenizer, suffix)
     return {
-        "input_ids": [*seen, *told, ids["eos"]],
-        "token_type_ids": [0] * len(seen) + [1] * (len(told) + 1),
-        "labels": [-100] * len(seen) + told + [ids["eos"] if eos_in_loss else -100],
+        "input_ids": [*visible, *target, ids["eos"]],
+        "token_type_ids": [0] * len(visible) + [1] * (len(target) + 1),
+        "labels": [-100] * len(visible) + target + [ids["eos"] if eos_in_loss else -100],
     }
 
 
-def pali_examples(rows, tokenizer, features, config):
+class TrainRow(NamedTuple):
+    """One sequence for PaliGemma: a problem, a task ("answer" or "reason"), a teacher's trace or
+    None, and whether the row has a suffix (to train on) or not (to decode from)."""
+
+    problem: Problem
+    task: str
+    trace: dict | None = None
+    has_suffix: bool = True
+
+
+def pali_examples(
+    rows: Sequence[TrainRow],
+    tokenizer: Tokenizer,
+    features: ImageSource | None = None,
+    *,
+    max_suffix: int,
+    layout: str = "paligemma",
+    eos_in_loss: bool = True,
+    shuffle_choices: bool = False,
+    seed: int = 0,
+) -> list[dict]:
     """Dicts {"id", "input_ids", "token_type_ids", "labels"?, "image_features"?} for `pali_collate`.
 
-    rows      (problem, task, trace or None, whether to give a suffix), one a row.
-    features  `Features` of I positions, or None for a run without pictures. A problem without a
-              picture has no image tokens.
-    config    a run's flags: max_suffix (tokens, with <eos>), max_prefix (tokens; None: any),
-              layout and eos_in_loss (see `sequence`), shuffle_choices with seed (see `shuffled`).
-
-    A training row that is too long is left out and counted on stderr, never cut. Rows without a
-    suffix have no limit: a test without its long questions would be another test.
+    features         `Features` of I positions, or `LazyImages`; None for a run without images. A
+                     problem without an image has no image tokens.
+    max_suffix       tokens, with <eos>. A longer row is left out and counted on stderr, never cut.
+    layout           and eos_in_loss: see `sequence`.
+    shuffle_choices  `shuffled` by `seed`, where no text names a choice by its letter.
     """
-    generator = torch.Generator().manual_seed(config.get("seed", 0))
-    how = {key: config[key] for key in ("layout", "eos_in_loss") if key in config}
-    limits = {"max_prefix": config.get("max_prefix"), "max_suffix": config["max_suffix"]}
-    made, left_out = [], dict.fromkeys(limits, 0)
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
     for problem, task, trace, has_suffix in rows:
-        if has_suffix and config.get("shuffle_choices") and movable(problem, trace):
+        if has_suffix and shuffle_choices and movable(problem, trace):
             problem = shuffled(problem, generator)
-        pictured = features is not None and problem.id in features
-        tokens = features.shape[0] if pictured else 0
+        has_image = features is not None and problem.id in features
+        image_tokens = features.shape[0] if has_image else 0
+        prefix = pali_prefix(problem, task)
         suffix = pali_suffix(problem, trace) if has_suffix else None
-        example = sequence(tokenizer, pali_prefix(problem, task), suffix, tokens, **how)
-        told = sum(example["token_type_ids"])
-        seen = len(example["input_ids"]) - told - tokens - 2  # without <bos> and newline
-        long = {"max_prefix": seen, "max_suffix": told}
-        over = [k for k, limit in limits.items() if limit is not None and long[k] > limit]
-        if over and has_suffix:
-            left_out[over[0]] += 1
+        example = sequence(tokenizer, prefix, suffix, image_tokens, layout, eos_in_loss)
+        if sum(example["token_type_ids"]) > max_suffix:
             continue
-        stored = {"image_features": features.stored(problem.id)} if pictured else {}  # (I, D)
-        made.append({"id": problem.id} | example | stored)
-    for limit, count in left_out.items():
-        if count:
-            text = f"{count} of {len(rows)} rows were left out: over {limit} {limits[limit]}."
-            print(text, file=sys.stderr)
-    return made
+        if has_image:
+            example["image_features"] = features.stored(problem.id)  # (I, D)
+        examples.append({"id": problem.id} | example)
+    left_out = len(rows) - len(examples)
+    if left_out:
+        text = f"{left_out} of {len(rows)} rows were left out: over max_suffix {max_suffix}."
+        print(text, file=sys.stderr)
+    return examples
 
 
-def pali_collate(examples, pad_id=0, side="left"):
+def pali_collate(examples: Sequence[dict], pad_id: int = 0, side: str = "left") -> dict:
     """A batch of `pali_examples`, padded on the left or the right.
 
     Returns ids (list of str); input_ids, attention_mask (0 at pads), token_type_ids and, where the
-    rows have suffixes, labels (-100 at pads), (B, T); image_features (n, I, D), float32, of the n
-    rows with a picture, in their order, or (`Pictures`) pixel_values (n, 3, S, S); no such key if n
-    is 0.
+    rows have suffixes, labels (-100 at pads), (B, T). Of the n rows with an image, in their order,
+    image_features (n, I, D), float32, or (`LazyImages`) pixel_values (n, 3, S, S); neither if n is
+    0.
     """
 
     def padded(rows, value=0):
@@ -428,18 +427,17 @@ def pali_collate(examples, pad_id=0, side="left"):
     }
     if "labels" in examples[0]:
         batch["labels"] = padded([example["labels"] for example in examples], -100)
-    if pictured := [example for example in examples if "image_features" in example]:
-        seen = _stacked(pictured)  # n x I x D, or n x 3 x S x S
-        batch["image_features" if seen.ndim == 3 else "pixel_values"] = seen
+    with_image = [example for example in examples if "image_features" in example]
+    if with_image:
+        stacked = stack_features(with_image)  # n x I x D, or n x 3 x S x S
+        batch["image_features" if stacked.ndim == 3 else "pixel_values"] = stacked
     return batch
 
 
-def main(argv=None):
-    """Download a data set (downloads.py says how), then count what is there."""
-    from support.dataset import downloads  # a network's modules, which nothing else here needs
-
+def main(argv: list[str] | None = None) -> None:
+    """Download a data set (see `sources.download_command`), then count its problems."""
     try:
-        folder = downloads.command(argv)
+        folder = sources.download_command(argv)
         for split in SPLITS[:3]:
             print(f"{split}: {len(load(folder, split))} problems")
     except (OSError, ValueError) as error:

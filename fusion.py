@@ -22,28 +22,14 @@ V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import nn
 
-from model import (
-    T5,
-    T5_KEYS,
-    KeyTable,
-    T5Config,
-    described,
-    from_config,
-    has_weights,
-    head_is_tied,
-    load_weights,
-    main,
-    of_all_ranks,
-    read_config,
-    resolve,
-    save_weights,
-    stored_tensors,
-)
+from model import T5, Pretrained
 
 # ----------------------------------------------------------------------------------------------
 # The fusion: equations 3 to 6
@@ -114,76 +100,21 @@ class GatedFusion(nn.Module):
 # A T5 that sees: equations 1 and 2
 # ----------------------------------------------------------------------------------------------
 
-FUSION_ROWS = {
-    f"encoder.{name}": f"fusion.{name}"
-    for name in (
-        "image_dense.weight",
-        "image_dense.bias",
-        "mha_layer.in_proj_weight",
-        "mha_layer.in_proj_bias",
-        "mha_layer.out_proj.weight",
-        "mha_layer.out_proj.bias",
-        "gate_dense.weight",
-        "gate_dense.bias",
-    )
-}
-MULTIMODAL_KEYS = KeyTable(
-    {theirs: ours and f"t5.{ours}" for theirs, ours in T5_KEYS.rows.items()} | FUSION_ROWS,
-    spellings=((r"^(image_dense|mha_layer|gate_dense)\.", r"encoder.\1."),),  # Feb 2023 checkpoints
-)
 
-
-class MultimodalT5(nn.Module):
+class MultimodalT5(Pretrained):
     """T5 whose encoder output is fused with image features before the decoder reads it.
 
-    `fusion=None` is the text-only model of the paper's ablations: a plain T5.
+    `fusion=None` is the text-only model of the paper's ablations: a plain T5. `from_pretrained`
+    reads both released namings of the fusion layers; of a plain T5 checkpoint it makes a model
+    without fusion. For a fresh one: `MultimodalT5(T5.from_pretrained(x), GatedFusion(...))`.
     """
 
-    KEYS = MULTIMODAL_KEYS
-    hub_path = T5.hub_path
+    t5_class = T5
+    fusion_class = GatedFusion
 
     def __init__(self, t5, fusion=None):
         super().__init__()
         self.t5, self.fusion = t5, fusion
-
-    @classmethod
-    def from_pretrained(cls, where, dtype=torch.float32):
-        """Load from a folder or Hub id, in eval mode; strict, as `model.load_weights` says.
-
-        Reads both released namings of the fusion layers. A plain T5 checkpoint gives fusion=None;
-        for a fresh fusion build `MultimodalT5(T5.from_pretrained(x), GatedFusion(...))`.
-        """
-        folder = resolve(where)
-        model, skip = cls.unloaded(folder)
-        return load_weights(model, folder, MULTIMODAL_KEYS, dtype, skip).eval()
-
-    @classmethod
-    def unloaded(cls, folder):
-        """As `model.T5.unloaded`; the fusion is there if the weights have one, in their width."""
-        config = read_config(folder, "t5")
-        stored = stored_tensors(folder) if has_weights(folder) else {}
-        names = {MULTIMODAL_KEYS.to_ours(name): shape for name, (_, shape) in stored.items()}
-        width = names.get("fusion.image_dense.weight")
-        tied = head_is_tied(folder) if stored else None
-        with described(folder):
-            t5 = T5(from_config(T5Config, config), tied=tied)
-            no_image = config.get("no_image", "zero")
-            fusion = GatedFusion(t5.config.d_model, width[1], no_image) if width else None
-            model = cls(t5, fusion)
-        return model, ("t5.lm_head.weight",) if t5.lm_head is None else ()
-
-    def walk(self, of):
-        """A forward pass for `model.summary`."""
-        features = self.fusion and of("B", "P", self.fusion.image_dense.in_features)
-        self(of("B", "T"), of("B", "T"), features, of("B", "U"))
-
-    def save_pretrained(self, folder):
-        """Write a folder that loads here and, by its key names, in the released mm-cot code."""
-        if self.fusion is None:
-            return self.t5.save_pretrained(folder)
-        config = self.t5.hub_config("T5ForMultimodalGeneration")
-        config["no_image"] = self.fusion.no_image
-        return save_weights(self, folder, MULTIMODAL_KEYS, config)
 
     def encode(self, input_ids, attention_mask, image_features=None):
         """(B, T) ids and mask, (B, P, F) features -> what the decoder reads (B, T, D)."""
@@ -211,12 +142,31 @@ class MultimodalT5(nn.Module):
         return self.t5.head(states)  # (B, U, V)
 
     @torch.inference_mode()
-    def generate(self, input_ids, attention_mask, image_features=None, *, max_new_tokens, **how):
-        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
-
-        `how` is as in `model.decode`."""
+    def generate(
+        self,
+        input_ids,
+        attention_mask,
+        image_features=None,
+        *,
+        max_new_tokens,
+        temperature=0.0,
+        generator=None,
+        stop_loops=False,
+        on_token=None,
+    ):
+        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
+        options are those of `model.decode`."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
-        return self.t5.generate_from(memory, attention_mask, max_new_tokens, **how)  # (B, U)
+        return self.t5.generate(
+            input_ids,
+            attention_mask,
+            max_new_tokens,
+            temperature,
+            generator,
+            stop_loops,
+            on_token,
+            memory,
+        )  # (B, U)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -233,87 +183,88 @@ RECIPES = {
 }
 
 
-def stage_names(recipe):
+def stage_names(recipe: str) -> tuple[str, ...]:
     """The folders of a run's models, in order."""
     return ("rationale", "answer")[-len(RECIPES[recipe]) :]
 
 
 @torch.inference_mode()
-def write(model, batches, tokenizer, max_new_tokens, part=None, **how):
-    """Decode every batch; {id: {"text", "stop": "eos" or "length", "tokens"}}.
+def generate_texts(
+    model: MultimodalT5,
+    batch: dict,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    on_token: Callable | None = None,
+) -> dict[str, dict]:
+    """Decode a `data.collate` batch: {id: {"text", "stop": "eos" or "length", "tokens"}}.
 
-    `batches` yields `data.collate` dicts, labels not needed, under torchrun those dealt to this
-    process; `how` is as in `model.decode`; `part` is a `decode_cache.Part`, which has the
-    batches that are decoded already. The model never sees gold text here; the first published
-    commands scored the arg-max of teacher-forced logits instead (see `teacher_forced`).
+    Its labels are not needed: the model never sees gold text here. The first published commands
+    scored the arg-max of teacher-forced logits instead (see `teacher_forced_texts`). `on_token` is
+    as in `model.decode`.
     """
     model.eval()
-    outputs = []
-    for batch in batches:
-        given = (model, batch, tokenizer, max_new_tokens, how)
-        what = [max_new_tokens, batch["ids"], batch["input_ids"].tolist()] if part else None
-        outputs.append(part.batch(what, write_batch, *given) if part else write_batch(*given))
-    return of_all_ranks(outputs)
-
-
-def write_batch(model, batch, tokenizer, max_new_tokens, how):
-    config, outputs = model.t5.config, {}
     device = next(model.parameters()).device
-    inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-    image_features = batch.get("image_features")
-    if image_features is not None:
-        inputs["image_features"] = image_features.to(device)
-    new_ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **how)  # (B, U)
-    for problem_id, row in zip(batch["ids"], new_ids.tolist(), strict=True):
-        ended = config.eos_token_id in row
-        row = row[: row.index(config.eos_token_id)] if ended else row
-        text = tokenizer.decode(row, skip_special_tokens=True)
-        stop = "eos" if ended else "length"
-        outputs[problem_id] = {"text": text, "stop": stop, "tokens": len(row) + ended}
-    return outputs
+    names = ("input_ids", "attention_mask", "image_features")
+    inputs = {name: batch[name].to(device) for name in names if name in batch}
+    new_ids = model.generate(**inputs, max_new_tokens=max_new_tokens, on_token=on_token)  # (B, U)
+    eos_id = model.t5.config.eos_token_id
+    results = {}
+    for problem_id, ids in zip(batch["ids"], new_ids.tolist(), strict=True):
+        ended = eos_id in ids
+        if ended:
+            ids = ids[: ids.index(eos_id)]
+        results[problem_id] = {
+            "text": tokenizer.decode(ids, skip_special_tokens=True),
+            "stop": "eos" if ended else "length",
+            "tokens": len(ids) + ended,
+        }
+    return results
 
 
 @torch.inference_mode()
-def teacher_forced(model, batches, tokenizer):
+def teacher_forced_texts(model: MultimodalT5, batch: dict, tokenizer: Tokenizer) -> dict[str, str]:
     """Arg-max of logits that have read the gold target: {id: text}. NOT a prediction.
 
     Multimodal-CoT's first published commands took this for the generated rationale (no generate),
     on test as well; it is here to show how much it inflates ROUGE-L, and nothing reads it.
     """
     model.eval()
-    device, texts = next(model.parameters()).device, []
-    for batch in batches:
-        names = ("input_ids", "attention_mask", "image_features", "decoder_input_ids")
-        inputs = [batch[k].to(device) if k in batch else None for k in names]
-        best = model(*inputs).argmax(-1).cpu()  # (B, U)
-        texts.append({})
-        for problem_id, row, labels in zip(batch["ids"], best, batch["labels"], strict=True):
-            ids = row[labels != -100].tolist()
-            texts[-1][problem_id] = tokenizer.decode(ids, skip_special_tokens=True)
-    return of_all_ranks(texts)
+    device = next(model.parameters()).device
+    names = ("input_ids", "attention_mask", "image_features", "decoder_input_ids")
+    inputs = [batch[name].to(device) if name in batch else None for name in names]
+    best = model(*inputs).argmax(-1).cpu()  # (B, U)
+    texts = {}
+    for problem_id, ids, labels in zip(batch["ids"], best, batch["labels"], strict=True):
+        in_target = ids[labels != -100].tolist()  # without pads
+        texts[problem_id] = tokenizer.decode(in_target, skip_special_tokens=True)
+    return texts
 
 
-def two_stage(rationale_model, answer_model, make_batches, tokenizer, lengths, **how):
+def two_stage(
+    generate_rationales: Callable[[], dict[str, dict]],
+    generate_answers: Callable[[dict[str, str]], dict[str, dict]],
+) -> dict[str, dict]:
     """Stage 1 writes a rationale, stage 2 reads question and rationale and answers (section 4).
 
-    `make_batches(generated)` yields the batches of stage 1 for None, and of stage 2 for a dict
-    {id: rationale}. `lengths` are the token limits of the two stages; `how` is as in `write`.
-    Returns {id: {"response", "rationale", "stop", "tokens"}}; `stop` is stage 2's unless the
-    rationale was cut, `tokens` counts both.
+    Both functions return what `generate_texts` does, of all problems; that of stage 2 takes
+    {id: rationale}. Returns {id: {"response", "rationale", "stop", "tokens"}}; `stop` is stage 2's
+    unless the rationale was cut, `tokens` counts both.
     """
-    rationales = write(rationale_model, make_batches(None), tokenizer, lengths[0], **how)
-    texts = {problem_id: r["text"] for problem_id, r in rationales.items()}
-    answers = write(answer_model, make_batches(texts), tokenizer, lengths[1], **how)
-    return {
-        problem_id: {
+    rationales = generate_rationales()
+    texts = {problem_id: rationale["text"] for problem_id, rationale in rationales.items()}
+    results = {}
+    for problem_id, answer in generate_answers(texts).items():
+        rationale = rationales[problem_id]
+        results[problem_id] = {
             "response": answer["text"],
-            "rationale": texts[problem_id],
-            "stop": "length" if rationales[problem_id]["stop"] == "length" else answer["stop"],
-            "tokens": rationales[problem_id]["tokens"] + answer["tokens"],
+            "rationale": rationale["text"],
+            "stop": "length" if rationale["stop"] == "length" else answer["stop"],
+            "tokens": rationale["tokens"] + answer["tokens"],
         }
-        for problem_id, answer in answers.items()
-    }
+    return results
 
 
 if __name__ == "__main__":  # --keys and --summary, of a T5 with a fusion
-    main({"t5": MultimodalT5})
+    from support.checkpoints import summary
+
+    summary.main({"t5": MultimodalT5})

@@ -10,8 +10,6 @@ What is worth knowing before reading:
   * Adapters are fp32 whatever the base is: in bf16 a small learning rate rounds to no step.
   * SigLIP has q_proj, k_proj and v_proj too. Names reach only into the language model here; a
     whole path or a regular expression may reach anywhere.
-  * Adapters saved with transformers 4 call the layers by other paths. A model's key table knows
-    every spelling, and loading is strict: nothing is silently left out.
 
 Left out on purpose: several adapters in one model, adapters on embeddings and on the output layer
 (our models multiply by its weight without calling it), trained biases, quantised bases, and
@@ -20,17 +18,13 @@ initialisations that change the base (PiSSA, OLoRA, CorDA, LoftQ): all refused w
 Axes: I input width, O output width, r rank; `...` any axes before the last, n all of them in one.
 """
 
-import json
 import math
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 # ----------------------------------------------------------------------------------------------
@@ -77,20 +71,13 @@ class LoRALinear(nn.Linear):
             norm = (self.weight + self.delta()).norm(dim=1)  # (O,)
         return self.lora_magnitude_vector / norm
 
-    base_forward = nn.Linear.forward  # W0 x + b; while decoding, model.onednn's in its place
-
     def forward(self, x):
         """(..., I) -> (..., O), in the dtype the base gives."""
-        if self.original is not None:
-            return self.base_forward(x)
-        drops = self.training and self.dropout
-        if torch.is_grad_enabled() and not drops and self.lora_magnitude_vector is None:
-            # As the plain LoRA below, with less kept for the way back.
-            A, B = self.lora_A.weight, self.lora_B.weight
-            return Adapted.apply(x, self.weight, self.bias, A, B, self.scaling)  # (..., O)
-        out = self.base_forward(x)  # (..., O)
-        dropped = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout, self.training)
-        low = self.lora_B(self.lora_A(dropped) * self.scaling)  # (..., r) -> (..., O)
+        out = F.linear(x, self.weight, self.bias)  # (..., O)
+        if self.original is not None:  # merged: the adapter is in `weight`
+            return out
+        x = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout, self.training)
+        low = self.lora_B(self.lora_A(x) * self.scaling)  # (..., r) -> (..., O)
         if self.lora_magnitude_vector is None:
             # Eq. 3 (LoRA)
             return (out + low).to(out.dtype)  # (..., O)
@@ -108,46 +95,6 @@ class LoRALinear(nn.Linear):
 
     def unmerge(self):
         self.weight.data, self.original = self.original.to(self.weight), None
-
-
-class Adapted(torch.autograd.Function):
-    """Eq. 3 of LoRA for training: W0 x + b + s B A x.
-
-    x (..., I), weight (O, I), bias (O), A (r, I), B (O, r) -> (..., O).
-    Keeps x once, in its own dtype, and s A x, which is small. PEFT keeps an fp32 copy of x for each
-    layer: a fifth of a step's memory. Sums are made in place where the dtypes agree.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling):
-        low = F.linear(x.to(A.dtype), A) * scaling  # (..., r)
-        ctx.scaling = scaling
-        ctx.save_for_backward(x, weight, A, B, low)
-        return plus(F.linear(x, weight, bias), low, B.T)  # (..., O)
-
-    @staticmethod
-    def backward(ctx, given):
-        x, weight, A, B, low = ctx.saved_tensors
-        wanted, flat = ctx.needs_input_grad, given.reshape(-1, given.shape[-1])  # (n, O)
-        exact = flat.to(A.dtype)
-        of_low = exact @ B * ctx.scaling  # (n, r)
-        of_B = exact.T @ low.view(-1, low.shape[-1])  # (O, r)
-        del exact
-        x = x.reshape(-1, x.shape[-1])  # (n, I)
-        of_A = of_low.T @ x.to(A.dtype)  # (r, I)
-        of_x = plus(given @ weight, of_low.view(*given.shape[:-1], -1), A) if wanted[0] else None
-        # The base is frozen, unless somebody unfreezes it.
-        of_weight = flat.T @ x if wanted[1] else None
-        of_bias = flat.sum(0) if wanted[2] else None
-        return of_x, of_weight, of_bias, of_A, of_B, None
-
-
-def plus(out, a, b):
-    """out (..., O) + a (..., r) b (r, O), in the dtype of `out`; `out` is overwritten."""
-    if out.dtype != a.dtype:
-        return (out + a @ b).to(out.dtype)
-    out.view(-1, out.shape[-1]).addmm_(a.view(-1, a.shape[-1]), b)
-    return out
 
 
 def adopt(new, old):
@@ -187,9 +134,11 @@ def inject(model, r=8, alpha=16, targets=None, dropout=0.0, rslora=False, dora=F
     `model.fusion.requires_grad_(True)` afterwards.
     Raises ValueError if the model has adapters already or a target names no layer.
     """
-    how = (r, alpha, dropout, rslora, dora)
-    paths = select(model, targets)
-    return install(model, {p: LoRALinear(model.get_submodule(p), *how) for p in paths})
+    layers = {}
+    for path in select(model, targets):
+        base = model.get_submodule(path)
+        layers[path] = LoRALinear(base, r, alpha, dropout, rslora, dora)
+    return install(model, layers)
 
 
 def install(model, layers):
@@ -218,12 +167,14 @@ def home(model):
 
 def select(model, targets):
     """The paths that `targets` means, see `inject`; each target must name something."""
+    from support.checkpoints.keys import transformers_path
+
     paths, inside = linears(model), home(model)
     if targets is None:
         targets = GEMMA_TARGETS if inside == "language_model." else T5_TARGETS
 
     def fits(path, target):
-        names = {path, model.hub_path(path)}
+        names = {path, transformers_path(type(model), path)}
         if isinstance(targets, str):
             return any(re.fullmatch(target, name) for name in names)
         ends = path.startswith(inside) and any(name.endswith(f".{target}") for name in names)
@@ -290,258 +241,35 @@ def in_state(model, merged=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# Files, as PEFT writes and reads them
+# Files; support/checkpoints/peft.py knows their format
 # ----------------------------------------------------------------------------------------------
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NUMBER = int | float
-KINDS = {  # of the settings that are obeyed: the type, and that of the parts
-    "r": (int, None),
-    "lora_alpha": (NUMBER, None),
-    "lora_dropout": (NUMBER, None),
-    "use_rslora": (bool, None),
-    "use_dora": (bool, None),
-    "rank_pattern": (dict, int),
-    "alpha_pattern": (dict, NUMBER),
-    "target_modules": (str | list, str),
-    "exclude_modules": (str | list, str),
-    "layers_to_transform": (int | list, int),
-}
-# Settings of adapter_config.json that are let through: those obeyed, those that change nothing, and
-# two whose values `refuse_unsupported` looks at. Any other that is set (not null, false or empty)
-# may change the outputs: refused.
-KNOWN = [
-    *KINDS,
-    *"""peft_type task_type auto_mapping peft_version revision base_model_name_or_path
-    inference_mode megatron_core qalora_group_size runtime_config bias init_lora_weights""".split(),
-]
-HARMLESS_INITS = (True, False, "gaussian", "orthogonal")  # the others change the base as well
+
+def save(model: nn.Module, folder: str | Path, base: str | Path | None = None) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does, merged or not. `base`
+    is the base model's Hub id or folder, for the config."""
+    from support.checkpoints import peft
+
+    written = {}
+    for path, layer in in_state(model).items():
+        dora = layer.lora_magnitude_vector is not None
+        settings = peft.Settings(layer.r, layer.alpha, layer.dropout, layer.rslora, dora)
+        written[path] = peft.Adapter(settings, layer.adapter())
+    peft.write(type(model), written, folder, base)
 
 
-def file_path(model, path):
-    """What the Hub's weight files and transformers 4 call one of our modules."""
-    return model.KEYS.to_file(f"{path}.weight").removesuffix(".weight")
-
-
-def save(model, folder, base=None):
-    """Write adapter_model.safetensors and adapter_config.json as PEFT does, merged or not.
-
-    Layers are named as in transformers 5, and by whole paths, so that no other fits. `base` is the
-    base model's Hub id or folder, for the config.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    layers = {model.hub_path(path): layer for path, layer in in_state(model).items()}
-    tensors = {
-        f"base_model.model.{path}.{name}": p.detach().cpu().contiguous()
-        for path, layer in layers.items()
-        for name, p in layer.adapter().items()
-    }
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)  # the library writes for the owner alone
-    first = next(iter(layers.values()))
-    exact = {f"^{re.escape(path)}": layer for path, layer in layers.items()}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if home(model) == "language_model." else "SEQ_2_SEQ_LM",
-        "base_model_name_or_path": base and str(base),
-        "inference_mode": True,
-        "r": first.r,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
-        "bias": "none",
-        "use_rslora": first.rslora,
-        "use_dora": first.lora_magnitude_vector is not None,
-        "rank_pattern": {path: x.r for path, x in exact.items() if x.r != first.r},
-        "alpha_pattern": {path: x.alpha for path, x in exact.items() if x.alpha != first.alpha},
-        "target_modules": list(layers),
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def load(model, folder):
+def load(model: nn.Module, folder: str | Path) -> list[str]:
     """Inject the adapters of a PEFT folder, ours or anyone's; returns the adapted paths.
 
-    Paths may be spelled as transformers 4 or 5 has them. The adapters can be trained on, the rest
-    is frozen. Raises FileNotFoundError without the two files, and ValueError for torn ones, for
-    settings that are not supported or match no layer, and for tensors that are missing, unexpected
-    or misshaped, each by name; the model is then as it was.
+    The adapters can be trained on, the rest is frozen. Raises FileNotFoundError and ValueError, see
+    `peft.read`, for what does not fit; the model is then as it was.
     """
-    config, stored = read(folder)
-    names = names_in_file(model, stored)
-    settings = {
-        path: layer_settings(config, name)
-        for path, name in names.items()
-        if is_target(config, name)
-    }
-    wanted = {  # before anything of that size is made: the rank may be any number
-        f"base_model.model.{names[path]}.{part}": shape
-        for path, how in settings.items()
-        for part, shape in adapter_shapes(model.get_submodule(path), how).items()
-    }
-    problems = {
-        "missing": sorted(wanted.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - wanted.keys()),
-        "of another shape": [
-            f"{key}: file {list(stored[key].shape)}, model {shape}"
-            for key, shape in wanted.items()
-            if key in stored and list(stored[key].shape) != shape
-        ],
-        "without finite floating-point numbers": sorted(
-            key
-            for key, t in stored.items()
-            if not t.is_floating_point() or not t.float().isfinite().all()
-        ),
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in problems.items() if v)
-        reader = f"this {type(model).__name__} and their own {CONFIG}"
-        raise ValueError(f"The adapters in {folder} do not fit {reader}. Tensors {listed}.")
-    refuse_unmatched(config, [names[path] for path in settings], folder)
-    layers = {path: LoRALinear(model.get_submodule(path), *how) for path, how in settings.items()}
-    for path, layer in layers.items():
-        for part, p in layer.adapter().items():
-            p.data.copy_(stored[f"base_model.model.{names[path]}.{part}"])
+    from support.checkpoints import peft
+
+    shapes = {path: tuple(model.get_submodule(path).weight.shape) for path in linears(model)}
+    layers = {}
+    for path, (settings, tensors) in peft.read(type(model), shapes, folder).items():
+        layers[path] = LoRALinear(model.get_submodule(path), **settings._asdict())
+        for name, parameter in layers[path].adapter().items():
+            parameter.data.copy_(tensors[name])
     return install(model, layers)
-
-
-def adapter_shapes(base, how):
-    """{name: shape} of the tensors LoRALinear(base, *how) will have."""
-    r, dora = how[0], how[-1]
-    shapes = {"lora_A.weight": [r, base.in_features], "lora_B.weight": [base.out_features, r]}
-    return shapes | ({"lora_magnitude_vector": [base.out_features]} if dora else {})
-
-
-def read(folder):
-    """adapter_config.json and {key: tensor} of a PEFT folder."""
-    config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
-    for path in (config, weights):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist. An adapter is a folder with {CONFIG} and {WEIGHTS} (PEFT "
-                "loads an old adapter_model.bin and saves it so)."
-            )
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8-sig"))
-        tensors = load_file(weights)
-    except (ValueError, RecursionError, SafetensorError, OSError, AttributeError, KeyError) as e:
-        raise ValueError(
-            f"The adapter in {folder} cannot be read ({type(e).__name__}: {e}). Get it again."
-        ) from e
-    refuse_unsupported(settings, config)
-    settings = {key: value for key, value in settings.items() if value is not None}
-    check_settings(settings, config)
-    return settings, tensors
-
-
-def refuse_unsupported(config, path):
-    """ValueError if the adapter_config.json at `path` asks for what is not done here."""
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if kind != "LORA":
-        raise ValueError(f"{path} describes {kind!r}; only peft_type 'LORA' is supported here.")
-    refused = {k: v for k, v in config.items() if v and k not in KNOWN}
-    for key, allowed in (("bias", ("none",)), ("init_lora_weights", HARMLESS_INITS)):
-        if config.get(key, allowed[0]) not in allowed:
-            refused[key] = config[key]
-    if not config.get("target_modules"):
-        refused["target_modules"] = config.get("target_modules")
-    if refused:
-        listed = ", ".join(f"{name} = {value!r}" for name, value in refused.items())
-        raise ValueError(
-            f"{path} asks for what is not supported here: {listed}. Only LoRA, rsLoRA and DoRA on "
-            "named Linear layers are: merge this adapter with PEFT and load the merged model."
-        )
-
-
-def check_settings(config, path):
-    """ValueError for a setting of another type than PEFT writes, and for a pattern that could be
-    matched for ever: patterns come with the file, and Python's engine backtracks."""
-
-    def is_a(value, kind):
-        if isinstance(value, bool) or not isinstance(value, kind):
-            return kind is bool and isinstance(value, bool)
-        return not isinstance(value, float) or math.isfinite(value)
-
-    for key, (kind, part) in KINDS.items():
-        value = config.get(key)
-        parts = value.values() if isinstance(value, dict) else value
-        parts = () if part is None or isinstance(parts, str | int | float | None) else parts
-        if key in config and not (is_a(value, kind) and all(is_a(x, part) for x in parts)):
-            raise ValueError(f"{path}: {key} is {value!r:.60}, which is of the wrong type.")
-    if not 0 <= config.get("lora_dropout", 0) < 1:
-        raise ValueError(f"{path}: lora_dropout is {config['lora_dropout']}, which is no share.")
-    patterns = [x for x in map(config.get, ("target_modules", "exclude_modules")) if x]
-    patterns = [x for x in patterns if isinstance(x, str)]
-    for pattern in [*patterns, *config.get("rank_pattern", ()), *config.get("alpha_pattern", ())]:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as e:
-            raise ValueError(f"{path}: {pattern!r:.60} is no pattern ({e}).") from e
-        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 5:
-            raise ValueError(f"{path}: {pattern!r:.60} has more repetitions than are matched here.")
-
-
-def names_in_file(model, stored):
-    """{our path: path in the file} of all layers that can be adapted. One that the file lacks is
-    called as transformers 5 does if any other is, else as the Hub's weight files do."""
-    paths, theirs = linears(model), {}
-    for key in stored:
-        name = key.removeprefix("base_model.model.").partition(".lora_")[0]
-        ours = (model.KEYS.to_ours(f"{name}.weight") or "").removesuffix(".weight")
-        theirs |= {ours: name} if ours in paths else {}
-    newer = any(model.hub_path(path) == name for path, name in theirs.items())
-    return {
-        path: theirs.get(path) or (model.hub_path(path) if newer else file_path(model, path))
-        for path in paths
-    }
-
-
-def matches(pattern, name):
-    """As PEFT matches the keys of rank_pattern and alpha_pattern: to the end of a name."""
-    return re.match(rf"(.*\.)?({pattern})$", name)
-
-
-def refuse_unmatched(config, names, folder):
-    """ValueError for targets, ranks or alphas of which none fits a layer: the defaults would stand
-    in their place. If only some do not, that is said (PEFT warns too)."""
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = list(config.get(key) or {})
-        unknown = [p for p in patterns if not any(matches(p, name) for name in names)]
-        if unknown:
-            told = f"{folder}: {key} {unknown!r:.60} matches none of the adapted layers."
-            if len(unknown) == len(patterns):
-                raise ValueError(f"{told} Was the adapter made for another model?")
-            print(told, file=sys.stderr)
-    if not names:
-        targets = f"{config['target_modules']!r:.60}"
-        raise ValueError(f"{folder}: target_modules {targets} matches none of the layers here.")
-
-
-def layer_settings(config, name):
-    """LoRALinear's arguments for the layer a file calls `name`; patterns match ends of names."""
-
-    def of_layer(key, default):
-        patterns = (config.get(key) or {}).items()
-        return next((v for p, v in patterns if matches(p, name)), default)
-
-    r = of_layer("rank_pattern", config.get("r", 8))
-    alpha = of_layer("alpha_pattern", config.get("lora_alpha", 8))
-    dropout = config.get("lora_dropout") or 0.0
-    return r, alpha, dropout, bool(config.get("use_rslora")), bool(config.get("use_dora"))
-
-
-def is_target(config, name):
-    """Whether PEFT, told by `config`, adapts the layer a file calls `name`."""
-
-    def fits(rule):
-        if isinstance(rule, str):
-            return rule == "all-linear" or bool(re.fullmatch(rule, name))
-        return any(name == entry or name.endswith(f".{entry}") for entry in rule)
-
-    targets, only = config["target_modules"], config.get("layers_to_transform")
-    if fits(config.get("exclude_modules") or []) or not fits(targets):
-        return False
-    if isinstance(targets, str) or name in targets or only is None or only == []:
-        return True
-    index = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-    return bool(index) and int(index[1]) in ([only] if isinstance(only, int) else only)

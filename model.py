@@ -1,129 +1,108 @@
-"""The plain backbones: T5, DETR-ResNet, SigLIP, Gemma-2, PaliGemma 2; weights and decoding.
+"""The plain backbones, T5, DETR, SigLIP, Gemma 2 and PaliGemma 2, and their decoding loop.
 
 T5           Raffel et al. 2020, arXiv 1910.10683; v1.1 (gated GELU, untied) is FLAN-T5's.
 DETR         Carion et al. 2020, arXiv 2005.12872; ResNet v1.5 (He et al. 2016, stride in conv2).
 SigLIP       Zhai et al. 2023, arXiv 2303.15343; the vision transformer, So400m/14.
 Gemma 2      arXiv 2408.00118. PaliGemma 2: Steiner et al. 2024, arXiv 2412.03555.
 
-What is worth knowing before reading:
-  * T5 does not scale attention logits, has no biases, and one relative-position table per stack.
-  * T5 v1.0 ties the output layer to the embedding and scales by D^-0.5 before it; v1.1 neither.
-  * DETR's `features` are the last decoder states after the decoder's norm, as Multimodal-CoT's.
-  * Gemma's norm multiplies by 1 + w, its scores and logits are soft-capped, every second layer
-    sees 4096 tokens only, and its scores are scaled by a number from the config.
-  * PaliGemma is a prefix language model: picture and question see each other, the answer is
-    causal. Picture features are not scaled, word embeddings are (by the root of D).
-  * Weight names are data: one table per architecture, file name <-> our name, for both ways.
-
-First come the architectures, each with its sizes, weight names and formulas, then the loop they
-decode with. A first reading may stop there: what follows is the same formulas again where the plain
-way costs too much, files, many processes and the command line.
-
-`python model.py --keys DIR_OR_HUB_ID` prints the weight table that loading goes by; `--summary`
-the architecture, with shapes and parameter counts (fusion.py does both for a T5 with a fusion).
-
-Left out on purpose: DETR's training half (matching, losses, dropout: here it is a frozen feature
-extractor), SigLIP's text half and pooling head, PaliGemma 1 (refused by name), fp16 (it overflows;
-refused with a sentence), beam search.
+support/checkpoints/ reads files, support/kernels.py has quicker versions. `python model.py --keys
+DIR_OR_HUB_ID` prints how a checkpoint loads, `--summary` its architecture. Not here: DETR's
+training, SigLIP's text half and pooling head.
 
 Axes:
   B batch        T source length   U target length   S key length     D width       N heads
   H head width   F ffn width       V vocabulary      Q object queries P feature pixels (h*w)
   C channels     L classes         K key-value heads I image tokens    G = N / K
-  Y X pixels of a picture, down and across; h w the same of a feature map; n pictures
-  `new` tokens of this call; `live` rows still written; `length` tokens compared; `...` any axes
+  Y X pixels of an image, down and across; h w the same of a feature map; n images
+  `new` tokens of this call; `live` rows still decoded; `length` tokens compared; `...` any axes
 """
 
-import argparse
-import contextlib
-import itertools
-import json
 import math
-import os
-import re
-import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Self
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------
-# Weight names: those of the files <-> ours, as data that loading and saving both go by
-# ----------------------------------------------------------------------------------------------
+Pair = tuple[Tensor, Tensor]  # keys and values, or cosines and sines
 
 
-class KeyTable:
-    """Names in a weight file <-> names in our module, as data; works in both directions.
+class Pretrained(nn.Module):
+    """A model that can be read from a checkpoint folder or the Hub; support/checkpoints knows how.
 
-    `rows` maps a file pattern to ours. `{}` stands for a layer index, `<a|b>` for each of a and b
-    in turn (on both sides), "=" for the same name, None for a tensor that is known and skipped.
-    `spellings` are (regex, replacement) pairs that bring the names other library versions write to
-    the ones in `rows`.
+    `config_class` of a subclass is the dataclass of its sizes.
     """
 
-    IGNORED = re.compile(r"(num_batches_tracked|position_ids|rotary_emb\.inv_freq)$")
-
-    def __init__(self, rows, spellings=()):
-        self.rows, self.spellings = {}, spellings
-        for theirs, ours in rows.items():
-            ours = theirs if ours == "=" else ours
-            names = self.expand(theirs)
-            self.rows |= zip(names, self.expand(ours) if ours else [None] * len(names), strict=True)
-        self.inverse = {ours: theirs for theirs, ours in self.rows.items() if ours}
-        self.found, self.found_inverse = self.by_outline(self.rows), self.by_outline(self.inverse)
-
-    @staticmethod
-    def expand(pattern):
-        parts = re.split(r"<(.*?)>", pattern)
-        choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
-        return ["".join(chosen) for chosen in itertools.product(*choices)]
-
-    @staticmethod
-    def outline(name):
-        return re.sub(r"\{\}|\d+", "#", name)
-
     @classmethod
-    def by_outline(cls, rows):
-        """Rows, as (pattern, target), by what a name of theirs looks like without its numbers."""
-        found = {}
-        for pattern, target in rows.items():
-            found.setdefault(cls.outline(pattern), []).append((pattern, target))
-        return found
+    def from_pretrained(cls, where: str | Path, dtype: torch.dtype = torch.float32) -> Self:
+        """Load from a folder or Hub id, in eval mode; ValueError names tensors that do not fit."""
+        from support.checkpoints import hub
 
-    @classmethod
-    def translate(cls, name, found):
-        for pattern, target in found.get(cls.outline(name), ()):
-            match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), name)
-            if match:
-                return target and target.format(*match.groups())
-        return f"?{name}"  # no row: reported as unexpected by its own name
+        return hub.load(cls, where, dtype)
 
-    def to_ours(self, name):
-        """Our name for a file's tensor, None if it is to be skipped, "?name" if no row knows it."""
-        if self.IGNORED.search(name):
-            return None
-        for pattern, replacement in self.spellings:
-            name = re.sub(pattern, replacement, name)
-        return self.translate(name, self.found)
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors as the Hub has them."""
+        from support.checkpoints import hub
 
-    def to_file(self, name):
-        """The file's name (Hub layout) for one of our tensors."""
-        return self.translate(name, self.found_inverse)
+        hub.save(self, folder)
 
 
-# ----------------------------------------------------------------------------------------------
-# T5
-# ----------------------------------------------------------------------------------------------
+def split(x: Tensor, heads: int) -> Tensor:
+    """(B, T, N*H) -> (B, N, T, H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+# ---- Caches of decoding --------------------------------------------------------------------------
+
+
+class LayerCache:
+    """Keys and values of one layer's self-attention, allocated once at their final length; and of
+    a T5 decoder's cross-attention, computed once from the encoder's states."""
+
+    def __init__(self, like, B, heads, length, H, memory=None):
+        self.k = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
+        self.v = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
+        self.length = 0
+        self.memory = memory
+
+    def append(self, k: Tensor, v: Tensor) -> Pair:
+        """k, v (B, K, T, H) of the new tokens -> views on all tokens so far."""
+        start = self.length
+        self.length += k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]  # (B, K, S, H)
+
+    def keep(self, alive: Tensor) -> None:
+        self.k = self.k[alive]
+        self.v = self.v[alive]
+        if self.memory is not None:
+            self.memory = tuple(x[alive] for x in self.memory)
+
+
+class Cache:
+    """Decoding state of a batch: keys and values per layer, and tensors with a row a text."""
+
+    def __init__(self, layers, **rows):
+        self.layers = layers
+        self.rows = rows
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length
+
+    def keep(self, alive: Tensor) -> None:
+        """Drop the rows where the boolean (B,) is False."""
+        self.rows = {name: t[alive] for name, t in self.rows.items()}
+        for layer in self.layers:
+            layer.keep(alive)
+
+
+# ---- T5 ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -148,19 +127,12 @@ class T5Config:
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
 
-    def __post_init__(self):
-        buckets, far = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if buckets < 4 or far <= buckets // 2:  # see relative_bucket
-            raise ValueError(f"{buckets} buckets of relative positions do not go up to {far}.")
-        if max(self.pad_token_id, self.decoder_start_token_id) >= self.vocab_size:
-            raise ValueError("pad_token_id or decoder_start_token_id is not below vocab_size.")
-
     @property
-    def decoder_layers(self):
+    def decoder_layers(self) -> int:
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
     @property
-    def scaled(self):
+    def scaled(self) -> bool:
         """Whether the decoder's output is multiplied by D^-0.5 before the vocabulary layer.
 
         transformers 5 writes tie_word_embeddings=true even for v1.1, so its own key goes first.
@@ -169,50 +141,16 @@ class T5Config:
         return self.scale_decoder_outputs if known else self.tie_word_embeddings
 
 
-T5_KEYS = KeyTable(
-    {
-        "shared.weight": "=",
-        "lm_head.weight": "=",  # v1.1 only
-        "<encoder|decoder>.embed_tokens.weight": None,  # copies of `shared`
-        "<encoder|decoder>.final_layer_norm.weight": "=",
-        "<encoder|decoder>.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
-            "<encoder|decoder>.relative_attention_bias.weight"
-        ),
-        "<encoder|decoder>.block.{}.layer.0.SelfAttention.<q|k|v|o>.weight": (
-            "<encoder|decoder>.block.{}.self_attn.<q|k|v|o>_proj.weight"
-        ),
-        "<encoder|decoder>.block.{}.layer.0.layer_norm.weight": (
-            "<encoder|decoder>.block.{}.self_attn_norm.weight"
-        ),
-        "decoder.block.{}.layer.1.EncDecAttention.<q|k|v|o>.weight": (
-            "decoder.block.{}.cross_attn.<q|k|v|o>_proj.weight"
-        ),
-        "decoder.block.{}.layer.1.layer_norm.weight": "decoder.block.{}.cross_attn_norm.weight",
-        # In some old files; cross-attention has no position bias and this must not be used.
-        "decoder.block.{}.layer.1.EncDecAttention.relative_attention_bias.weight": None,
-        "encoder.block.{}.layer.1.DenseReluDense.<wi|wi_0|wi_1|wo>.weight": (
-            "encoder.block.{}.ffn.<wi|wi_0|wi_1|wo>.weight"
-        ),
-        "decoder.block.{}.layer.2.DenseReluDense.<wi|wi_0|wi_1|wo>.weight": (
-            "decoder.block.{}.ffn.<wi|wi_0|wi_1|wo>.weight"
-        ),
-        "encoder.block.{}.layer.1.layer_norm.weight": "encoder.block.{}.ffn_norm.weight",
-        "decoder.block.{}.layer.2.layer_norm.weight": "decoder.block.{}.ffn_norm.weight",
-    }
-)
-
-
 class T5Norm(nn.Module):
     """RMSNorm as T5 does it: no mean, no bias, and the cast comes before the weight."""
 
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
-    def forward(self, x):  # (..., D)
+    def forward(self, x: Tensor) -> Tensor:  # (..., D)
         # Eq. RMSNorm (T5): w x / sqrt(mean(x^2) + eps)
-        if x.dtype == torch.float32 and not torch.is_grad_enabled():  # no cast: the same, quicker
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # (..., D)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)  # (..., D)
 
 
@@ -222,37 +160,24 @@ class T5Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
+        self.heads = config.num_heads
         self.q_proj = nn.Linear(config.d_model, inner, bias=False)
         self.k_proj = nn.Linear(config.d_model, inner, bias=False)
         self.v_proj = nn.Linear(config.d_model, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, N*H) -> (B, N, S, H)
-
-    def keys_values(self, x):
+    def keys_values(self, x: Tensor) -> Pair:
         """x (B, S, D) -> k, v, each (B, N, S, H)."""
-        return self.split(self.k_proj(x)), self.split(self.v_proj(x))  # (B, N, S, H)
+        return split(self.k_proj(x), self.heads), split(self.v_proj(x), self.heads)  # (B, N, S, H)
 
-    def forward(self, x, k, v, bias):
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """x (B, T, D), k and v (B, N, S, H), additive bias (B or 1, N or 1, T, S) -> (B, T, D)."""
-        q = self.split(self.q_proj(x))  # (B, N, T, H)
-        p = self.dropout.p if self.training else 0.0
+        q = split(self.q_proj(x), self.heads)  # (B, N, T, H)
         # Eq. attention (T5): softmax(q k^T + bias) v
-        if p and x.device.type == "cpu":  # what SDPA does there as well, with a slower dropout
-            weights = (q @ k.transpose(2, 3)).add_(bias).softmax(-1)  # (B, N, T, S)
-            out = self.dropout(weights) @ v  # (B, N, T, H)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p, scale=1.0)
+        weights = (q @ k.transpose(2, 3) + bias).float().softmax(-1).to(v.dtype)  # (B, N, T, S)
+        out = self.dropout(weights) @ v  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
-
-    def step(self, x, k, v, bias):
-        """One query a row: x (B, D), k and v (B*N, S, H), bias (B*N, 1, S) -> (B, D)."""
-        q = self.q_proj(x).view(k.shape[0], 1, -1)  # (B*N, 1, H)
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2))  # (B*N, 1, S)
-        out = torch.bmm(scores.softmax(-1), v)  # (B*N, 1, H)
-        return self.o_proj(out.view(x.shape[0], -1))  # (B, D)
 
 
 class T5FeedForward(nn.Module):
@@ -261,17 +186,12 @@ class T5FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
-        if not self.gated and config.feed_forward_proj != "relu":
-            raise ValueError(
-                f"T5 feed_forward_proj {config.feed_forward_proj!r} is not known here: "
-                "released models use 'relu' (v1.0) or 'gated-gelu' (v1.1)."
-            )
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
             setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x):  # (..., D)
+    def forward(self, x: Tensor) -> Tensor:  # (..., D)
         if self.gated:
             # Eq. GEGLU (T5): GELU(x W_0) * (x W_1)
             h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)  # (..., F)
@@ -285,33 +205,41 @@ class T5Block(nn.Module):
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        norm = (config.d_model, config.layer_norm_epsilon)
         self.is_decoder = is_decoder
-        self.self_attn, self.self_attn_norm = T5Attention(config), T5Norm(*norm)
+        self.self_attn = T5Attention(config)
+        self.self_attn_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
         if is_decoder:
-            self.cross_attn, self.cross_attn_norm = T5Attention(config), T5Norm(*norm)
-        self.ffn, self.ffn_norm = T5FeedForward(config), T5Norm(*norm)
-        self.dropout = Dropout(config.dropout_rate)
+            self.cross_attn = T5Attention(config)
+            self.cross_attn_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
+        self.ffn = T5FeedForward(config)
+        self.ffn_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x, bias, memory=None, memory_bias=None):
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        memory: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x (B, T, D) -> (B, T, D). `bias` and `memory_bias` are added to the scores of the two
-        attentions; `memory` are the encoder's states, which a decoder's block reads."""
+        attentions; `memory` (B, S, D) are the encoder's states, which a decoder's block reads.
+        With a `LayerCache` x are the newest tokens, and the memory is in the cache already."""
         h = self.self_attn_norm(x)
-        x = x + self.dropout(self.self_attn(h, *self.self_attn.keys_values(h), bias))
+        k, v = self.self_attn.keys_values(h)  # (B, N, T, H)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, N, S, H), of all tokens so far
+        x = x + self.dropout(self.self_attn(h, k, v, bias))
         if self.is_decoder:
-            h, kv = self.cross_attn_norm(x), self.cross_attn.keys_values(memory)
-            x = x + self.dropout(self.cross_attn(h, *kv, memory_bias))
+            k, v = cache.memory if cache is not None else self.cross_attn.keys_values(memory)
+            x = x + self.dropout(self.cross_attn(self.cross_attn_norm(x), k, v, memory_bias))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-    def step(self, x, cache, bias, memory_bias):
-        """The same for one new token a row: x (B, D) -> (B, D), `cache` a `T5LayerCache`."""
-        h, attn = self.self_attn_norm(x), self.self_attn
-        x = x + attn.step(h, *cache.append(attn.k_proj(h), attn.v_proj(h)), bias)
-        x = x + self.cross_attn.step(self.cross_attn_norm(x), cache.ck, cache.cv, memory_bias)
-        return x + self.ffn(self.ffn_norm(x))
 
-
-def relative_bucket(distance, bidirectional, buckets=32, max_distance=128):
+def relative_bucket(
+    distance: Tensor, bidirectional: bool, buckets: int = 32, max_distance: int = 128
+) -> Tensor:
     """T5's bucket of a relative position `distance` = key position - query position (any shape).
 
     Half of the buckets are exact distances, the rest grow logarithmically up to `max_distance`,
@@ -336,153 +264,70 @@ class T5Stack(nn.Module):
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        self.config, self.is_decoder = config, is_decoder
+        self.config = config
+        self.is_decoder = is_decoder
         layers = config.decoder_layers if is_decoder else config.num_layers
         self.relative_attention_bias = nn.Embedding(
             config.relative_attention_num_buckets, config.num_heads
         )
         self.block = nn.ModuleList(T5Block(config, is_decoder) for _ in range(layers))
         self.final_layer_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
-    def position_bias(self, start, end):
+    def position_bias(self, start: int, end: int) -> Tensor:
         """Bias (1, N, T, S) for the queries start..end-1 over the keys 0..end-1."""
-        device = self.relative_attention_bias.weight.device
-        distance = (
-            torch.arange(end, device=device) - torch.arange(start, end, device=device)[:, None]
-        )
         c = self.config
-        bucket = relative_bucket(
-            distance,
-            not self.is_decoder,
-            c.relative_attention_num_buckets,
-            c.relative_attention_max_distance,
-        )  # (T, S)
+        keys = torch.arange(end, device=self.relative_attention_bias.weight.device)  # (S,)
+        distance = keys - keys[start:, None]  # (T, S)
+        buckets = c.relative_attention_num_buckets
+        farthest = c.relative_attention_max_distance
+        bucket = relative_bucket(distance, not self.is_decoder, buckets, farthest)  # (T, S)
         bias = self.relative_attention_bias(bucket).permute(2, 0, 1)[None]  # (1, N, T, S)
         if self.is_decoder:
             bias = bias.masked_fill(distance > 0, torch.finfo(bias.dtype).min)
         return bias
 
-    def forward(self, x, mask_bias=None, memory=None, memory_bias=None):
-        """x (B, T, D) embeddings -> (B, T, D) states, normed and dropped out."""
-        bias = self.position_bias(0, x.shape[1])  # (1, N, T, T)
-        if mask_bias is not None:
+    def forward(
+        self, x: Tensor, mask_bias: Tensor, memory: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """x (B, T, D) embeddings -> (B, T, D) states, normed and dropped out. `mask_bias`
+        (B, 1, 1, S) hides the source's pads: an encoder's own, or those of a decoder's `memory`.
+        With a `Cache` x are the newest tokens: their queries begin where the cache ends."""
+        start = 0 if cache is None else cache.length
+        bias = self.position_bias(start, start + x.shape[1])  # (1, N, T, S)
+        if not self.is_decoder:
             bias = bias + mask_bias  # (B, N, T, T)
         x = self.dropout(x)
-        for block in self.block:
-            x = block(x, bias, memory, memory_bias)
+        for i, block in enumerate(self.block):
+            x = block(x, bias, memory, mask_bias, cache and cache.layers[i])
         return self.dropout(self.final_layer_norm(x))
 
-    def step(self, x, cache):
-        """Decoding: embeddings (B, D) of one new token a row -> its states (B, D)."""
-        bias = cache.bias[..., cache.left :]  # (B*N, 1, S)
-        cache.left -= 1
-        for block, layer in zip(self.block, cache.layers, strict=True):
-            x = block.step(x, layer, bias, cache.memory_bias)
-        return self.final_layer_norm(x)
+    def cache(self, memory: Tensor, memory_bias: Tensor, length: int) -> Cache:
+        """A decoder's cache for `length` tokens after memory (B, T, D) with its mask."""
+        c = self.config
+        layers = []
+        for block in self.block:
+            kv = block.cross_attn.keys_values(memory)  # (B, N, T, H) each
+            layers.append(LayerCache(memory, len(memory), c.num_heads, length, c.d_kv, kv))
+        return Cache(layers, memory_bias=memory_bias)
 
 
-class T5LayerCache:
-    """One decoder layer's keys and values: self-attention's grow in place, cross-attention's are
-    computed once from the encoder's output."""
-
-    def __init__(self, block, memory, length):
-        kv = block.cross_attn.keys_values(memory)  # (B, N, T, H) each
-        self.ck, self.cv = (x.flatten(0, 1) for x in kv)  # (B*N, T, H)
-        rows, _, H = self.ck.shape
-        self.k, self.v = (memory.new_empty(rows, length, H) for _ in range(2))  # (B*N, U, H)
-        self.length = 0
-
-    def append(self, k, v):
-        """k, v (B, N*H) of the new token -> views (B*N, S, H) on all tokens so far."""
-        rows, _, H = self.k.shape
-        self.k.select(1, self.length).copy_(k.view(rows, H))
-        self.v.select(1, self.length).copy_(v.view(rows, H))
-        self.length += 1
-        return self.k.narrow(1, 0, self.length), self.v.narrow(1, 0, self.length)
-
-    def keep(self, alive):
-        """Move the rows (indices into B*N) to the front; only what is filled."""
-        for x in (self.k, self.v):
-            x[: len(alive), : self.length] = x[alive, : self.length]
-        self.k, self.v = self.k[: len(alive)], self.v[: len(alive)]
-        self.ck, self.cv = self.ck[alive], self.cv[alive]
-
-
-class T5Cache:
-    """Decoding state of a batch: a `T5LayerCache` per layer, and the biases of a step."""
-
-    def __init__(self, decoder, memory, memory_bias, length):
-        self.layers = [T5LayerCache(block, memory, length) for block in decoder.block]
-        self.heads, self.left = decoder.config.num_heads, length - 1  # steps until it is full
-        # The last query's bias, over keys at distances length - 1 ... 0: the others' are its ends.
-        bias = decoder.position_bias(length - 1, length)  # (1, N, 1, S)
-        self.bias, self.memory_bias = (
-            x.expand(len(memory), self.heads, -1, -1).flatten(0, 1) for x in (bias, memory_bias)
-        )  # (B*N, 1, S), (B*N, 1, T)
-
-    def keep(self, alive):
-        alive = alive.repeat_interleave(self.heads).nonzero()[:, 0]
-        self.bias, self.memory_bias = self.bias[alive], self.memory_bias[alive]
-        for layer in self.layers:
-            layer.keep(alive)
-
-
-class T5(nn.Module):
+class T5(Pretrained):
     """T5ForConditionalGeneration: v1.0 (UnifiedQA, tied and scaled) and v1.1 (FLAN, untied)."""
 
-    KEYS = T5_KEYS
+    config_class = T5Config
 
     def __init__(self, config, tied=None):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder, self.decoder = T5Stack(config, False), T5Stack(config, True)
+        self.encoder = T5Stack(config, is_decoder=False)
+        self.decoder = T5Stack(config, is_decoder=True)
         tied = config.scaled if tied is None else tied
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    @classmethod
-    def from_pretrained(cls, where, dtype=torch.float32):
-        """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
-        folder = resolve(where)
-        model, skip = cls.unloaded(folder)
-        return load_weights(model, folder, T5_KEYS, dtype, skip).eval()
-
-    @classmethod
-    def unloaded(cls, folder):
-        """The model without its numbers, on the meta device, and what `load_weights` skips."""
-        config = read_config(folder, "t5")
-        tied = head_is_tied(folder) if has_weights(folder) else None
-        with described(folder):
-            model = cls(from_config(T5Config, config), tied)
-        return model, ("lm_head.weight",) if model.lm_head is None else ()
-
-    def walk(self, of):
-        """A forward pass for `summary`."""
-        self(of("B", "T"), of("B", "T"), of("B", "U"))
-
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors as the Hub has them."""
-        save_weights(self, folder, T5_KEYS, self.hub_config("T5ForConditionalGeneration"))
-
-    def hub_path(self, path):
-        """The dotted path transformers gives to one of our modules; PEFT names adapters so."""
-        return self.KEYS.to_file(f"{path}.weight").removesuffix(".weight")
-
-    def hub_config(self, architecture):
-        """config.json's content; the output scaling is spelled for 4.x and for 5.x readers."""
-        config = asdict(self.config) | {
-            "model_type": "t5",
-            "architectures": [architecture],
-            "is_encoder_decoder": True,
-            "num_decoder_layers": self.config.decoder_layers,
-            "tie_word_embeddings": self.lm_head is None,
-            "scale_decoder_outputs": self.config.scaled,
-        }
-        return config
-
     @torch.no_grad()
-    def init_weights(self, generator=None):
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
         """T5's own initialisation (mesh-tensorflow's), for training from scratch."""
         c = self.config
         std = {"q_proj": (c.d_model * c.d_kv) ** -0.5, "o_proj": (c.num_heads * c.d_kv) ** -0.5}
@@ -491,67 +336,72 @@ class T5(nn.Module):
             if p.dim() > 1:  # norms stay at one
                 p.normal_(0.0, std.get(name.split(".")[-2], c.d_model**-0.5), generator=generator)
 
-    def encode(self, input_ids, attention_mask):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) ids and mask -> encoder states (B, T, D)."""
-        with onednn(self.encoder.modules()):  # the same on a CPU, sooner
-            return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
+        return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
 
-    def mask_bias(self, attention_mask):
-        """(B, T) of ones and zeros -> additive (B, 1, 1, T): 0 or the dtype's lowest number."""
-        dtype = self.shared.weight.dtype
-        blocked = (1 - attention_mask[:, None, None, :]).to(dtype)  # (B, 1, 1, T)
-        return blocked * torch.finfo(dtype).min
+    def mask_bias(self, attention_mask: Tensor) -> Tensor:
+        """(B, T) of ones and zeros -> additive (B, 1, 1, T), see the function of this name."""
+        return mask_bias(attention_mask[:, None, None].bool(), self.shared.weight.dtype)
 
-    def decode_states(self, decoder_input_ids, memory, memory_bias):
+    def decode_states(
+        self, decoder_input_ids: Tensor, memory: Tensor, memory_bias: Tensor
+    ) -> Tensor:
         """(B, U) ids -> (B, U, D), ready for the vocabulary layer."""
-        states = self.decoder(self.shared(decoder_input_ids), None, memory, memory_bias)
-        return self.rescaled(states)  # (B, U, D)
+        x = self.shared(decoder_input_ids)  # (B, U, D)
+        return self.rescaled(self.decoder(x, memory_bias, memory))  # (B, U, D)
 
-    def rescaled(self, states):
+    def rescaled(self, states: Tensor) -> Tensor:
         return states * self.config.d_model**-0.5 if self.config.scaled else states
 
-    def head(self, states):
+    def head(self, states: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
         return F.linear(states, self.head_weight())  # (..., V)
 
-    def head_weight(self):
+    def head_weight(self) -> Tensor:
         """(V, D): the output layer's, which is the embedding's where they are tied."""
         return (self.lm_head or self.shared).weight
 
-    def forward(self, input_ids, attention_mask, decoder_input_ids):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
+    ) -> Tensor:
         """Teacher-forced logits (B, U, V) for (B, T) source ids and (B, U) shifted target ids."""
         memory = self.encode(input_ids, attention_mask)  # (B, T, D)
         states = self.decode_states(decoder_input_ids, memory, self.mask_bias(attention_mask))
         return self.head(states)  # (B, U, V)
 
     @torch.inference_mode()
-    def generate(self, input_ids, attention_mask, max_new_tokens, **how):
-        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
-
-        `how`: temperature, generator, stop_loops, on_token, as in `decode`."""
-        memory = self.encode(input_ids, attention_mask)  # (B, T, D)
-        return self.generate_from(memory, attention_mask, max_new_tokens, **how)  # (B, U)
-
-    @torch.inference_mode()
-    def generate_from(self, memory, attention_mask, max_new_tokens, **how):
-        """As `generate`, from encoder states (B, T, D), perhaps fused with a picture."""
-        c, weight = self.config, self.head_weight()
-        cache = T5Cache(self.decoder, memory, self.mask_bias(attention_mask), max_new_tokens)
-        head = linear_of(weight)
-
-        def step(ids, cache):  # (B, 1) -> (B, V)
-            return head(self.rescaled(self.decoder.step(self.shared(ids[:, 0]), cache)))
-
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        stop_loops: bool = False,
+        on_token: Callable[[int, Tensor], None] | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor:
+        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
+        options are those of `decode`; `memory` (B, T, D) are encoder states with a fused image."""
+        if memory is None:
+            memory = self.encode(input_ids, attention_mask)  # (B, T, D)
+        c = self.config
+        cache = self.decoder.cache(memory, self.mask_bias(attention_mask), max_new_tokens)
         start = torch.full((len(memory), 1), c.decoder_start_token_id, device=memory.device)
-        ends = (c.eos_token_id, c.pad_token_id)
-        with onednn([*self.decoder.modules(), head], len(memory)):
-            first = step(start, cache)  # (B, V)
-            return decode(first, step, cache, max_new_tokens, *ends, **how)[0]  # (B, U)
+        logits = self.step(start, cache)  # (B, V)
+        return decode(
+            self, logits, cache, max_new_tokens, temperature, generator, stop_loops, on_token
+        )
+
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """The newest ids (B, 1) -> logits (B, V) of what follows; the cache grows by one token."""
+        x = self.shared(ids)  # (B, 1, D)
+        states = self.decoder(x, cache.rows["memory_bias"], cache=cache)  # (B, 1, D)
+        return self.head(self.rescaled(states[:, -1]))  # (B, V)
 
 
-# ----------------------------------------------------------------------------------------------
-# DETR
-# ----------------------------------------------------------------------------------------------
+# ---- DETR ----------------------------------------------------------------------------------------
 
 RESNET_LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
@@ -574,73 +424,12 @@ class DETRConfig:
     num_labels: int = 91  # L, without "no object"
     id2label: dict = None  # {"0": name, ...}
 
-    def __post_init__(self):
-        heads = self.encoder_attention_heads, self.decoder_attention_heads
-        if any(self.d_model % n for n in heads) or self.d_model % 4:  # 4: sines, cosines, two axes
-            raise ValueError(f"d_model is {self.d_model}, no multiple of 4 and of {heads} heads.")
-
-    @classmethod
-    def from_hub(cls, config):
-        """From config.json: transformers 5 moves the backbone's name into `backbone_config`, and
-        the number of classes is only there as the length of `id2label`."""
-        config = dict(config)
-        config["backbone"] = config.get("backbone") or (config.get("backbone_config") or {}).get(
-            "backbone"
-        )
-        config["num_labels"] = len(config["id2label"]) if config.get("id2label") else None
-        return from_config(cls, config)
-
     @property
-    def resnet(self):
+    def resnet(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(blocks per stage, width per stage) of the ResNet."""
         kwargs = self.backbone_kwargs or {}
-        layers = kwargs.get("layers") or RESNET_LAYERS.get(self.backbone)
-        if layers is None:
-            raise ValueError(
-                f"DETR backbone {self.backbone!r} is not known; {', '.join(RESNET_LAYERS)} are."
-            )
-        sizes = tuple(layers), tuple(kwargs.get("channels") or (64, 128, 256, 512))
-        if any(len(size) != 4 or not max(size) <= 10_000 for size in sizes) or sum(layers) > 256:
-            raise ValueError(f"backbone_kwargs {kwargs!r:.60} are not four stages of a ResNet.")
-        return sizes
-
-
-_NORM = "<weight|bias|running_mean|running_var>"
-_LAYER = "<encoder|decoder>.layers.{}"
-DETR_KEYS = KeyTable(
-    {
-        "model.backbone.conv_encoder.model.conv1.weight": "backbone.conv1.weight",
-        f"model.backbone.conv_encoder.model.bn1.{_NORM}": f"backbone.bn1.{_NORM}",
-        "model.backbone.conv_encoder.model.layer{}.{}.<conv1|conv2|conv3|downsample.0>.weight": (
-            "backbone.layer{}.{}.<conv1|conv2|conv3|downsample.0>.weight"
-        ),
-        f"model.backbone.conv_encoder.model.layer{{}}.{{}}.<bn1|bn2|bn3|downsample.1>.{_NORM}": (
-            f"backbone.layer{{}}.{{}}.<bn1|bn2|bn3|downsample.1>.{_NORM}"
-        ),
-        "model.<input_projection|decoder.layernorm>.<weight|bias>": (
-            "<input_projection|decoder.layernorm>.<weight|bias>"
-        ),
-        "model.query_position_embeddings.weight": "query_position_embeddings.weight",
-        f"model.{_LAYER}.self_attn.<q|k|v|out>_proj.<weight|bias>": (
-            f"{_LAYER}.self_attn.<q|k|v|o>_proj.<weight|bias>"
-        ),
-        "model.decoder.layers.{}.encoder_attn.<q|k|v|out>_proj.<weight|bias>": (
-            "decoder.layers.{}.encoder_attn.<q|k|v|o>_proj.<weight|bias>"
-        ),
-        f"model.{_LAYER}.<self_attn_layer_norm|final_layer_norm|fc1|fc2>.<weight|bias>": (
-            f"{_LAYER}.<self_attn_layer_norm|final_layer_norm|fc1|fc2>.<weight|bias>"
-        ),
-        "model.decoder.layers.{}.encoder_attn_layer_norm.<weight|bias>": (
-            "decoder.layers.{}.encoder_attn_layer_norm.<weight|bias>"
-        ),
-        "<class_labels_classifier|bbox_predictor.layers.{}>.<weight|bias>": "=",
-    },
-    spellings=(  # transformers 5's in-memory names
-        (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
-        (r"attn\.o_proj\.", "attn.out_proj."),
-        (r"\.mlp\.(fc[12])\.", r".\1."),
-    ),
-)
+        layers = kwargs.get("layers") or RESNET_LAYERS[self.backbone]
+        return tuple(layers), tuple(kwargs.get("channels") or (64, 128, 256, 512))
 
 
 class FrozenBatchNorm(nn.Module):
@@ -648,32 +437,20 @@ class FrozenBatchNorm(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        for name, value in (
-            ("weight", 1.0),
-            ("bias", 0.0),
-            ("running_mean", 0.0),
-            ("running_var", 1.0),
-        ):
-            self.register_buffer(name, torch.full((channels,), value))
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x):  # (B, C, h, w)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
         scale, shift = self.scale_shift()
         return x * scale[:, None, None] + shift[:, None, None]  # (B, C, h, w)
 
-    def scale_shift(self):
+    def scale_shift(self) -> Pair:
         """s and b - mean * s, (C,) each."""
         # eps goes in before rsqrt: without it, channels that died in pretraining give nan.
         scale = self.weight * (self.running_var + 1e-5).rsqrt()  # (C,)
         return scale, self.bias - self.running_mean * scale  # (C,), (C,)
-
-
-def normed(x, conv, norm, plus=None, relu=True):
-    """relu(norm(conv(x)) + plus): (B, C, h, w) as the convolution makes it."""
-    if isinstance(norm, FrozenBatchNorm) and has_onednn(x) and not conv.weight.is_inference():
-        return normed_at_once(x, conv, norm, plus, relu)
-    y = norm(conv(x))
-    y = y if plus is None else y + plus
-    return F.relu(y) if relu else y
 
 
 class Bottleneck(nn.Module):
@@ -682,20 +459,22 @@ class Bottleneck(nn.Module):
     def __init__(self, inner, width, stride, dilation, project):
         super().__init__()
         outer = 4 * width
-        self.conv1, self.bn1 = nn.Conv2d(inner, width, 1, bias=False), FrozenBatchNorm(width)
+        self.conv1 = nn.Conv2d(inner, width, 1, bias=False)
+        self.bn1 = FrozenBatchNorm(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
         self.bn2 = FrozenBatchNorm(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, outer, 1, bias=False), FrozenBatchNorm(outer)
+        self.conv3 = nn.Conv2d(width, outer, 1, bias=False)
+        self.bn3 = FrozenBatchNorm(outer)
         self.project = project
         if project:
             conv = nn.Conv2d(inner, outer, 1, stride, bias=False)
             self.downsample = nn.Sequential(conv, FrozenBatchNorm(outer))
 
-    def forward(self, x):  # (B, C, h, w)
-        y = normed(x, self.conv1, self.bn1)
-        y = normed(y, self.conv2, self.bn2)
-        x = normed(x, *self.downsample, relu=False) if self.project else x
-        return normed(y, self.conv3, self.bn3, plus=x)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (self.downsample(x) if self.project else x))
 
 
 class ResNet(nn.Module):
@@ -703,31 +482,32 @@ class ResNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        layers, channels = config.resnet
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), FrozenBatchNorm(64)
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = FrozenBatchNorm(64)
         inner = 64
-        for i, (depth, width) in enumerate(zip(layers, channels, strict=True)):
+        for i, (depth, width) in enumerate(zip(*config.resnet, strict=True)):
             dc5 = config.dilation and i == 3
-            stride, blocks = 1 if i == 0 or dc5 else 2, []
+            blocks = []
             for j in range(depth):
+                stride = 2 if j == 0 and i > 0 and not dc5 else 1
                 # In DC5 the blocks after the first dilate; the first keeps dilation 1.
-                project = j == 0 and (stride > 1 or inner != 4 * width or i > 0)
-                block = Bottleneck(
-                    inner, width, stride if j == 0 else 1, 2 if dc5 and j else 1, project
-                )
-                blocks.append(block)
+                dilation = 2 if dc5 and j > 0 else 1
+                project = j == 0 and (i > 0 or inner != 4 * width)
+                blocks.append(Bottleneck(inner, width, stride, dilation, project))
                 inner = 4 * width
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.channels = inner
 
-    def forward(self, pixels):
+    def stem(self, pixels: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(pixels)))  # (B, C, h, w), stride 2
+
+    def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, Y, X) -> C5 (B, C, h, w)."""
-        x = normed(pixels, self.conv1, self.bn1)  # stride 2
-        x = F.max_pool2d(x, 3, 2, 1)  # stride 4
+        x = F.max_pool2d(self.stem(pixels), 3, 2, 1)  # stride 4
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, C, h, w)
 
 
-def sine_positions(mask, width):
+def sine_positions(mask: Tensor, width: int) -> Tensor:
     """DETR's 2-D positions: (B, h, w) valid mask -> (B, P, D), rows (y) first, then columns (x).
 
     Positions are normalised to 2*pi over the valid part, so padding does not shift them.
@@ -751,15 +531,18 @@ class DETRAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
 
-    def forward(self, query, key, value, mask=None):
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """query (B, T, D), key, value (B, S, D), mask (B, 1, 1, S) of valid keys -> (B, T, D)."""
-        projected = (self.q_proj(query), self.k_proj(key), self.v_proj(value))
-        q, k, v = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected
-        )  # (B, N, T, H), (B, N, S, H), (B, N, S, H)
+        q = split(self.q_proj(query), self.heads)  # (B, N, T, H)
+        k = split(self.k_proj(key), self.heads)  # (B, N, S, H)
+        v = split(self.v_proj(value), self.heads)  # (B, N, S, H)
         # Eq. attention (DETR): softmax(q k^T / sqrt(H)) v
         out = F.scaled_dot_product_attention(q, k, v, mask)  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -768,12 +551,15 @@ class DETRAttention(nn.Module):
 class DETREncoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, ffn = config.d_model, config.encoder_ffn_dim
+        D = config.d_model
         self.self_attn = DETRAttention(D, config.encoder_attention_heads)
-        self.self_attn_layer_norm, self.final_layer_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.fc1, self.fc2 = nn.Linear(D, ffn), nn.Linear(ffn, D)
+        self.self_attn_layer_norm = nn.LayerNorm(D)
+        self.fc1 = nn.Linear(D, config.encoder_ffn_dim)
+        self.fc2 = nn.Linear(config.encoder_ffn_dim, D)
+        self.final_layer_norm = nn.LayerNorm(D)
 
-    def forward(self, x, positions, mask):  # (B, P, D), (B, P, D), (B, 1, 1, P); post-norm
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """x, positions (B, P, D); mask (B, 1, 1, P). Post-norm."""
         x = self.self_attn_layer_norm(x + self.self_attn(x + positions, x + positions, x, mask))
         return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
 
@@ -781,77 +567,52 @@ class DETREncoderLayer(nn.Module):
 class DETRDecoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, ffn, heads = config.d_model, config.decoder_ffn_dim, config.decoder_attention_heads
-        self.self_attn, self.encoder_attn = DETRAttention(D, heads), DETRAttention(D, heads)
-        self.self_attn_layer_norm, self.encoder_attn_layer_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.fc1, self.fc2 = nn.Linear(D, ffn), nn.Linear(ffn, D)
+        D = config.d_model
+        self.self_attn = DETRAttention(D, config.decoder_attention_heads)
+        self.self_attn_layer_norm = nn.LayerNorm(D)
+        self.encoder_attn = DETRAttention(D, config.decoder_attention_heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(D)
+        self.fc1 = nn.Linear(D, config.decoder_ffn_dim)
+        self.fc2 = nn.Linear(config.decoder_ffn_dim, D)
         self.final_layer_norm = nn.LayerNorm(D)
 
-    def forward(self, x, queries, memory, positions, mask):
+    def forward(
+        self, x: Tensor, queries: Tensor, memory: Tensor, positions: Tensor, mask: Tensor
+    ) -> Tensor:
         """x, queries (B, Q, D); memory, positions (B, P, D); mask (B, 1, 1, P). Post-norm."""
         x = self.self_attn_layer_norm(x + self.self_attn(x + queries, x + queries, x))
-        seen = self.encoder_attn(x + queries, memory + positions, memory, mask)  # (B, Q, D)
-        x = self.encoder_attn_layer_norm(x + seen)
+        attended = self.encoder_attn(x + queries, memory + positions, memory, mask)  # (B, Q, D)
+        x = self.encoder_attn_layer_norm(x + attended)
         return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
 
 
-class DETR(nn.Module):
+class DETR(Pretrained):
     """DetrForObjectDetection: ResNet, transformer encoder, Q object queries, two small heads."""
 
-    KEYS = DETR_KEYS
+    config_class = DETRConfig
 
     def __init__(self, config):
         super().__init__()
-        self.config, D = config, config.d_model
+        self.config = config
+        D = config.d_model
         self.backbone = ResNet(config)
         self.input_projection = nn.Conv2d(self.backbone.channels, D, 1)
         self.query_position_embeddings = nn.Embedding(config.num_queries, D)
-        self.encoder, self.decoder = nn.Module(), nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            DETREncoderLayer(config) for _ in range(config.encoder_layers)
-        )
-        self.decoder.layers = nn.ModuleList(
-            DETRDecoderLayer(config) for _ in range(config.decoder_layers)
-        )
+        self.encoder = nn.Module()
+        layers = (DETREncoderLayer(config) for _ in range(config.encoder_layers))
+        self.encoder.layers = nn.ModuleList(layers)
+        self.decoder = nn.Module()
+        layers = (DETRDecoderLayer(config) for _ in range(config.decoder_layers))
+        self.decoder.layers = nn.ModuleList(layers)
         self.decoder.layernorm = nn.LayerNorm(D)
         self.class_labels_classifier = nn.Linear(D, config.num_labels + 1)
         self.bbox_predictor = nn.Module()
         self.bbox_predictor.layers = nn.ModuleList(nn.Linear(D, out) for out in (D, D, 4))
 
-    @classmethod
-    def from_pretrained(cls, where, dtype=torch.float32):
-        """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
-        folder = resolve(where)
-        model, skip = cls.unloaded(folder)
-        return load_weights(model, folder, DETR_KEYS, dtype, skip).eval()
-
-    @classmethod
-    def unloaded(cls, folder):
-        """As T5's."""
-        config = read_config(folder, "detr")
-        with described(folder):
-            return cls(DETRConfig.from_hub(config)), ()
-
-    def walk(self, of):
-        """A forward pass for `summary`."""
-        self(of("B", 3, "Y", "X").float())
-
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors as the Hub has them."""
-        config = asdict(self.config) | {
-            "model_type": "detr",
-            "architectures": ["DetrForObjectDetection"],
-            "use_timm_backbone": True,
-            "id2label": self.config.id2label
-            or {str(i): f"LABEL_{i}" for i in range(self.config.num_labels)},
-        }
-        config = {k: v for k, v in config.items() if v is not None}  # no empty backbone_kwargs
-        save_weights(self, folder, DETR_KEYS, config)
-
-    def features(self, pixel_values, pixel_mask=None):
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
         """Object features (B, Q, D): the last decoder layer's states after the decoder's norm.
 
-        pixel_values (B, 3, Y, X), ImageNet-normalised; pixel_mask (B, Y, X), 1 where the picture
+        pixel_values (B, 3, Y, X), ImageNet-normalised; pixel_mask (B, Y, X), 1 where the image
         is, for batches of unequal sizes. Padding changes activations at the border a little, so
         features for training are made one size at a time.
         """
@@ -862,32 +623,29 @@ class DETR(nn.Module):
         positions = sine_positions(valid, self.config.d_model).to(c5.dtype)  # (B, P, D)
         mask = valid.flatten(1)[:, None, None, :]  # (B, 1, 1, P)
         x = self.input_projection(c5).flatten(2).transpose(1, 2)  # (B, P, D), row by row
-        with onednn(self.modules()):  # the same on a CPU, sooner
-            for layer in self.encoder.layers:
-                x = layer(x, positions, mask)
-            queries = self.query_position_embeddings.weight.expand(len(x), -1, -1)  # (B, Q, D)
-            objects = torch.zeros_like(queries)  # (B, Q, D)
-            for layer in self.decoder.layers:
-                objects = layer(objects, queries, x, positions, mask)
+        for layer in self.encoder.layers:
+            x = layer(x, positions, mask)
+        queries = self.query_position_embeddings.weight.expand(len(x), -1, -1)  # (B, Q, D)
+        objects = torch.zeros_like(queries)  # (B, Q, D)
+        for layer in self.decoder.layers:
+            objects = layer(objects, queries, x, positions, mask)
         return self.decoder.layernorm(objects)  # (B, Q, D)
 
-    def detect(self, objects):
+    def detect(self, objects: Tensor) -> Pair:
         """Features (..., D) -> class logits (..., L + 1), the last one "no object", and boxes
-        (..., 4) as centre x, centre y, width, height, each in 0..1 of the picture."""
+        (..., 4) as centre x, centre y, width, height, each in 0..1 of the image."""
         boxes = objects
         for layer in self.bbox_predictor.layers[:-1]:
             boxes = F.relu(layer(boxes))  # (..., D)
         boxes = self.bbox_predictor.layers[-1](boxes).sigmoid()  # (..., 4)
         return self.class_labels_classifier(objects), boxes  # (..., L + 1), (..., 4)
 
-    def forward(self, pixel_values, pixel_mask=None):
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Pair:
         """(B, 3, Y, X) -> class logits (B, Q, L + 1) and boxes (B, Q, 4)."""
         return self.detect(self.features(pixel_values, pixel_mask))  # (B, Q, L + 1), (B, Q, 4)
 
 
-# ----------------------------------------------------------------------------------------------
-# SigLIP
-# ----------------------------------------------------------------------------------------------
+# ---- SigLIP --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -900,16 +658,12 @@ class SigLIPConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12  # N
     num_channels: int = 3
-    image_size: int = 224  # Y, the pictures are squares
+    image_size: int = 224  # Y, the images are squares
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads or self.image_size < self.patch_size:
-            raise ValueError("hidden_size is no multiple of its heads, or a patch is too large.")
-
     @property
-    def patches(self):
+    def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2  # I
 
 
@@ -920,14 +674,15 @@ class SigLIPAttention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj, self.k_proj = nn.Linear(D, D), nn.Linear(D, D)
-        self.v_proj, self.out_proj = nn.Linear(D, D), nn.Linear(D, D)
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x):  # (B, I, D)
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected
-        )  # (B, N, I, H)
+    def forward(self, x: Tensor) -> Tensor:  # (B, I, D)
+        q = split(self.q_proj(x), self.heads)  # (B, N, I, H)
+        k = split(self.k_proj(x), self.heads)  # (B, N, I, H)
+        v = split(self.v_proj(x), self.heads)  # (B, N, I, H)
         # Eq. attention (SigLIP): softmax(q k^T / sqrt(H)) v
         out = F.scaled_dot_product_attention(q, k, v)  # (B, N, I, H)
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, I, D)
@@ -936,13 +691,15 @@ class SigLIPAttention(nn.Module):
 class SigLIPLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, eps = config.hidden_size, config.layer_norm_eps
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D, eps), nn.LayerNorm(D, eps)
-        self.self_attn, self.mlp = SigLIPAttention(config), nn.Module()
+        D = config.hidden_size
+        self.layer_norm1 = nn.LayerNorm(D, config.layer_norm_eps)
+        self.self_attn = SigLIPAttention(config)
+        self.layer_norm2 = nn.LayerNorm(D, config.layer_norm_eps)
+        self.mlp = nn.Module()
         self.mlp.fc1 = nn.Linear(D, config.intermediate_size)
         self.mlp.fc2 = nn.Linear(config.intermediate_size, D)
 
-    def forward(self, x):  # (B, I, D); pre-norm
+    def forward(self, x: Tensor) -> Tensor:  # (B, I, D); pre-norm
         x = x + self.self_attn(self.layer_norm1(x))
         hidden = F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh")  # (B, I, F)
         return x + self.mlp.fc2(hidden)
@@ -953,24 +710,23 @@ class SigLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, D = config, config.hidden_size
-        self.embeddings, self.encoder = nn.Module(), nn.Module()
-        self.embeddings.patch_embedding = nn.Conv2d(
-            config.num_channels, D, config.patch_size, config.patch_size
-        )
+        self.config = config
+        D = config.hidden_size
+        patch = config.patch_size
+        self.embeddings = nn.Module()
+        self.embeddings.patch_embedding = nn.Conv2d(config.num_channels, D, patch, patch)
         self.embeddings.position_embedding = nn.Embedding(config.patches, D)
+        self.encoder = nn.Module()
         layers = (SigLIPLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder.layers = nn.ModuleList(layers)
         self.post_layernorm = nn.LayerNorm(D, config.layer_norm_eps)
 
-    def forward(self, pixels):
+    def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, Y, Y) in -1..1 -> (B, I, D), row by row."""
         side = self.config.image_size
         if pixels.shape[-2:] != (side, side):
-            raise ValueError(
-                f"These weights see pictures of {side} x {side} pixels, not "
-                f"{pixels.shape[-1]} x {pixels.shape[-2]}: resize them (pictures.siglip_pixels)."
-            )
+            shape = tuple(pixels.shape)
+            raise ValueError(f"These weights take images of {side} x {side} pixels, not {shape}.")
         x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
         # Eq. positions (SigLIP): a learned vector for each patch
         x = x + self.embeddings.position_embedding.weight
@@ -979,9 +735,7 @@ class SigLIP(nn.Module):
         return self.post_layernorm(x)
 
 
-# ----------------------------------------------------------------------------------------------
-# Gemma-2
-# ----------------------------------------------------------------------------------------------
+# ---- Gemma-2 -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1000,35 +754,13 @@ class Gemma2Config:
     rope_theta: float = 10000.0
     sliding_window: int = 4096  # reach of the even layers
     layer_types: tuple = None  # None: sliding, full, sliding, full ...
-    attn_logit_softcapping: float = 50.0  # None: off
-    final_logit_softcapping: float = 30.0  # None: off
+    attn_logit_softcapping: float | None = 50.0  # None: off
+    final_logit_softcapping: float | None = 30.0  # None: off
 
-    def __post_init__(self):
-        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError("layer_types does not have an entry for each of num_hidden_layers.")
-        groups, halves = self.num_attention_heads % self.num_key_value_heads, self.head_dim % 2
-        if groups or halves or not (self.query_pre_attn_scalar > 0 and self.rope_theta > 0):
-            raise ValueError(
-                "num_attention_heads is no multiple of num_key_value_heads, head_dim is odd, or "
-                "query_pre_attn_scalar or rope_theta is not above 0."
-            )
-
-    @classmethod
-    def from_hub(cls, config):
-        """From a config's text part. A soft-cap of null is "off", which is not the default; the
-        base of the rotary angles has another name in transformers 5."""
-        made = from_config(cls, config | {"rope_theta": rope_theta(config)})
-        caps = ("attn_logit_softcapping", "final_logit_softcapping")
-        return replace(made, **{cap: config[cap] for cap in caps if cap in config})
-
-    def is_sliding(self, layer):
+    def is_sliding(self, layer: int) -> bool:
         if self.layer_types:
             return self.layer_types[layer] == "sliding_attention"
         return layer % 2 == 0
-
-
-def rope_theta(config):
-    return (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta")
 
 
 class GemmaNorm(nn.Module):
@@ -1036,17 +768,16 @@ class GemmaNorm(nn.Module):
 
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
 
-    def forward(self, x):  # (B, T, D)
-        if not torch.is_grad_enabled():
-            # Eq. RMSNorm (Gemma): (1 + w) x / sqrt(mean(x^2) + eps)
-            y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-            return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
-        return Normed.apply(x, self.weight, self.eps)  # (B, T, D), the same for training
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        # Eq. RMSNorm (Gemma): (1 + w) x / sqrt(mean(x^2) + eps)
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight.float())).to(x.dtype)  # (B, T, D)
 
 
-def rotary_angles(positions, width, theta, dtype):
+def rotary_angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> Pair:
     """cos and sin (B, 1, T, H) of positions (B, T): angles in fp32, H/2 of them, twice in a row."""
     # Eq. angles (RoPE): position * theta^(-2i / H)
     powers = torch.arange(0, width, 2, device=positions.device).float() / width  # (H/2,)
@@ -1055,25 +786,24 @@ def rotary_angles(positions, width, theta, dtype):
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE (arXiv 2104.09864), halves and not pairs: x (..., T, H) turned by its position."""
     first, second = x.chunk(2, -1)  # (..., T, H/2)
     # Eq. rotation (RoPE): (a, b) -> (a cos - b sin, b cos + a sin)
     return x * cos + torch.cat((-second, first), -1) * sin  # (..., T, H)
 
 
-def soft_cap(x, cap):
-    """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap.
-    `GemmaAttention` has its own version of this line."""
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap."""
     # Eq. soft-cap (Gemma 2)
     return torch.tanh(x / cap) * cap if cap else x
 
 
-def prefix_lm_mask(valid, suffix, new, window=None):
+def prefix_lm_mask(valid: Tensor, suffix: Tensor, new: int, window: int | None = None) -> Tensor:
     """Who sees whom: (B, 1, T, S) booleans for the last T = `new` of S tokens.
 
     valid, suffix (B, S): False at pads; True where the text is generated, one after the other.
-    Picture and prefix (p) see each other, the suffix (s) sees everything before it:
+    Image and prefix (p) see each other, the suffix (s) sees everything before it:
 
           p p p s s
         p 1 1 1 0 0
@@ -1083,7 +813,8 @@ def prefix_lm_mask(valid, suffix, new, window=None):
         s 1 1 1 1 1
     """
     position = valid.cumsum(1)  # (B, S), consecutive over what is no pad
-    query, key = position[:, -new:, None], position[:, None, :]  # (B, T, 1), (B, 1, S)
+    query = position[:, -new:, None]  # (B, T, 1)
+    key = position[:, None, :]  # (B, 1, S)
     allowed = key <= query  # (B, T, S)
     if window is not None:
         allowed = allowed & (key > query - window)
@@ -1091,7 +822,7 @@ def prefix_lm_mask(valid, suffix, new, window=None):
     return ((allowed | both_prefix) & valid[:, None, :])[:, None]  # (B, 1, T, S)
 
 
-def mask_bias(allowed, dtype):
+def mask_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """Booleans -> 0 or the dtype's lowest number, to be added to scores; the same shape."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
@@ -1102,55 +833,54 @@ class GemmaAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, c, H = config, config, config.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * H, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * H, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * H, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * H, c.hidden_size, bias=False)
+        c = config
+        self.heads = c.num_attention_heads
+        self.kv_heads = c.num_key_value_heads
+        self.scale = c.query_pre_attn_scalar**-0.5  # only by coincidence head_dim^-0.5 in the 2B
+        self.cap = c.attn_logit_softcapping
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.softmax = nn.Softmax(-1)  # a module, so that a hook can watch the weights
 
-    def forward(self, x, cos, sin, bias, cache=None, last=None):
-        """x (B, new, D), angles (B, 1, new, H), additive mask (B, 1, new, S) -> (B, T, D).
-
-        The T queries are all of the `new` tokens, or the `last` of them."""
-        c, asking = self.config, x if last is None else x[:, -last:]  # (B, T, D)
-        T, K = asking.shape[1], c.num_key_value_heads
-        projected = self.q_proj(asking), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in projected)
-        k, bias = rotate(k, cos, sin), bias[:, :, -T:]  # (B, K, new, H), (B, 1, T, S)
-        q = rotate(q, cos[:, :, -T:], sin[:, :, -T:])  # (B, N, T, H)
+    def forward(
+        self, x: Tensor, angles: Pair, bias: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x (B, T, D), cos and sin (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D). With a
+        `LayerCache` x are the newest T of S tokens."""
+        q = rotate(split(self.q_proj(x), self.heads), *angles)  # (B, N, T, H)
+        k = rotate(split(self.k_proj(x), self.kv_heads), *angles)  # (B, K, T, H)
+        v = split(self.v_proj(x), self.kv_heads)  # (B, K, T, H)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, K, S, H)
-        scale, cap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
-        q = q.unflatten(1, (K, -1)).flatten(2, 3) * (scale / (cap or 1))  # (B, K, G*T, H)
-        if not (torch.is_grad_enabled() and q.requires_grad):
-            # Eq. GQA (Gemma 2): softmax(cap tanh(q k^T s / cap) + bias) v
-            scores = (q @ k.transpose(2, 3)).unflatten(2, (-1, T))  # (B, K, G, T, S)
-            if cap:  # cap * tanh(scores / cap): the division was done on q, which is smaller
-                scores = torch.add(bias[:, :, None], scores.tanh(), alpha=cap)
-            else:
-                scores = scores + bias[:, :, None]
-            weights = self.softmax(scores.float()).to(v.dtype).flatten(2, 3)  # (B, K, G*T, S)
-            out = weights @ v  # (B, K, G*T, H)
-        else:  # the same for training
-            out = CappedAttention.apply(q, k, v, bias, cap)  # (B, K, G*T, H)
-        out = out.unflatten(2, (-1, T)).flatten(1, 2)  # (B, N, T, H)
+            k, v = cache.append(k, v)  # (B, K, S, H), of all tokens so far
+        out = self.attend(q, k, v, bias)  # (B, N, T, H)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """q (B, N, T, H), k and v (B, K, S, H), bias (B, 1, T, S) -> (B, N, T, H)."""
+        # G queries share a key head: k and v are broadcast over them, not copied.
+        q = q.unflatten(1, (self.kv_heads, -1))  # (B, K, G, T, H)
+        k = k[:, :, None]  # (B, K, 1, S, H)
+        v = v[:, :, None]  # (B, K, 1, S, H)
+        # Eq. GQA (Gemma 2): softmax(cap tanh(q k^T s / cap) + bias) v
+        scores = soft_cap(q @ k.transpose(3, 4) * self.scale, self.cap)  # (B, K, G, T, S)
+        # The mask is finfo.min, not -inf: a row that is all pads must see something, or it is NaN.
+        weights = self.softmax((scores + bias[:, :, None]).float()).to(v.dtype)  # (B, K, G, T, S)
+        return (weights @ v).flatten(1, 2)  # (B, N, T, H)
 
 
 class GemmaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, ffn = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, ffn, bias=False), nn.Linear(D, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, D, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):  # (B, T, D)
-        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, F)
-        if not torch.is_grad_enabled():
-            # Eq. GEGLU (Gemma): GELU(x W_gate) * (x W_up)
-            return self.down_proj(F.gelu(gate, approximate="tanh") * up)  # (B, T, D)
-        return self.down_proj(GatedGELU.apply(gate, up))  # (B, T, D), the same for training
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
+        # Eq. GEGLU (Gemma): GELU(x W_gate) * (x W_up)
+        h = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)  # (B, T, F)
+        return self.down_proj(h)  # (B, T, D)
 
 
 class GemmaLayer(nn.Module):
@@ -1159,98 +889,78 @@ class GemmaLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         norm = (config.hidden_size, config.rms_norm_eps)
-        self.self_attn, self.mlp = GemmaAttention(config), GemmaMLP(config)
-        self.input_layernorm, self.post_attention_layernorm = GemmaNorm(*norm), GemmaNorm(*norm)
+        self.self_attn = GemmaAttention(config)
+        self.mlp = GemmaMLP(config)
+        self.input_layernorm = GemmaNorm(*norm)
+        self.post_attention_layernorm = GemmaNorm(*norm)
         self.pre_feedforward_layernorm = GemmaNorm(*norm)
         self.post_feedforward_layernorm = GemmaNorm(*norm)
 
-    def forward(self, x, cos, sin, bias, cache=None, last=None):  # (B, T, D)
-        h = self.self_attn(self.input_layernorm(x), cos, sin, bias, cache, last)
-        x = (x if last is None else x[:, -last:]) + self.post_attention_layernorm(h)
+    def forward(
+        self, x: Tensor, angles: Pair, bias: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        h = self.self_attn(self.input_layernorm(x), angles, bias, cache)  # (B, T, D)
+        x = x + self.post_attention_layernorm(h)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-
-
-class GemmaLayerCache:
-    """Keys and values of one layer, allocated once at their final length."""
-
-    def __init__(self, like, B, K, length, H):
-        self.k, self.v = (like.new_zeros(B, K, length, H) for _ in range(2))  # (B, K, S, H)
-        self.length = 0
-
-    def append(self, k, v):
-        """k, v (B, K, T, H) of the new tokens -> views on all tokens so far."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]  # (B, K, S, H)
-
-
-class GemmaCache:
-    """Decoding state of a batch: keys and values per layer, and which tokens are what."""
-
-    def __init__(self, config, B, length, like):
-        sizes = (B, config.num_key_value_heads, length, config.head_dim)
-        self.layers = [GemmaLayerCache(like, *sizes) for _ in range(config.num_hidden_layers)]
-        self.valid = self.suffix = torch.zeros(B, 0, dtype=torch.bool, device=like.device)
-
-    def extend(self, valid, suffix):
-        """Flags (B, T) of the new tokens -> flags (B, S) of all."""
-        self.valid = torch.cat((self.valid, valid), 1)  # (B, S)
-        self.suffix = torch.cat((self.suffix, suffix), 1)  # (B, S)
-        return self.valid, self.suffix
-
-    def keep(self, alive):
-        self.valid, self.suffix = self.valid[alive], self.suffix[alive]
-        for layer in self.layers:
-            layer.k, layer.v = layer.k[alive], layer.v[alive]
 
 
 class Gemma2(nn.Module):
     """The language model without its output layer, which is the embedding again.
 
     With `checkpointing` a training step keeps each layer's input only and computes the layer again
-    on the way back: a third more time, a fraction of the memory.
+    in the backward pass: a third more time, a fraction of the memory.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing = config, False
+        self.config = config
+        self.checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = (GemmaLayer(config) for _ in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = GemmaNorm(config.hidden_size, config.rms_norm_eps)
 
-    def embed(self, input_ids):
+    def embed(self, input_ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), times the root of D as the model's own dtype has it."""
         x = self.embed_tokens(input_ids)  # (B, T, D)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
-    def forward(self, x, valid, suffix, cache=None, last=None):
-        """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D).
+    def cache(self, B: int, length: int) -> Cache:
+        """An empty cache for B rows of `length` tokens, prompts included."""
+        c = self.config
+        like = self.embed_tokens.weight
+        sizes = (c.num_key_value_heads, length, c.head_dim)
+        layers = [LayerCache(like, B, *sizes) for _ in self.layers]
+        none = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, 0)
+        return Cache(layers, valid=none, suffix=none)
 
-        With `last` those of so many last tokens alone: the top layer computes no others."""
-        c, T = self.config, x.shape[1]
+    def forward(
+        self, x: Tensor, valid: Tensor, suffix: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D). With a
+        `Cache` they are of the newest tokens."""
+        c = self.config
+        T = x.shape[1]
         if cache is not None:
-            valid, suffix = cache.extend(valid, suffix)  # (B, S)
-        # A window as long as the text cuts nothing.
-        window = c.sliding_window if valid.shape[1] > c.sliding_window else None
+            valid = torch.cat((cache.rows["valid"], valid), 1)  # (B, S)
+            suffix = torch.cat((cache.rows["suffix"], suffix), 1)  # (B, S)
+            cache.rows = {"valid": valid, "suffix": suffix}
         full = mask_bias(prefix_lm_mask(valid, suffix, T), x.dtype)  # (B, 1, T, S)
-        sliding = mask_bias(prefix_lm_mask(valid, suffix, T, window), x.dtype) if window else full
+        sliding = full
+        if valid.shape[1] > c.sliding_window:  # a window as long as the text cuts nothing
+            sliding = mask_bias(prefix_lm_mask(valid, suffix, T, c.sliding_window), x.dtype)
         positions = valid.cumsum(1)[:, -T:] - 1  # (B, T)
-        angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H) each
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H)
         for i, layer in enumerate(self.layers):
-            given = (x, *angles, sliding if c.is_sliding(i) else full, cache and cache.layers[i])
-            given += (last if i == len(self.layers) - 1 else None,)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *given, use_reentrant=False)
+            bias = sliding if c.is_sliding(i) else full
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, angles, bias, use_reentrant=False)
             else:
-                x = layer(*given)
+                x = layer(x, angles, bias, cache and cache.layers[i])
         return self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------
-# PaliGemma 2
-# ----------------------------------------------------------------------------------------------
+# ---- PaliGemma 2 ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1264,126 +974,32 @@ class PaliGemmaConfig:
     eos_token_id: int = 1
     bos_token_id: int = 2
 
-    @classmethod
-    def from_hub(cls, config, where):
-        """From config.json. The top-level hidden_size is wrong or absent in released files and is
-        never read. ValueError for PaliGemma 1, which has the same model_type."""
-        text = config.get("text_config") or {}
-        if text.get("model_type") != "gemma2":
-            raise ValueError(
-                f"{where} holds PaliGemma 1 (its text model is {text.get('model_type')!r}, not "
-                "'gemma2'). Its norms and attention differ; use google/paligemma2-3b-mix-448."
-            )
-        rest = {k: v for k, v in config.items() if k.endswith(("token_id", "token_index"))}
-        vision = from_config(SigLIPConfig, config.get("vision_config") or {})
-        return from_config(cls, rest | {"vision": vision, "text": Gemma2Config.from_hub(text)})
-
     @property
-    def image_tokens(self):
-        """How many tokens a picture takes: 256 at 224 pixels, 1024 at 448, 4096 at 896."""
+    def image_tokens(self) -> int:
+        """How many tokens an image takes: 256 at 224 pixels, 1024 at 448, 4096 at 896."""
         return self.vision.patches  # I
 
 
-_VISION_PARTS = "layer_norm1|layer_norm2|mlp.fc1|mlp.fc2|" + "|".join(
-    f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")
-)
-_TEXT_PARTS = "|".join(
-    [f"self_attn.{name}_proj" for name in "qkvo"]
-    + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    + [f"{when}_layernorm" for when in ("input", "post_attention")]
-    + [f"{when}_feedforward_layernorm" for when in ("pre", "post")]
-)
-PALIGEMMA_KEYS = KeyTable(
-    {
-        f"vision_tower.vision_model.{theirs}": f"vision_tower.{theirs}"
-        for theirs in (
-            "embeddings.patch_embedding.<weight|bias>",
-            "embeddings.position_embedding.weight",
-            f"encoder.layers.{{}}.<{_VISION_PARTS}>.<weight|bias>",
-            "post_layernorm.<weight|bias>",
-        )
-    }
-    | {"multi_modal_projector.linear.<weight|bias>": "="}
-    | {
-        f"language_model.model.{theirs}": f"language_model.{theirs}"
-        for theirs in ("embed_tokens.weight", f"layers.{{}}.<{_TEXT_PARTS}>.weight", "norm.weight")
-    }
-    | {"language_model.lm_head.weight": None},  # the embedding again; `from_pretrained` checks
-    spellings=(  # transformers 5 in a file, and 4.53 and later in memory
-        (r"^model\.", ""),
-        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-        (r"^lm_head\.", "language_model.lm_head."),
-        (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
-    ),
-)
-
-
-class PaliGemma(nn.Module):
+class PaliGemma(Pretrained):
     """PaliGemmaForConditionalGeneration with a Gemma-2 text model (arXiv 2412.03555).
 
     SigLIP's patch states go through one linear layer and take the places of the <image> tokens;
     from there on it is a prefix language model.
     """
 
-    KEYS = PALIGEMMA_KEYS
+    config_class = PaliGemmaConfig
 
     def __init__(self, config):
         super().__init__()
-        if max(config.image_token_index, config.pad_token_id) >= config.text.vocab_size:
-            raise ValueError("image_token_index or pad_token_id is not below vocab_size.")
         self.config = config
-        self.vision_tower, self.multi_modal_projector = SigLIP(config.vision), nn.Module()
-        width = config.vision.hidden_size
-        self.multi_modal_projector.linear = nn.Linear(width, config.text.hidden_size)
+        self.vision_tower = SigLIP(config.vision)
+        projector = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
+        self.multi_modal_projector = nn.Module()
+        self.multi_modal_projector.linear = projector
         self.language_model = Gemma2(config.text)
 
-    @classmethod
-    def from_pretrained(cls, where, dtype=torch.float32):
-        """Load from a folder or Hub id, in eval mode; strict, as `load_weights` says."""
-        folder = resolve(where)
-        model, skip = cls.unloaded(folder)
-        if not head_is_tied(folder):
-            raise ValueError(
-                f"{folder} has an lm_head of its own that differs from its embedding; PaliGemma 2 "
-                "has one matrix for both. These weights were trained by other code."
-            )
-        return load_weights(model, folder, PALIGEMMA_KEYS, dtype, skip).eval()
-
-    @classmethod
-    def unloaded(cls, folder):
-        """As T5's."""
-        config = read_config(folder, "paligemma")
-        with described(folder):
-            return cls(PaliGemmaConfig.from_hub(config, folder)), ()
-
-    def walk(self, of):
-        """A forward pass for `summary`: picture and text each, as on the meta device nobody can
-        count the <image> tokens."""
-        side = self.config.vision.image_size
-        self.image_features(of("B", 3, side, side))
-        valid = of("B", "T").bool()
-        self.head(self.language_model(self.language_model.embed(of("B", "T")), valid, valid))
-
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors as the Hub has them (transformers reads both)."""
-        c = self.config
-        text = asdict(c.text) | {"model_type": "gemma2", "num_image_tokens": c.image_tokens}
-        vision = asdict(c.vision) | {"model_type": "siglip_vision_model", "vision_use_head": False}
-        config = {k: v for k, v in asdict(c).items() if k not in ("vision", "text")} | {
-            "model_type": "paligemma",
-            "architectures": ["PaliGemmaForConditionalGeneration"],
-            "text_config": {k: v for k, v in text.items() if k != "layer_types" or v},
-            "vision_config": vision | {"projection_dim": c.text.hidden_size},
-            "projection_dim": c.text.hidden_size,
-        }
-        save_weights(self, folder, PALIGEMMA_KEYS, config)
-
-    def hub_path(self, path):
-        """The dotted path transformers 5 gives to one of our modules; PEFT names adapters so."""
-        return f"model.{path}"
-
     @torch.no_grad()
-    def init_weights(self, generator=None):
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Unit-scale initialisation for training from scratch (the demo); norms as they are."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
@@ -1391,35 +1007,34 @@ class PaliGemma(nn.Module):
             elif name.endswith("bias"):
                 p.zero_()
 
-    def image_features(self, pixel_values):
-        """(n, 3, Y, Y) -> (n, I, D): what the language model sees of a picture. Not scaled."""
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """(n, 3, Y, Y) -> (n, I, D): what the language model sees of an image. Not scaled."""
         weight = self.multi_modal_projector.linear.weight
         return self.multi_modal_projector.linear(self.vision_tower(pixel_values.to(weight.dtype)))
 
     def states(
         self,
-        input_ids,
-        attention_mask=None,
-        token_type_ids=None,
-        image_features=None,
-        cache=None,
-        last=None,
-    ):
-        """(B, T) ids -> states (B, T, D) after the final norm, or those of the `last` tokens.
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """(B, T) ids -> states (B, T, D) after the final norm.
 
         attention_mask  0 at pads, on the left or on the right.
-        token_type_ids  0 for picture and prefix, 1 for the suffix; None is all prefix.
+        token_type_ids  0 for image and prefix, 1 for the suffix; None is all prefix.
         image_features  (n, I, D) of the n rows with <image> tokens, in their order.
         """
         x = self.language_model.embed(input_ids)  # (B, T, D)
         places = input_ids == self.config.image_token_index  # (B, T)
         found = 0 if image_features is None else image_features.shape[:2].numel()
-        begun = cache is not None and cache.valid.shape[1] > 0  # one more token, never a picture
+        begun = cache is not None and cache.length > 0  # one more token, never an image
         wanted = [found] if begun else places.sum(1).tolist()
         if sum(wanted) != found or any(n % self.config.image_tokens for n in wanted):
             raise ValueError(
                 f"The rows have {wanted} <image> tokens, but there are features for {found}: "
-                f"each picture needs {self.config.image_tokens} tokens, and none may be cut."
+                f"each image needs {self.config.image_tokens} tokens, and none may be cut."
             )
         if found:
             features = image_features.to(x.dtype).flatten(0, 1)  # (n * I, D)
@@ -1427,79 +1042,74 @@ class PaliGemma(nn.Module):
         ones = torch.ones_like(input_ids)
         valid = (ones if attention_mask is None else attention_mask).bool()  # (B, T)
         suffix = (ones * 0 if token_type_ids is None else token_type_ids).bool()  # (B, T)
-        return self.language_model(x, valid, suffix, cache, last)
+        return self.language_model(x, valid, suffix, cache)
 
-    def head(self, states):
+    def head(self, states: Tensor) -> Tensor:
         """(..., D) -> soft-capped logits (..., V)."""
         logits = F.linear(states, self.language_model.embed_tokens.weight)  # (..., V)
         return soft_cap(logits, self.config.text.final_logit_softcapping)  # (..., V)
 
     def forward(
         self,
-        input_ids,
-        pixel_values=None,
-        attention_mask=None,
-        token_type_ids=None,
-        image_features=None,
-    ):
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V); see `states`. Give pixel_values (n, 3, Y, Y) or their features."""
         if pixel_values is not None:
             image_features = self.image_features(pixel_values)  # (n, I, D)
         return self.head(self.states(input_ids, attention_mask, token_type_ids, image_features))
 
     @torch.inference_mode()
-    def generate(self, input_ids, pixel_values=None, *, max_new_tokens, **how):
-        """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default.
-
-        `how` is as in `write`."""
-        if pixel_values is not None:
-            how["image_features"] = self.image_features(pixel_values)  # (n, I, D)
-        return self.write(input_ids, max_new_tokens, **how)[0]  # (B, U)
-
-    @torch.inference_mode()
-    def write(
+    def generate(
         self,
-        input_ids,
-        max_new_tokens,
-        attention_mask=None,
-        token_type_ids=None,
-        image_features=None,
-        **how,
-    ):
-        """Continue prompts (B, T), of which a part may be suffix already.
-
-        `how`: temperature, generator, stop_loops, on_token, as in `decode`; returns what it does.
-        """
-        like = self.language_model.embed_tokens.weight
-        cache = GemmaCache(
-            self.config.text, len(input_ids), input_ids.shape[1] + max_new_tokens, like
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        stop_loops: bool = False,
+        on_token: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Continue prompts (B, T), of which a part may be suffix already: new ids
+        (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The last four
+        options are those of `decode`, the others those of `forward`."""
+        if pixel_values is not None:
+            image_features = self.image_features(pixel_values)  # (n, I, D)
+        cache = self.language_model.cache(len(input_ids), input_ids.shape[1] + max_new_tokens)
+        states = self.states(input_ids, attention_mask, token_type_ids, image_features, cache)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
+        pads = mask.int().flip(1).argmax(1)  # (B,), after the last token
+        ends = states[torch.arange(len(pads), device=pads.device), -1 - pads]  # (B, D)
+        return decode(
+            self,
+            self.head(ends),
+            cache,
+            max_new_tokens,
+            temperature,
+            generator,
+            stop_loops,
+            on_token,
         )
-        ones = torch.ones_like(input_ids)
-        mask = ones if attention_mask is None else attention_mask  # (B, T)
-        pads = mask.int().flip(1).argmax(1)  # (B,), behind the last token that is none
-        last = int(pads.max()) + 1
-        given = (input_ids, mask, token_type_ids, image_features, cache, last)
-        head = linear_of(like)
 
-        def logits(states):  # (B, D) -> (B, V)
-            return soft_cap(head(states), self.config.text.final_logit_softcapping)
-
-        def step(ids, cache):  # (B, 1) -> (B, V)
-            return logits(self.states(ids, None, torch.ones_like(ids), None, cache)[:, -1])
-
-        ends = (self.config.eos_token_id, self.config.pad_token_id)
-        with onednn([*self.language_model.modules(), head]):  # as they are: a copy is 10 GB
-            states = self.states(*given)  # (B, U, D), U = last
-            first = logits(states[torch.arange(len(pads), device=pads.device), -1 - pads])  # (B, V)
-            return decode(first, step, cache, max_new_tokens, *ends, **how)
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """The newest ids (B, 1) -> logits (B, V) of what follows; the cache grows by one token."""
+        states = self.states(ids, token_type_ids=torch.ones_like(ids), cache=cache)  # (B, 1, D)
+        return self.head(states[:, -1])  # (B, V)
 
 
-# ----------------------------------------------------------------------------------------------
-# Decoding: one loop for every model that generates
-# ----------------------------------------------------------------------------------------------
+# ---- Decoding: one loop for every model that generates -------------------------------------------
 
 
-def pick(logits, temperature=0.0, generator=None):
+def pick(
+    logits: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
     """The next ids (B,) from logits (B, V): arg-max, or a sample at `temperature`."""
     if temperature == 0:
         return logits.argmax(-1)  # (B,)
@@ -1507,8 +1117,8 @@ def pick(logits, temperature=0.0, generator=None):
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (B,)
 
 
-def looping(ids, times=4, least=24):
-    """(B, U) ids -> (B,): whether a row ends in one chunk said `times` times over.
+def looping(ids: Tensor, times: int = 4, least: int = 24) -> Tensor:
+    """(B, U) ids -> (B,): whether a row ends in one chunk repeated `times` times.
 
     Together they are `least` tokens or more. Counting n-grams anywhere in the text (8 tokens, four
     times) would cut every fifth of Gemini's own thoughts, which restate a formula as often as they
@@ -1524,728 +1134,58 @@ def looping(ids, times=4, least=24):
 
 @torch.inference_mode()
 def decode(
-    logits,
-    step,
-    cache,
-    max_new_tokens,
-    eos_id,
-    pad_id=0,
-    temperature=0.0,
-    generator=None,
-    stop_loops=False,
-    on_token=None,
-):
+    model: nn.Module,
+    logits: Tensor,
+    cache: Cache,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    stop_loops: bool = False,
+    on_token: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
     """Generate up to `max_new_tokens` ids per row; rows that have finished leave the batch.
 
-    logits (B, V) choose the first id; `step(ids (B, 1), cache) -> logits (B, V)` runs the model on
-    one more token per live row; `cache.keep(alive)` drops the rows where the boolean (B,) is False.
-    With `stop_loops` a row that repeats itself (see `looping`) ends as well. `on_token(t, ids)`
-    hears the ids of the live rows at step t as soon as they are chosen: t = 0 begins a text.
-    Returns (B, <= max_new_tokens) ids, EOS included, `pad_id` after the end of a row; and why each
-    row stopped, a list of "eos", "loop" or "length".
+    logits (B, V) choose the first id; `model.step(ids (B, 1), cache) -> logits (B, V)` reads one
+    more token per live row. With `stop_loops` a row that repeats itself (see `looping`) ends as
+    well. `on_token(t, ids)` gets the ids of the live rows at step t as soon as they are chosen:
+    t = 0 begins a text. Returns (B, <= max_new_tokens) ids, EOS included, pads after a row's end.
     """
-    B = len(logits)
-    out = torch.full((B, max_new_tokens), pad_id, device=logits.device)  # (B, U)
-    rows = torch.arange(B, device=logits.device)  # (live,), their places in `out`
-    stops, t = ["length"] * B, -1
-    for t in range(max_new_tokens):
+    pad_id = model.config.pad_token_id
+    out = torch.full((len(logits), max_new_tokens), pad_id, device=logits.device)  # (B, U)
+    rows = torch.arange(len(logits), device=logits.device)  # (live,), their places in `out`
+    length = 0
+    while length < max_new_tokens:
         ids = pick(logits, temperature, generator)  # (live,)
-        out[rows, t] = ids
+        out[rows, length] = ids
         if on_token:
-            on_token(t, ids)
-        stopped = ended = ids == eos_id  # (live,)
+            on_token(length, ids)
+        length += 1
+        stopped = ids == model.config.eos_token_id  # (live,)
         if stop_loops:
-            stopped = ended | looping(out[rows, : t + 1])
+            stopped = stopped | looping(out[rows, :length])
         if stopped.any():
-            for row, end in zip(rows[stopped].tolist(), ended[stopped].tolist(), strict=True):
-                stops[row] = "eos" if end else "loop"
             alive = ~stopped
-            rows, ids = rows[alive], ids[alive]  # (live,)
+            rows = rows[alive]  # (live,)
+            ids = ids[alive]  # (live,)
             if not len(rows):
                 break
             cache.keep(alive)
-        if t + 1 < max_new_tokens:
-            logits = step(ids[:, None], cache)  # (live, V)
-    return out[:, : t + 1], stops
+        if length < max_new_tokens:
+            logits = model.step(ids[:, None], cache)  # (live, V)
+    return out[:, :length]
 
 
-# ----------------------------------------------------------------------------------------------
-# Quick and small: the formulas above again, for where the plain way costs too much
-#
-# In training, autograd keeps every step of a formula; `Normed`, `GatedGELU` and `CappedAttention`
-# keep what it starts from and compute the rest again. Random numbers, and oneDNN's kernels, are for
-# CPUs. All give what the plain formula gives, up to rounding (dropout: other numbers of the same
-# law).
-# ----------------------------------------------------------------------------------------------
+def stop_reason(ids: Tensor, eos_id: int, pad_id: int, stop_loops: bool = False) -> str:
+    """Why `decode` ended a row, of which `ids` (U,) are all it gave: "eos", "loop" or "length"."""
+    if (ids == eos_id).any():
+        return "eos"
+    # Only EOS and a loop end a row before the others; a loop may also be complete at the limit.
+    if stop_loops and len(ids) and (ids[-1] == pad_id or looping(ids[None]).item()):
+        return "loop"
+    return "length"
 
 
-class Normed(torch.autograd.Function):
-    """`GemmaNorm` for training: y = x r (1 + w), r = (mean x^2 + eps)^-0.5. Keeps x as it is, and
-    r, where autograd would keep two or three copies of x in fp32."""
+if __name__ == "__main__":  # --keys and --summary
+    from support.checkpoints import summary
 
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        y = x.float()
-        r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)  # (B, T, 1)
-        ctx.save_for_backward(x, r, weight)
-        return (y * r * (1 + weight.float())).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, given):
-        """dx = r (g - n mean(g n)), with n = x r and g = dy (1 + w); dw = sum dy n."""
-        x, r, weight = ctx.saved_tensors
-        n, g = x.float() * r, given.float()  # (B, T, D)
-        learns = ctx.needs_input_grad[1]
-        of_weight = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if learns else None  # (D,)
-        g = g * (1 + weight.float())
-        g = (g - n * (g * n).mean(-1, keepdim=True)) * r
-        return g.to(x.dtype), of_weight, None
-
-
-class GatedGELU(torch.autograd.Function):
-    """`GemmaMLP`'s middle for training: GELU(gate) * up, which keeps gate and up, and computes
-    GELU(gate), as large as they are, again on the way back."""
-
-    @staticmethod
-    def forward(ctx, gate, up):  # (B, T, F)
-        ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh").mul_(up)
-
-    @staticmethod
-    def backward(ctx, given):
-        gate, up = ctx.saved_tensors
-        of_up = F.gelu(gate, approximate="tanh").mul_(given)
-        return torch.ops.aten.gelu_backward(given * up, gate, approximate="tanh"), of_up
-
-
-class CappedAttention(torch.autograd.Function):
-    """`GemmaAttention`'s middle for training: keeps q, k and v and computes the scores again on the
-    way back, those of one key-value head at a time, where autograd would keep three tensors of
-    N * T * S."""
-
-    @staticmethod
-    def weights(q, k, bias, cap):
-        """One head's q (B, G*T, H) and k (B, S, H) -> capped scores / cap, weights (B, G*T, S)."""
-        scores = q @ k.transpose(1, 2)  # (B, G*T, S)
-        scores = scores.tanh_() if cap else scores
-        groups = scores.unflatten(1, (-1, bias.shape[2]))  # (B, G, T, S)
-        biased = torch.add(bias, groups, alpha=cap or 1)
-        return scores, biased.softmax(-1, dtype=torch.float32).flatten(1, 2)
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias, cap):
-        """q (B, K, G*T, H), already over its scale and the cap; k, v (B, K, S, H) -> as q."""
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.cap, heads = cap, zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
-        weigh = CappedAttention.weights
-        return torch.stack([weigh(q, k, bias, cap)[1].to(v.dtype) @ v for q, k, v in heads], 1)
-
-    @staticmethod
-    def backward(ctx, given):
-        *saved, bias = ctx.saved_tensors
-        heads, gradients = zip(*(x.unbind(1) for x in (*saved, given)), strict=True), []
-        for q, k, v, g in heads:
-            capped, weights = CappedAttention.weights(q, k, bias, ctx.cap)  # (B, G*T, S)
-            of_v = weights.to(v.dtype).transpose(1, 2) @ g  # (B, S, H)
-            g = (g @ v.transpose(1, 2)).float()  # (B, G*T, S)
-            g = torch.ops.aten._softmax_backward_data(g, weights, -1, torch.float32).to(q.dtype)
-            del weights
-            if ctx.cap:
-                g = torch.ops.aten.tanh_backward(g, capped).mul_(ctx.cap)
-            gradients.append((g @ k, g.transpose(1, 2) @ q, of_v))
-        return *(torch.stack(parts, 1) for parts in zip(*gradients, strict=True)), None, None
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout that is quick on a CPU too, where torch draws one uniform number after the other:
-    a quarter of a training step. Here each 64 bits drawn are four numbers, so that p is a multiple
-    of 2^-16; the mean stays exact, as what is kept is scaled by the p that was had."""
-
-    def forward(self, x):
-        if not self.training:
-            return x
-        if not 0 < self.p < 1 or x.device.type != "cpu":
-            return super().forward(x)
-        drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        drawn = drawn.view(torch.int16)[: x.numel()].view(x.shape)  # -2^15 to 2^15 - 1
-        dropped = round(self.p * 2**16)  # of 2^16 numbers
-        return Dropped.apply(x, drawn >= dropped - 2**15, 1 / (1 - dropped / 2**16))
-
-
-class Dropped(torch.autograd.Function):
-    """x * scale where `kept`, else 0; keeps one byte a place, where autograd would keep four."""
-
-    @staticmethod
-    def forward(ctx, x, kept, scale):
-        ctx.scale = scale
-        ctx.save_for_backward(kept)
-        return kept.to(x.dtype).mul_(scale).mul_(x)
-
-    @staticmethod
-    def backward(ctx, given):
-        [kept] = ctx.saved_tensors
-        return kept.to(given.dtype).mul_(ctx.scale).mul_(given), None, None
-
-
-ONEDNN = 2**18  # weights of a layer from which on it is worth its 12 us a call
-
-
-def has_onednn(t):
-    """Whether oneDNN's operators, which have no public name, do for what is computed from `t`."""
-    usable = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    fits = t.device.type == "cpu" and t.dtype == torch.float32
-    return usable and fits and not torch.is_grad_enabled()
-
-
-@contextlib.contextmanager
-def onednn(layers, rows=None):
-    """Inside, a CPU multiplies by those of `layers` that are big and fp32, adapted or not, with
-    oneDNN, which torch keeps for compiled models: 1.1 times as fast as its BLAS, and 1.1 to 2.3
-    times for the few `rows` of a decoding step (an int), if the weights are laid out for them,
-    which costs a copy. Without gradients only."""
-    ops, ours = torch.ops.mkldnn, []
-    for m in layers:
-        name = "forward" if type(m) is nn.Linear else "base_forward"  # lora.LoRALinear's
-        w = m.weight if hasattr(m, name) else torch.empty(0)
-        if w.numel() >= ONEDNN and has_onednn(w):
-            if (rows or 1) > 1:  # one row is bound by reading the weights, whatever their layout
-                w = ops._reorder_linear_weight(w, rows)
-            how = w, m.bias, "none", [], ""
-            setattr(m, name, lambda x, how=how: ops._linear_pointwise(x, *how))
-            ours.append((m, name))
-    try:
-        yield
-    finally:
-        for m, name in ours:
-            delattr(m, name)  # the class's own is seen again
-
-
-def linear_of(weight):
-    """A Linear around a weight that is an embedding's."""
-    layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-    layer.weight = weight
-    return layer
-
-
-def normed_at_once(x, conv, norm, plus, relu):
-    """`normed` on a CPU without gradients, in one pass over memory, channels last: the norm is put
-    into the weights, and oneDNN adds and clamps what it has just summed up. 1.2 times as fast as
-    one after the other."""
-    how = (*folded(conv, norm), conv.padding, conv.stride, conv.dilation, conv.groups)
-    ops, last = torch.ops.mkldnn, "relu" if relu else "none"
-    x = x.contiguous(memory_format=torch.channels_last)
-    if plus is None:
-        return ops._convolution_pointwise(x, *how, last, [], "")
-    return ops._convolution_pointwise.binary(x, plus, *how, "add", 1.0, last, [], "")
-
-
-def folded(conv, norm):
-    """Weight and bias of `norm` after `conv` as one convolution, channels last. Both are kept with
-    the layer until one of the five tensors they are made of is written to or replaced."""
-    parts = [t.detach() for t in (conv.weight, *norm.buffers())]
-    state = [(t.data_ptr(), t._version) for t in parts]
-    if getattr(conv, "folded", (None,))[0] != state:
-        scale, shift = norm.scale_shift()
-        weight = conv.weight * scale[:, None, None, None]
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        conv.folded = state, weight, shift, parts  # whose memory is not given to others meanwhile
-    return conv.folded[1:3]
-
-
-# ----------------------------------------------------------------------------------------------
-# Files: finding a checkpoint, reading its config, moving tensors by the tables of names
-# ----------------------------------------------------------------------------------------------
-
-
-def resolve(where):
-    """A local folder for a directory or a Hub id ("allenai/unifiedqa-t5-base").
-
-    Weights are fetched as safetensors; only a repository without any gives its pytorch_model.bin.
-    Raises FileNotFoundError for a missing path or repository, PermissionError for a gated one,
-    ConnectionError without network; each says what to do.
-    """
-    if Path(where).is_dir():
-        return Path(where)
-    if Path(where).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
-        raise FileNotFoundError(
-            f"{where} is neither a folder with config.json and weights nor a Hub id like org/name."
-        )
-    from huggingface_hub import errors, snapshot_download
-
-    small = ["*.json", "spiece.model"]
-    try:
-        folder = Path(snapshot_download(where, allow_patterns=[*small, "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):
-            snapshot_download(where, allow_patterns=[*small, "pytorch_model.bin"])
-        return folder
-    except errors.GatedRepoError as e:
-        raise PermissionError(
-            f"The Hub repository {where} is gated: accept its licence on its page, then log in "
-            "with `hf auth login` or set HF_TOKEN."
-        ) from e
-    except errors.RepositoryNotFoundError as e:
-        raise FileNotFoundError(
-            f"The Hub has no repository {where}, or it is private and no token is set."
-        ) from e
-    except Exception as e:  # the client raises its HTTP library's own errors when offline
-        raise ConnectionError(
-            f"{where} is not a local folder and the Hub could not be reached "
-            f"({type(e).__name__}). Download it elsewhere and pass the folder instead."
-        ) from e
-
-
-def read_config(folder, *model_types):
-    """config.json of `folder` as a dict; ValueError unless its model_type is one of these."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a checkpoint folder needs its config.json."
-        )
-    config = json_object(path)
-    if config.get("model_type") not in model_types:
-        raise ValueError(
-            f"{path} says model_type {config.get('model_type')!r:.60}, but "
-            f"{' or '.join(map(repr, model_types))} is needed here: these weights belong to "
-            "another architecture."
-        )
-    return config
-
-
-def json_object(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}). Download it again.") from e
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
-    return value
-
-
-def from_config(cls, config):
-    """Dataclass `cls` from a config dict; absent and null fields keep the family's default.
-    ValueError for a value of another type, or a size no model has: it would take hours to build."""
-    made = {}
-    for field in fields(cls):
-        value = config.get(field.name)
-        if value is None:
-            continue
-        kind = {float: (int, float), tuple: (list, tuple)}.get(field.type, field.type)
-        fits = isinstance(value, kind) and (field.type is bool or not isinstance(value, bool))
-        if fits and isinstance(value, int | float) and not isinstance(value, bool):
-            least = 0 if field.type is float or "token" in field.name else 1
-            least = -1 if field.name == "eos_token_id" else least  # -1: there is none
-            fits = least <= value <= (256 if "layers" in field.name else 10**7)  # False for NaN
-        if not fits:
-            raise ValueError(f"{field.name} is {value!r:.60}, which no {cls.__name__} has.")
-        made[field.name] = value
-    return cls(**made)
-
-
-class Undrawn(TorchFunctionMode):
-    """Leaves out what `torch.nn.init` would do to weights that are read from a file next. On the
-    meta device that draws nothing, but its first call imports torch's compiler: 2 seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def described(folder):
-    """The meta device, where a module takes no memory, to build what config.json describes."""
-    try:
-        with torch.device("meta"), Undrawn():
-            yield
-    except ValueError as e:
-        raise ValueError(f"{folder}/config.json: {str(e).rstrip('.')}.") from e
-    except Exception as e:  # torch's and Python's own, for sizes that do not go together
-        raise ValueError(
-            f"{folder}/config.json describes no model that can be built ({type(e).__name__}: {e})."
-        ) from e
-
-
-def convert_pickle(path):
-    """Convert pytorch_model.bin once to model.safetensors beside it; returns the new path.
-
-    Only tensors are unpickled (`weights_only=True`); a file that holds code is refused. Several
-    names of one tensor (T5's tied embeddings) are stored once, as safetensors wants it.
-    """
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a broken pickle makes its reader raise almost anything
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path} is not a plain file of tensors and was not loaded ({reason}). Pickles that "
-            "hold code are refused: use a safetensors version of these weights."
-        ) from e
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and is_plain(t) for name, t in tensors.items()
-    ):
-        raise ValueError(f"{path} does not hold a dict of tensors, so it is no model's weights.")
-    kept = {}
-    for name in sorted(tensors, key=len):  # of several names the shortest: "shared.weight"
-        t = tensors[name]
-        kept.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else name, name)
-    target = path.with_name("model.safetensors")
-    try:
-        write_safetensors({name: tensors[name] for name in kept.values()}, target)
-    except (RuntimeError, ValueError, SafetensorError) as e:  # tensors that overlap in memory
-        raise ValueError(f"{path} could not be converted to {target.name} beside it ({e}).") from e
-    return target
-
-
-def is_plain(t):
-    """Whether a tensor from a pickle has its numbers in memory. A view that says more of them than
-    its storage holds would be written out in full: a few bytes that become terabytes."""
-    if not torch.is_tensor(t) or t.layout != torch.strided or t.device.type != "cpu":
-        return False
-    return t.numel() * t.element_size() <= t.untyped_storage().nbytes()
-
-
-def write_safetensors(tensors, path):
-    """Write beside `path`, then rename: whoever has the old file mapped keeps a whole one."""
-    temporary, plain = path.with_name(f".{path.name}.{os.getpid()}.tmp"), {"format": "pt"}
-    try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, plain)
-        temporary.chmod(0o644)  # the library writes for the owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def stored_tensors(folder):
-    """{name in the file: (path, shape)} over every weight file of a checkpoint folder."""
-    return {name: (path, shape) for name, (path, shape, _) in headers(folder).items()}
-
-
-def headers(folder):
-    """As `stored_tensors`, with each tensor's dtype as safetensors calls it ("F32", "BF16")."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        names = json_object(index).get("weight_map")
-        names = list(names.values()) if isinstance(names, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(
-                f"{index} has no weight_map from tensors to files of its own folder. Get it again."
-            )
-        paths = {folder / name for name in names}
-    elif single.is_file():
-        paths = {single}
-    elif (folder / "pytorch_model.bin").is_file():
-        paths = {convert_pickle(folder / "pytorch_model.bin")}
-    else:
-        raise FileNotFoundError(
-            f"{folder} has neither model.safetensors, model.safetensors.index.json nor "
-            "pytorch_model.bin."
-        )
-    found = {}
-    for path in sorted(paths):
-        with opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                header = file.get_slice(name)
-                found[name] = (path, tuple(header.get_shape()), header.get_dtype())
-    return found
-
-
-@contextlib.contextmanager
-def opened(path):
-    """A safetensors file; whatever its reader finds wrong with it is a ValueError that names it."""
-    try:
-        if not path.is_file():
-            raise FileNotFoundError("there is no such file")  # a pipe would be waited for
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError, AttributeError, TypeError, RuntimeError) as e:
-        raise ValueError(f"{path} cannot be read as safetensors ({e}). Get it again.") from e
-
-
-class Weight(NamedTuple):
-    """A tensor of the files, or one of ours that they lack, and what becomes of it."""
-
-    fate: str  # "matched", "skipped" or one of UNFIT
-    theirs: str  # its name in the file, or the one it should have there
-    ours: str = None
-    shape: tuple = None  # in the file
-    dtype: str = None
-    path: Path = None
-    wanted: tuple = None  # the shape of ours
-
-    def __str__(self):
-        if self.fate != "of another shape":
-            return self.theirs
-        return f"{self.theirs}: file {list(self.shape)}, model {list(self.wanted)}"
-
-
-UNFIT = ("missing", "unexpected", "of another shape")
-
-
-def weight_rows(module, folder, table, skip=()):
-    """A `Weight` for each tensor in `folder` and for each of the module that is not there."""
-    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    rows = []
-    for theirs, (path, shape, dtype) in headers(folder).items():
-        ours = table.to_ours(theirs)
-        if ours is None or ours in skip:
-            fate, ours, expected = "skipped", None, None
-        elif ours not in wanted:  # or known by another spelling already
-            fate, ours, expected = "unexpected", None, None
-        else:
-            expected = wanted.pop(ours)
-            fate = "matched" if expected == shape else "of another shape"
-        rows.append(Weight(fate, theirs, ours, shape, dtype, path, expected))
-    lacking = ((table.to_file(ours), ours, shape) for ours, shape in wanted.items())
-    return rows + [Weight("missing", theirs, ours, wanted=shape) for theirs, ours, shape in lacking]
-
-
-def unfit(rows):
-    """What the rows say does not fit, listed by fate; empty if all is well."""
-    found = {fate: sorted(str(row) for row in rows if row.fate == fate) for fate in UNFIT}
-    return "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in found.items() if v)
-
-
-def load_weights(module, folder, table, dtype=torch.float32, skip=()):
-    """Fill `module`, built on the meta device, from the checkpoint in `folder`; strict.
-
-    Tensors are memory-mapped into place and copied only where `dtype` differs from the file's.
-    `skip` names (ours) that the caller knows to be copies of another tensor.
-    Raises ValueError that names each missing, unexpected and misshaped tensor as the file calls it,
-    and each that is not of finite floating-point numbers.
-    """
-    check_dtype(dtype)
-    rows, by_file = weight_rows(module, folder, table, skip), {}
-    if listed := unfit(rows):
-        raise ValueError(
-            f"The weights in {folder} do not fit {type(module).__name__} as its config.json "
-            f"describes it. Tensors {listed}."
-        )
-    for row in rows:
-        if row.fate == "matched":
-            by_file.setdefault(row.path, []).append((row.theirs, row.ours))
-    tensors, bad = {}, []
-    for path, names in by_file.items():
-        with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            found = pool.map(lambda pair: checked(file.get_tensor(pair[0]), dtype), names)
-            for (theirs, ours), (tensor, fine) in zip(names, found, strict=True):
-                tensors[ours] = tensor
-                if not fine:
-                    bad.append(theirs)
-    if bad:
-        raise ValueError(
-            f"The weights in {folder} are no finite numbers of type {dtype} in {len(bad)} tensors: "
-            f"{', '.join(sorted(bad))}. They were stored in integers, or by a run that diverged."
-        )
-    module.load_state_dict(tensors, assign=True)
-    return module
-
-
-def checked(t, dtype):
-    """A tensor in this dtype, and whether it is one of finite floating-point numbers."""
-    made = t.to(dtype)
-    return made, t.is_floating_point() and finite(made)
-
-
-def finite(t):
-    """Whether a tensor has neither NaN nor infinity. Either shows in its sum, which runs at the
-    memory's speed; a sum that has merely overflown is settled by the extremes."""
-    return math.isfinite(t.sum()) or all(math.isfinite(x) for x in t.aminmax())
-
-
-def save_weights(module, folder, table, config):
-    """Write config.json and model.safetensors in the Hub's layout."""
-    folder, tensors = Path(folder), in_file_names(module, table)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def in_file_names(module, table):
-    """{name in the files: tensor} of the module; ValueError if the table lacks one."""
-    tensors = {table.to_file(name): t for name, t in module.state_dict().items()}
-    if strange := sorted(name[1:] for name in tensors if name.startswith("?")):
-        raise ValueError(
-            f"{type(module).__name__} has tensors that its table of file names has no row for: "
-            f"{', '.join(strange)}. A layer of your own needs a row there. Adapters are saved with "
-            "lora.save, or put into the weights first with lora.merge(model, remove=True)."
-        )
-    return tensors
-
-
-def has_weights(folder):
-    names = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
-    return any((Path(folder) / name).exists() for name in names)
-
-
-def head_is_tied(folder):
-    """Untied iff the files hold an lm_head that differs from the input embedding.
-
-    The config cannot tell: transformers 5 writes tie_word_embeddings=true for FLAN-T5 as well, and
-    PaliGemma2's says false of a text model whose head is the embedding.
-    """
-    names = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
-    stored = {n: path for n, (path, _) in stored_tensors(folder).items() if n.endswith(names)}
-    heads = [n for n in stored if n.endswith("lm_head.weight")]
-    inputs = sorted((n for n in stored if n not in heads), key=len)  # T5's copies are longer names
-    if not heads or not inputs:
-        return True
-    tensors = []
-    for name in (heads[0], inputs[0]):
-        with opened(stored[name]) as file:
-            tensors.append(file.get_tensor(name))
-    return tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
-
-
-def check_dtype(dtype):
-    if dtype == torch.float16:
-        raise ValueError(
-            "float16 is refused: T5 and Gemma overflow in it and small gradients vanish. Use "
-            "bfloat16 where the device is good at it, else float32."
-        )
-
-
-# ----------------------------------------------------------------------------------------------
-# Many processes, one a device; train.py starts them
-# ----------------------------------------------------------------------------------------------
-
-
-def world():
-    """How many processes train and decode together; 1 but under torchrun."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    """Which of them this is."""
-    return dist.get_rank() if world() > 1 else 0
-
-
-def of_all_ranks(told):
-    """One dict of what was told of every batch. Batches were dealt like cards: this process has
-    a list of dicts, of batches rank, rank + world ...; every process gets all, in that order."""
-    every = [told]
-    if world() > 1:
-        every = [None] * world()
-        dist.all_gather_object(every, told)
-    turns = itertools.zip_longest(*every, fillvalue={})
-    return {key: value for turn in turns for batch in turn for key, value in batch.items()}
-
-
-# ----------------------------------------------------------------------------------------------
-# Command line: what a checkpoint holds, without loading it
-# ----------------------------------------------------------------------------------------------
-
-# What stands for a shape's letters in `summary`: large primes, which no config has; a picture's
-# sides are 32 times one, as DETR divides them by up to that.
-AXIS_SIZES = {"B": 1009, "T": 1013, "U": 1019, "P": 1021, "Y": 32 * 1031, "X": 32 * 1033}
-AXIS_LETTERS = {size: letter for letter, size in AXIS_SIZES.items()}
-AXIS_LETTERS |= {AXIS_SIZES[axis] // n: f"{axis}/{n}" for axis in "YX" for n in (2, 4, 8, 16, 32)}
-AXIS_LETTERS |= {AXIS_SIZES["Y"] * AXIS_SIZES["X"] // n**2: "P" for n in (16, 32)}
-
-
-def keys(model, skip, folder):
-    """The weight table of a folder as lines, in the model's order, and how many tensors are unfit.
-
-    A shape is the file's; the model's is behind it where that is another."""
-    order = {name: i for i, name in enumerate(model.state_dict())}
-    rows = weight_rows(model, folder, model.KEYS, skip)
-    rows.sort(key=lambda row: (order.get(row.ours, len(order)), row.theirs))
-    table = [("ours", "in the file", "shape", "dtype", "")]
-    for row in rows:
-        shapes = dict.fromkeys(x for x in (row.shape, row.wanted) if x is not None)
-        shape = ", not ".join(str(list(x)) for x in shapes)
-        table.append((row.ours or "-", row.theirs, shape, row.dtype or "-", row.fate))
-    fates = Counter(row.fate for row in rows)
-    told, listed = ", ".join(f"{n} {fate}" for fate, n in fates.items()), unfit(rows)
-    lines = [*aligned(table), f"{type(model).__name__}: {len(rows)} tensors, {told}"]
-    lines += [f"Tensors {listed}."] if listed else []
-    if re.search("image_dense|mha_layer|gate_dense", listed) and isinstance(model, T5):
-        lines.append("Multimodal-CoT's fusion has its table in fusion.py: python fusion.py --keys.")
-    return lines, sum(fates[fate] for fate in UNFIT)
-
-
-def aligned(table, right=()):
-    """Rows of texts as lines; the columns of these numbers are flush right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        texts = enumerate(zip(row, widths, strict=True))
-        yield "  ".join(x.rjust(n) if i in right else x.ljust(n) for i, (x, n) in texts).rstrip()
-
-
-def summary(model):
-    """The architecture as lines: module, shape of what it gives, parameters. Sizes that the config
-    fixes are numbers, the others this file's letters; equal neighbours are one line."""
-    shapes = {}
-
-    def note(module, given, made):
-        made = made[0] if isinstance(made, tuple) else made
-        shapes.setdefault(module, [str(AXIS_LETTERS.get(n, n)) for n in made.shape])
-
-    def of(*axes):
-        return torch.ones([AXIS_SIZES.get(a, a) for a in axes], dtype=torch.long, device="meta")
-
-    hooks = [module.register_forward_hook(note) for module in model.modules()]
-    with torch.no_grad():
-        model.eval().walk(of)
-    for hook in hooks:
-        hook.remove()
-    total, constants = (sum(t.numel() for t in x()) for x in (model.parameters, model.buffers))
-    more = f", {constants:,} constants" if constants else ""
-    tree = drawn("", [branch(model, shapes)], "")
-    return [*aligned(tuple(tree), right=(2,)), f"{total:,} parameters{more}"]
-
-
-def branch(module, shapes):
-    """(class, shape, parameters, children) of a module; a child is (name, its branch). Containers
-    that compute nothing give their children their name; what has no weights is left out."""
-    children = []
-    for name, child in module.named_children():
-        made = branch(child, shapes)
-        if type(child) in (nn.Module, nn.ModuleList):
-            children += [(f"{name}.{inner}", x) for inner, x in made[3]]
-        elif child.state_dict():
-            children.append((name, made))
-    shape = f"({', '.join(shapes[module])})" if module in shapes else ""
-    return type(module).__name__, shape, sum(p.numel() for p in module.parameters()), children
-
-
-def drawn(name, equal, indent):
-    """Rows (module, shape, parameters) of neighbours whose branches are all equal."""
-    kind, shape, size, children = equal[0]
-    times = f"{len(equal)} x " if len(equal) > 1 else ""
-    yield f"{indent}{name}{times}{kind}", shape, f"{times}{size:,}"
-    for _, group in itertools.groupby(children, key=lambda child: child[1]):
-        names, parts = zip(*group, strict=True)
-        joined, last = ", ".join(names), names[-1].rpartition(".")[2]
-        if len(names) > 1 and last.isdecimal():
-            joined = f"{names[0]}-{last}"  # layers.0-11
-        if len(joined) <= 40:
-            yield from drawn(f"{joined}  ", parts, indent + "  ")
-        else:
-            for inner, part in zip(names, parts, strict=True):
-                yield from drawn(f"{inner}  ", [part], indent + "  ")
-
-
-def main(architectures):
-    """`--keys`: the weight table, status 1 if a tensor is unfit; `--summary`: the modules, for
-    which config.json is enough. `architectures` are the classes by model_type."""
-    parser = argparse.ArgumentParser(description="What a checkpoint holds, without loading it.")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--keys", metavar="DIR_OR_HUB_ID", help="the weight table")
-    asked.add_argument("--summary", metavar="DIR_OR_HUB_ID", help="the architecture as text")
-    args = parser.parse_args()
-    try:
-        folder = resolve(args.keys or args.summary)
-        kind = read_config(folder, *architectures)["model_type"]
-        model, skip = architectures[kind].unloaded(folder)
-        lines, unfit = keys(model, skip, folder) if args.keys else (summary(model), 0)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(unfit > 0)
-
-
-if __name__ == "__main__":
-    main({"t5": T5, "detr": DETR, "paligemma": PaliGemma})
+    summary.main({"t5": T5, "detr": DETR, "paligemma": PaliGemma})

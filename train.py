@@ -42,14 +42,17 @@ import data
 import eval as evaluation
 import fusion
 import lora
-from model import in_file_names, rank, resolve, world
 from support import distributed as devices
 from support import files
+from support.checkpoints.hub import resolve
+from support.checkpoints.weights import in_file_names
 from support.dataset import images as pictures
 from support.dataset.tokenizers import load_tokenizer
-from support.evaluation import decode_cache as decoding
-from support.evaluation import looking, metrics, tables
-from support.evaluation import models as loading
+from support.distributed import rank, world
+from support.evaluation import metrics, tables
+from support.evaluation.decode_cache import DecodeCache
+from support.evaluation.decoding import Decoder
+from support.evaluation.models import load_paligemma, paligemma_inputs
 from support.training import ablations, folders
 from support.training import checks as guards
 from support.training import examples as records
@@ -101,14 +104,11 @@ def t5_loss(model, batch, args):
 
 
 def paligemma_loss(model, batch, args):
-    """As `cross_entropy`; token t is predicted by the state at t - 1. The states before the first
-    token that is learned are not computed in the top layer."""
-    labels = batch["labels"][:, 1:]  # (B, T-1)
-    U = labels.shape[1] - int((labels != -100).any(0).int().argmax())
-    inputs = decoding.paligemma_inputs(model, batch)
-    states = model.states(**inputs, last=U + 1)[:, :-1]  # (B, U, D)
+    """As `cross_entropy`; token t is predicted by the state at t - 1."""
+    inputs = paligemma_inputs(model, batch)
+    states = model.states(**inputs)[:, :-1]  # (B, T-1, D)
     weight = model.language_model.embed_tokens.weight
-    return cross_entropy(model.head, weight, states, labels[:, -U:], args)
+    return cross_entropy(model.head, weight, states, batch["labels"][:, 1:], args)
 
 
 LOSS = {"mmcot": t5_loss, "paligemma": paligemma_loss}
@@ -320,8 +320,10 @@ def run_stage(args, stage, splits, tokenizer, features, journal):
     generated = None
     if stage == 1 and args.stage2_rationales == "generated":
         generated = own_rationales(args, splits, tokenizer, features, journal)
-    train = data.examples(splits["train"], fmt, tokenizer, features, generated, vars(args))
-    val = data.examples(splits["val"], fmt, tokenizer, features, None, vars(args))
+    limits = {"max_input": args.max_input, "max_output": args.max_output[-1 if "G" in fmt else 0]}
+    limits |= {"captions": args.vision == "caption", "faithful": args.faithful_text}
+    train = data.examples(splits["train"], fmt, tokenizer, features, generated, **limits)
+    val = data.examples(splits["val"], fmt, tokenizer, features, None, **limits)
     records.show_example(train[0], tokenizer, fmt)
     model = start_model(args, features, stage)
     epochs = args.epochs[min(stage, len(args.epochs) - 1)]
@@ -341,7 +343,7 @@ def start_model(args, features, stage):
     elif model.fusion is None:
         width = model.t5.config.d_model
         model.fusion = fusion.GatedFusion(width, features.shape[1], args.no_image)
-    in_file_names(model, model.KEYS)  # what could not be saved is not trained
+    in_file_names(model)  # what could not be saved is not trained
     return model
 
 
@@ -356,11 +358,20 @@ def own_rationales(args, splits, tokenizer, features, journal):
         seen = [p for i, p in enumerate(problems) if i not in held]
         unseen = [p for i, p in enumerate(problems) if i in held]
         model = run_stage(args, 0, splits | {"train": seen}, tokenizer, features, journal)
-        examples = data.examples(unseen, "QCM-LE", tokenizer, features, None, vars(args))
-        batches = decoding.in_batches(examples, args.eval_batch_size, "own rationales")
-        part = decoding.Part(args.out, [model])
-        texts = fusion.write(model, batches, tokenizer, args.max_output[0], part)
-        generated |= {problem_id: told["text"] for problem_id, told in texts.items()}
+        examples = data.examples(
+            unseen,
+            "QCM-LE",
+            tokenizer,
+            features,
+            max_input=args.max_input,
+            max_output=args.max_output[0],
+            captions=args.vision == "caption",
+            faithful=args.faithful_text,
+        )
+        cache = DecodeCache(args.out, [model])
+        decoder = Decoder(model, tokenizer, args.eval_batch_size, cache)
+        texts = decoder.t5_texts(examples, args.max_output[0])
+        generated |= {problem_id: result["text"] for problem_id, result in texts.items()}
     return generated
 
 
@@ -372,22 +383,22 @@ def run_paligemma(args):
     print(f"{Path(args.out)}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
     splits, skipped = records.load_splits(args)
     tokenizer = load_tokenizer(resolve(args.weights[0]))
-    model = loading.load_paligemma(vars(args))
+    model = load_paligemma(args)
     if args.epochs[0]:
         make_trainable(args, model)
     rows = records.training_rows(args, splits["train"], skipped) if args.epochs[0] else []
-    learned = {row[0].id: row[0] for row in rows}
+    learned = {row.problem.id: row.problem for row in rows}
     splits |= {"train": [*learned.values()], "val": splits["val"][: args.eval_problems]}
     with devices.in_turn():
         features, splits = records.with_pictures(args, splits, skipped, model)
     left, test = {p.id for p in splits["train"]}, splits[args.test_split]
-    rows = [row for row in rows if row[0].id in left]
-    if not isinstance(features, pictures.Pictures):
+    rows = [row for row in rows if row.problem.id in left]
+    if not isinstance(features, pictures.LazyImages):
         model.vision_tower = None  # all pictures were looked at: 0.8 GiB of the 3B's 5.7 in bf16
     folders.begin(args)  # only now: a run that cannot start leaves nothing
     counts = records.told_skipped(args, skipped)
     if rows and args.data != "demo":  # its splits are disjoint by construction
-        records.warn_of_overlap([row[0] for row in rows], test)
+        records.warn_of_overlap([row.problem for row in rows], test)
     if args.epochs[0]:
         with folders.opened_journal(args) as journal:
             model = tune(args, model, rows, splits["val"], tokenizer, features, journal)
@@ -415,8 +426,17 @@ def tune(args, model, rows, val, tokenizer, features, journal):
     """Fit what `make_trainable` chose to these rows, as `records.training_rows` gives them,
     validated on real answers to the problems `val`; returns the model. ValueError if --max-suffix
     leaves no row to train on. `journal` as in `fit`."""
-    config, val = vars(args), val[: args.eval_problems]
-    examples = data.pali_examples(rows, tokenizer, features, config)
+    val = val[: args.eval_problems]
+    examples = data.pali_examples(
+        rows,
+        tokenizer,
+        features,
+        max_suffix=args.max_suffix,
+        layout=args.layout,
+        eos_in_loss=args.eos_in_loss,
+        shuffle_choices=args.shuffle_choices,
+        seed=args.seed,
+    )
     ids = list(dict.fromkeys(example["id"] for example in examples))
     held_ids = set(ids[:: max(20, len(ids) // 100)])  # for the validation loss: 5 % or 100 problems
     held_back = [e for e in examples if e["id"] in held_ids]
@@ -429,7 +449,7 @@ def tune(args, model, rows, val, tokenizer, features, journal):
     records.show_example(examples[0], tokenizer, args.recipe)
 
     def validate(model):
-        predictions = evaluation.predict([model.eval()], val, config, tokenizer, features)
+        predictions = evaluation.predict([model.eval()], val, args, tokenizer, features)
         right = sum(g.correct for *_, g in metrics.grade_all(val, predictions))
         accuracy = {"val_accuracy": round(100 * right / len(val), 2)} if val else {}
         return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
@@ -455,23 +475,17 @@ def run_one(args):
     """The metrics of a run, which is trained and decoded unless it is complete."""
     if folders.is_complete(args):
         print(f"{args.out}: complete already", flush=True)
-        return tables.metrics_then(Path(args.out))
+        return tables.read_metrics(args.out)
     return {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model](args)
 
 
 def scored(args, models, problems, tokenizer, features, counts):
     """The metrics of a run, whose models decode these problems now; it is complete then. `counts`
     of skipped records by split, or None, go into the table."""
-    how = argparse.Namespace(
-        faithful_parse=False,
-        teacher_forced=args.model == "mmcot" and args.teacher_forced,
-        looks=looking.LOOKS,
-        report=True,
-        skipped=counts,
-    )
-    out, config = Path(args.out), vars(args)
-    scores = evaluation.evaluate(out, models, problems, config, tokenizer, features, how)
-    folders.complete(out)
+    forced = args.model == "mmcot" and args.teacher_forced
+    how = {"teacher_forced": forced, "skipped": counts}
+    scores = evaluation.evaluate(args.out, models, problems, args, tokenizer, features, **how)
+    folders.complete(Path(args.out))
     return scores
 
 
@@ -507,10 +521,10 @@ def dry_paligemma(args, splits, tokenizer):
     """`dry_run` of a paligemma run, whose splits and tokenizer are loaded."""
     if not args.epochs[0]:
         return print("  nothing is trained: it only decodes")
-    model = loading.load_paligemma(vars(args))
+    model = load_paligemma(args)
     make_trainable(args, model)
     rows = records.training_rows(args, splits["train"])
-    features = blank_features(args, [row[0] for row in rows], model)
+    features = blank_features(args, [row.problem for row in rows], model)
     tune(args, model, rows, splits["val"], tokenizer, features, None)
 
 

@@ -1,26 +1,36 @@
-"""The demo's pictures: 128 x 128 RGB, drawn twice as large and reduced.
+"""The demo's images: 128 x 128 RGB, drawn twice as large and reduced.
 
 `render` paints the objects of a scene, each by the painter of its class, into its box. Boxes come
 in pixels and are scaled up here. The same random.Random gives the same bytes, for one version of
 Pillow: its rasteriser and its built-in font are all that is used.
-
-Left out on purpose: which objects, where (demo/scenes.py); textures, shadows, occlusion.
 """
 
 import math
+import random
 from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, SCALE = 128, 2  # pixels; supersampling while drawing
+SIDE = 128  # pixels
+SCALE = 2  # supersampling while drawing
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1
+Draw = ImageDraw.ImageDraw
 SPECIES = ("grass", "rabbit", "fox", "fish", "bird", "snail")
 MAGNETS = {"NS": "magnet north left", "SN": "magnet south left"}  # poles from left to right
 # fmt: off
 RGB = {"red": (214, 48, 48), "blue": (48, 88, 214), "green": (44, 160, 74),
        "yellow": (240, 200, 40)}
-INK, WHITE, LEAF, BEAK = (50, 50, 56), (250, 250, 250), (70, 170, 60), (245, 170, 30)
-FUR, PINK, FOX, SEA = (150, 150, 160), (240, 170, 180), (232, 120, 36), (40, 170, 190)
-SKY, SHELL, SKIN = (140, 80, 190), (150, 90, 50), (222, 190, 130)
+INK = (50, 50, 56)
+WHITE = (250, 250, 250)
+LEAF = (70, 170, 60)
+BEAK = (245, 170, 30)
+FUR = (150, 150, 160)
+PINK = (240, 170, 180)
+FOX = (232, 120, 36)
+SEA = (40, 170, 190)
+SKY = (140, 80, 190)
+SHELL = (150, 90, 50)
+SKIN = (222, 190, 130)
 # Animals as (method of ImageDraw, colour, points in fractions of the box).
 PICTOGRAMS = {
     "grass": [("polygon", LEAF, p) for p in (
@@ -55,28 +65,28 @@ PICTOGRAMS = {
 
 
 @cache
-def _font(size):
+def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size * SCALE)
 
 
-def _tint(rng, rgb, by=14):
+def tint(rng: random.Random, rgb: tuple, by: int = 14) -> tuple:
     return tuple(min(255, max(0, v + rng.randint(-by, by))) for v in rgb)
 
 
-def _magnet(draw, rng, name, box, line):
+def paint_magnet(draw: Draw, rng: random.Random, name: str, box: Box, line: int) -> None:
     x0, y0, x1, y1 = box
     middle = (x0 + x1) / 2
     poles = "NS" if name == MAGNETS["NS"] else "SN"
     for pole, a, b in zip(poles, (x0, middle), (middle, x1), strict=True):
-        fill = _tint(rng, RGB["red" if pole == "N" else "blue"])
+        fill = tint(rng, RGB["red" if pole == "N" else "blue"])
         draw.rectangle((a, y0, b, y1), fill, INK, line)
-        draw.text(((a + b) / 2, (y0 + y1) / 2), pole, WHITE, _font(12), anchor="mm")
+        draw.text(((a + b) / 2, (y0 + y1) / 2), pole, WHITE, font(12), anchor="mm")
 
 
-def _shape(draw, rng, name, box, line):
+def paint_shape(draw: Draw, rng: random.Random, name: str, box: Box, line: int) -> None:
     x0, y0, x1, y1 = box
     colour, shape = name.split()
-    fill = _tint(rng, RGB[colour])
+    fill = tint(rng, RGB[colour])
     if shape == "circle":
         draw.ellipse(box, fill, INK, line)
     elif shape == "triangle":
@@ -85,77 +95,93 @@ def _shape(draw, rng, name, box, line):
         draw.rectangle(box, fill, INK, line)
 
 
-def _water(draw, rng, name, box, line):
-    draw.rectangle(box, _tint(rng, (120, 190, 240)))
+def paint_water(draw: Draw, rng: random.Random, name: str, box: Box, line: int) -> None:
+    draw.rectangle(box, tint(rng, (120, 190, 240)))
 
 
-def level(cup, ml):
+def level(cup: Box, ml: int) -> float:
     """The y of a line of the scale; `cup` is the box of the cup, handle included."""
     return cup[3] - ml / 100 * (cup[3] - cup[1]) / 5.7
 
 
-def _measure(draw, rng, name, box, line):
+def paint_cup(draw: Draw, rng: random.Random, name: str, box: Box, line: int) -> None:
     x0, y0, x1, y1 = box
-    body, h = x1 - 24 * SCALE, y1 - y0
+    body = x1 - 24 * SCALE
+    h = y1 - y0
     draw.arc((body - 20 * SCALE, y0 + h / 6, x1, y0 + 3 * h / 4), -90, 90, INK, 4 * SCALE)
     draw.line((x0, y0, x0, y1, body, y1, body, y0), INK, line + 1)
     for ml in range(100, 600, 100):
         y = level(box, ml)
         draw.line((x0, y, x0 + 12 * SCALE, y), INK, line)
-        draw.text((x0 + 15 * SCALE, y), str(ml), INK, _font(10), anchor="lm")
+        draw.text((x0 + 15 * SCALE, y), str(ml), INK, font(10), anchor="lm")
 
 
-def _axes(draw, box, line):
+def paint_axes(draw: Draw, box: Box, line: int) -> None:
     x0, y0, x1, y1 = box
     for i in range(6):
         y = y1 - i * (y1 - y0) / 5
         draw.line((x0, y, x1, y), (176, 176, 184), 1)
-        draw.text((x0 - 3 * SCALE, y), str(i), INK, _font(10), anchor="rm")
+        draw.text((x0 - 3 * SCALE, y), str(i), INK, font(10), anchor="rm")
     draw.line((x0, y0, x0, y1, x1, y1), INK, line)
 
 
-def _ring(draw, rng, name, box, line):
+def paint_ring(draw: Draw, rng: random.Random, name: str, box: Box, line: int) -> None:
     x0, y0, x1, y1 = box
     draw.ellipse(box, None, INK, line)
-    k, turn, r = int(name.split()[2]), rng.uniform(0, math.tau), rng.randint(4, 5) * SCALE
-    for i in range(k):
-        angle, reach = turn + math.tau * i / k, (x1 - x0) / 4.2
+    dots = int(name.split()[2])
+    turn = rng.uniform(0, math.tau)
+    r = rng.randint(4, 5) * SCALE
+    reach = (x1 - x0) / 4.2
+    for i in range(dots):
+        angle = turn + math.tau * i / dots
         x = (x0 + x1) / 2 + math.cos(angle) * reach
         y = (y0 + y1) / 2 + math.sin(angle) * reach
-        draw.ellipse((x - r, y - r, x + r, y + r), _tint(rng, RGB["blue"], 30))
+        draw.ellipse((x - r, y - r, x + r, y + r), tint(rng, RGB["blue"], 30))
 
 
-def _arrow(draw, rng, name, box, line):
+def paint_arrow(draw: Draw, rng: random.Random, name: str, box: Box, line: int) -> None:
     x0, y0, x1, y1 = box
     tail, tip = (x0, x1) if name == "arrow right" else (x1, x0)
-    y, neck = (y0 + y1) / 2, (tail + tip) / 2
+    y = (y0 + y1) / 2
+    neck = (tail + tip) / 2
     draw.line((tail, y, neck, y), INK, (2 + line) * SCALE)
     draw.polygon(((neck, y0), (neck, y1), (tip, y)), INK)
 
 
-def _pictogram(draw, rng, name, box, line):
+def paint_pictogram(draw: Draw, rng: random.Random, name: str, box: Box, line: int) -> None:
     x0, y0, x1, y1 = box
     shift = rng.randint(-12, 12)
     for method, rgb, points in PICTOGRAMS[name]:
         xy = [
-            p * (y1 - y0) + y0 if i % 2 else p * (x1 - x0) + x0  # x and y take turns
+            p * (y1 - y0) + y0 if i % 2 else p * (x1 - x0) + x0  # x and y alternate
             for i, p in enumerate(points)
         ]
         fill = INK if rgb == INK else tuple(min(255, v + shift) for v in rgb)
-        getattr(draw, method)(xy, fill, **({"width": line + 1} if method == "line" else {}))
+        if method == "line":
+            draw.line(xy, fill, width=line + 1)
+        else:
+            getattr(draw, method)(xy, fill)
 
 
-PAINTERS = {"magnet": _magnet, "ring": _ring, "arrow": _arrow, "cup": _measure, "water": _water}
-PAINTERS |= dict.fromkeys(SPECIES, _pictogram) | dict.fromkeys(RGB, _shape)
+PAINTERS = {  # by the first word of a class
+    "magnet": paint_magnet,
+    "ring": paint_ring,
+    "arrow": paint_arrow,
+    "cup": paint_cup,
+    "water": paint_water,
+    **dict.fromkeys(SPECIES, paint_pictogram),
+    **dict.fromkeys(RGB, paint_shape),
+}
 
 
-def render(rng, objects, chart=()):
-    """An RGB picture of SIDE x SIDE pixels: (class name, box) objects over the axes of a chart, if
+def render(rng: random.Random, objects: list[tuple], chart: tuple = ()) -> Image.Image:
+    """An RGB image of SIDE x SIDE pixels: (class name, box) objects over the axes of a chart, if
     there is its box. Colours and background vary a little, by the random.Random."""
-    image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), _tint(rng, (246, 245, 240), 8))
-    draw, line = ImageDraw.Draw(image), rng.randint(2, 3)
+    image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), tint(rng, (246, 245, 240), 8))
+    draw = ImageDraw.Draw(image)
+    line = rng.randint(2, 3)
     if chart:
-        _axes(draw, [v * SCALE for v in chart], line)
+        paint_axes(draw, [v * SCALE for v in chart], line)
     for name, box in objects:
         PAINTERS[name.split()[0]](draw, rng, name, [v * SCALE for v in box], line)
     return image.reduce(SCALE)

@@ -1,22 +1,17 @@
 """Makes the demo's pretrained checkpoints: `python demo/make.py` writes demo/{t5,detr,paligemma}.
 
-They play the parts of UnifiedQA-T5, DETR and PaliGemma 2 for a machine without a network, in the
+They take the place of UnifiedQA-T5, DETR and PaliGemma 2 on a machine without a network, in the
 same files (Hub layout, safetensors, tokenizer.json) and through the same code:
 
   t5    a T5 v1.0 of a quarter of a million parameters, trained on text questions: the scenes of
-        demo/scenes.py described in words, as UnifiedQA was trained on text QA. It has never seen a
-        picture.
-  detr  a small DETR, trained to find the objects of such pictures. It has never seen a question.
-  paligemma  a PaliGemma 2 of a third of a million parameters: it has described pictures, answered
-        questions about pictures with a bare letter (which taught it little), and thought in steps
-        about scenes told in words. It has never thought about a picture.
+        demo/scenes.py described in words, as UnifiedQA was trained on text QA. It knows no image.
+  detr  a small DETR, trained to find the objects of such images. It knows no question.
+  paligemma  a PaliGemma 2 of a third of a million parameters: it has described images, answered
+        questions about them with a bare letter (which taught it little), and reasoned in steps
+        about scenes described in words. It has never reasoned about an image.
 
-None has seen a val or test scene, nor the held-out family. What is left to learn in `train.py` is
-what each system is about: reading DETR's features through the gated fusion; thinking about what
-is seen, as a teacher does.
-
-Left out on purpose: DETR's Hungarian matching. Here an object belongs to the query of the grid cell
-its centre lies in, which a small model learns in minutes; the network and its files are the same.
+None was trained on a val or test scene, nor on the held-out family. In place of DETR's Hungarian
+matching an object belongs to the query of the grid cell of its centre.
 
 Axes: n scenes, B batch, S pixels down and across, Q queries, L classes, N heads, H width of one.
 """
@@ -26,16 +21,18 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 import data
 from demo import scenes, teacher
@@ -45,6 +42,7 @@ from model import (
     T5,
     DETRConfig,
     FrozenBatchNorm,
+    Gemma2,
     Gemma2Config,
     PaliGemma,
     PaliGemmaConfig,
@@ -53,60 +51,76 @@ from model import (
     rotary_angles,
     rotate,
 )
-from support.dataset import images as pictures
 from support.dataset.choices import LETTERS
+from support.dataset.images import detr_pixels
 from support.dataset.tokenizers import encode
 
 HERE = Path(__file__).parent
 SIDE = 96  # pixels; scenes are drawn at 128
 SEED = 1_000_003  # not the benchmark's seed; train split only
 FAMILIES = [f for f in scenes.FAMILIES if f not in scenes.HELD_OUT]
-# Prompt formats of the text questions. LEA and ALE have LE's source: they could not be told apart.
+# Prompt formats of the text questions. Without LEA and ALE: their source is LE's, word for word.
 FORMATS = ["QCM-LE"] * 4 + ["QCMG-A"] * 5 + ["QCM-A"]
 
 
 # ---- data --------------------------------------------------------------------------------------
 
 
-def scene(index, draw):
-    """Pretraining scene `index`: pixels and objects if `draw`, else a text question as a pair."""
-    made = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED, index)
-    if draw:
-        return (pictures.detr_pixels(made.image, SIDE).half(), made.objects) if made.image else None
-    record, fmt = made.record, FORMATS[index // len(FAMILIES) % len(FORMATS)]
-    problem = data.Problem(
-        id=str(index),
+def problem_of(record: dict, hint: str) -> data.Problem:
+    """A scene's record as a text question: without its image, with this hint."""
+    return data.Problem(
+        id="",
         question=record["question"],
         choices=tuple(record["choices"]),
         answer=record["choices"][record["answer"]],
-        hint=record["hint"] if "G" in fmt else f"{record['hint']} {made.description}".strip(),
+        hint=hint,
         image=None,
         lecture=record["lecture"],
         solution=record["solution"],
-        meta={"answer_index": record["answer"], "caption": ""},
+        meta={"answer_index": record["answer"]},
     )
+
+
+def drawn_scene(index: int) -> tuple[Tensor, list] | None:
+    """Pretraining scene `index`: pixels and objects, or None for a scene without an image."""
+    scene = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED, index)
+    return (detr_pixels(scene.image, SIDE).half(), scene.objects) if scene.image else None
+
+
+def text_question(index: int) -> tuple[str, str]:
+    """Pretraining scene `index` as a text question: source and target."""
+    scene = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED, index)
+    record = scene.record
+    fmt = FORMATS[index // len(FAMILIES) % len(FORMATS)]
+    hint = record["hint"] if "G" in fmt else f"{record['hint']} {scene.description}".strip()
     # Finding the letter of an answer is the hardest part to learn: mostly from one sentence.
     last = record["solution"].rstrip(".").split(". ")[-1]
-    return data.prompt(problem, fmt, f"Solution: {last}." if index % 5 else None)
+    return data.prompt(problem_of(record, hint), fmt, f"Solution: {last}." if index % 5 else None)
 
 
-def many(count, draw):
-    """`scene` of 0 .. count - 1, on all cores, without those that have no picture to `draw`."""
+def many(make: Callable[[int], Any], count: int) -> list:
+    """make(0) .. make(count - 1), on all cores, without those that are None."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(partial(scene, draw=draw), range(count), chunksize=64)
-        return [m for m in made if m is not None]
+        results = pool.map(make, range(count), chunksize=64)
+        return [result for result in results if result is not None]
 
 
 # ---- training ----------------------------------------------------------------------------------
 
 
-def optimise(name, model, losses, steps, lr, device):
+def optimise(
+    name: str, model: nn.Module, losses: Callable, steps: int, lr: float, device: str
+) -> nn.Module:
     """AdamW, 5 % warm-up, linear decay, clipping at 1; `losses(step)` gives the step's loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    ramp = lambda s: min((s + 1) / (0.05 * steps), 1 - s / steps)  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
+
+    def rate_at(step):
+        return min((step + 1) / (0.05 * steps), 1 - step / steps)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
     model.to(device).train()
-    start, total = time.monotonic(), 0.0
+    start = time.monotonic()
+    total = 0.0
     for step in range(steps):
         loss = losses(step)
         optimizer.zero_grad(set_to_none=True)
@@ -118,35 +132,31 @@ def optimise(name, model, losses, steps, lr, device):
         if (step + 1) % 100 == 0:
             rate = (step + 1) / (time.monotonic() - start)
             left = (steps - step - 1) / rate
-            mean = total.item() / 100
-            print(
-                f"{name} {step + 1}/{steps}  loss {mean:.4f}  {rate:.1f}/s  {left:.0f} s left",
-                flush=True,
-            )
+            line = f"loss {total.item() / 100:.4f}  {rate:.1f}/s  {left:.0f} s left"
+            print(f"{name} {step + 1}/{steps}  {line}", flush=True)
             total = 0.0
     return model.cpu().eval()
 
 
-def swap_norms(module, old, new):
+def swap_norms(module: nn.Module, old: type, new: type) -> None:
     """Replace batch norms of class `old` by `new`, keeping their four tensors: DETR freezes them,
     but somebody has to train them first."""
     for name, child in module.named_children():
         if isinstance(child, old):
-            made = new(len(child.weight))
-            made.load_state_dict(
-                child.state_dict(), strict=False
-            )  # num_batches_tracked comes and goes
-            setattr(module, name, made)
+            norm = new(len(child.weight))
+            norm.load_state_dict(child.state_dict(), strict=False)  # but for num_batches_tracked
+            setattr(module, name, norm)
         else:
             swap_norms(child, old, new)
 
 
-def detr_targets(objects):
+def detr_targets(objects: list) -> tuple[Tensor, Tensor]:
     """Class (Q,) and box (Q, 4) per query: an object belongs to the grid cell of its centre."""
     classes = torch.full((scenes.GRID**2,), len(scenes.CLASSES))
     boxes = torch.zeros(scenes.GRID**2, 4)
     for name, (x0, y0, x1, y1) in objects:
-        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        x = (x0 + x1) / 2
+        y = (y0 + y1) / 2
         query = int(y // scenes.CELL) * scenes.GRID + int(x // scenes.CELL)
         classes[query] = scenes.CLASSES.index(name)
         boxes[query] = torch.tensor([x, y, x1 - x0, y1 - y0]) / scenes.SIDE
@@ -154,26 +164,26 @@ def detr_targets(objects):
 
 
 @torch.inference_mode()
-def report_detr(model, pixels, classes, boxes):
-    """What the detector finds in pictures it was not trained on."""
-    logits, found = model(pixels.cpu())
-    named = logits.argmax(-1) == classes.cpu()  # (B, Q)
-    seen = classes.cpu() < model.config.num_labels  # (B, Q)
-    error = (found - boxes.cpu())[seen].abs().mean() * scenes.SIDE
+def report_detr(model: DETR, pixels: Tensor, classes: Tensor, boxes: Tensor) -> None:
+    """Print the detector's accuracy on images it was not trained on."""
+    logits, predicted = model(pixels.cpu())
+    right = logits.argmax(-1) == classes.cpu()  # (B, Q)
+    full = classes.cpu() < model.config.num_labels  # (B, Q)
+    error = (predicted - boxes.cpu())[full].abs().mean() * scenes.SIDE
     print(
-        f"detr, {len(pixels)} new pictures: {named[seen].float().mean():.2%} of the objects named, "
-        f"{named[~seen].float().mean():.2%} of the empty cells left empty, "
+        f"detr, {len(pixels)} new images: {right[full].float().mean():.2%} of the objects named, "
+        f"{right[~full].float().mean():.2%} of the empty cells left empty, "
         f"boxes off by {error:.2f} of {scenes.SIDE} pixels"
     )
 
 
-def make_detr(args):
+def make_detr(args: argparse.Namespace) -> None:
     """Write OUT/detr: trained on drawn scenes to name each object and to box it."""
     torch.manual_seed(0)
-    made = many(args.pictures, True)
-    pixels = torch.stack([p for p, _ in made]).to(args.device)  # (n, 3, S, S)
+    drawn = many(drawn_scene, args.pictures)
+    pixels = torch.stack([p for p, _ in drawn]).to(args.device)  # (n, 3, S, S)
     pixels = pixels.to(memory_format=torch.channels_last)
-    targets = [detr_targets(objects) for _, objects in made]
+    targets = [detr_targets(objects) for _, objects in drawn]
     classes, boxes = (torch.stack(t).to(args.device) for t in zip(*targets, strict=True))
     config = DETRConfig(
         backbone="resnet50",
@@ -193,18 +203,17 @@ def make_detr(args):
     model = DETR(config).to(memory_format=torch.channels_last)  # twice as fast on a CPU
     swap_norms(model, FrozenBatchNorm, nn.BatchNorm2d)
     weight = torch.ones(config.num_labels + 1, device=args.device)
-    weight[-1] = 0.2  # most queries see nothing
+    weight[-1] = 0.2  # most cells are empty
 
     def losses(step):
         batch = torch.randint(len(pixels) - 512, (64,), device=pixels.device)  # 512 are held back
         x = pixels[batch].float()
         x = x + 0.05 * torch.randn_like(x) + 0.1 * torch.randn_like(x[:, :, :1, :1])
-        logits, found = model(x)  # (B, Q, L + 1), (B, Q, 4)
-        seen = classes[batch] < config.num_labels  # (B, Q)
-        box_loss = (found - boxes[batch])[seen].abs().mean()
-        return (
-            F.cross_entropy(logits.flatten(0, 1), classes[batch].flatten(), weight) + 5 * box_loss
-        )
+        logits, predicted = model(x)  # (B, Q, L + 1), (B, Q, 4)
+        full = classes[batch] < config.num_labels  # (B, Q)
+        box_loss = (predicted - boxes[batch])[full].abs().mean()
+        class_loss = F.cross_entropy(logits.flatten(0, 1), classes[batch].flatten(), weight)
+        return class_loss + 5 * box_loss
 
     optimise("detr", model, losses, args.detr_steps, 1e-3, args.device)
     swap_norms(model, nn.BatchNorm2d, FrozenBatchNorm)
@@ -213,14 +222,15 @@ def make_detr(args):
 
 
 @torch.no_grad()
-def look_at_neighbours(model):
+def attend_to_neighbours(model: T5) -> None:
     """Start some heads on the previous and the next token.
 
     T5 knows positions only through its bias table, which starts near zero and which Adam moves by
     at most lr a step. Without this the model does not learn to find the letter of an answer (its
     loss on that stays at chance for 4,000 steps); with it, it does in 1,000.
     """
-    before, after = 1, 17  # buckets of -1 and +1
+    before = 1  # the bucket of -1
+    after = 17  # and of +1
     table = model.encoder.relative_attention_bias.weight  # (buckets, N)
     table[before, 0] += 4
     table[after, 1] += 4
@@ -228,10 +238,10 @@ def look_at_neighbours(model):
     model.decoder.relative_attention_bias.weight[before, 0] += 4
 
 
-def make_t5(args):
-    """Write OUT/t5, with its tokenizer: trained on scenes that are told in words."""
+def make_t5(args: argparse.Namespace) -> None:
+    """Write OUT/t5, with its tokenizer: trained on scenes described in words."""
     torch.manual_seed(0)
-    pairs = many(args.texts, False)
+    pairs = many(text_question, args.texts)
     tokenizer = t5_tokenizer([text for pair in pairs for text in pair])
     (args.out / "t5").mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out / "t5" / "tokenizer.json"))
@@ -244,14 +254,16 @@ def make_t5(args):
         num_heads=4,
         dropout_rate=0.0,
     )
-    sources, targets = (encode(tokenizer, t, 512) for t in zip(*pairs, strict=True))
+    sources, targets = (encode(tokenizer, texts, 512) for texts in zip(*pairs, strict=True))
     examples = [
-        {"id": str(i), "input_ids": s, "labels": t}
-        for i, (s, t) in enumerate(zip(sources, targets, strict=True))
+        {"id": str(i), "input_ids": source, "labels": target}
+        for i, (source, target) in enumerate(zip(sources, targets, strict=True))
     ]
-    model, generator, queue = T5(config), torch.Generator().manual_seed(0), []
+    model = T5(config)
+    generator = torch.Generator().manual_seed(0)
+    queue = []
     model.init_weights()
-    look_at_neighbours(model)
+    attend_to_neighbours(model)
 
     def losses(step):
         if not queue:
@@ -271,47 +283,50 @@ def make_t5(args):
 THETA = 30.0  # rotary base: with the usual 10,000 and 8 angles a head hardly tells neighbours apart
 
 
-def scene_lessons(index):
-    """Pretraining scene `index`: (pixels as bytes or None, [(prefix, suffix, sees it) ...])."""
-    made = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED + 1, index)
-    record, extra = made.record, ("answer", "caption")[index // len(FAMILIES) % 2]
-    if made.image is None:
-        tasks, pixels = ["solve", "lookup"], None
-    else:
+class Lesson(NamedTuple):
+    """One pretraining sequence, and whether the image is shown with it."""
+
+    prefix: str
+    suffix: str
+    with_image: bool
+
+
+def scene_lessons(index: int) -> tuple[bytes | None, list[Lesson]]:
+    """Pretraining scene `index`: its pixels, or None, and its lessons."""
+    scene = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED + 1, index)
+    tasks = ["solve", "lookup"]
+    pixels = None
+    if scene.image:
+        extra = ("answer", "caption")[index // len(FAMILIES) % 2]
         tasks = ["describe", "solve", "lookup", extra]
-        pixels = made.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
-    sound = (teacher.think(record, made.facts, f"pretraining {i}") for i in itertools.count())
-    thought = next(told["thought"] for told in sound if told["kind"] == "sound")
-    return pixels, [lesson(task, made, thought) for task in tasks]
+        pixels = scene.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
+    for attempt in itertools.count():
+        reply = teacher.think(scene.record, scene.facts, f"pretraining {attempt}")
+        if reply["kind"] == "sound":
+            return pixels, [lesson(task, scene, reply["thought"]) for task in tasks]
 
 
-def lesson(task, made, thought):
-    """(prefix, suffix, whether the picture is shown) of one task about one scene."""
-    if task in ("describe", "caption"):
-        return f"{task} en", made.description if task == "describe" else made.caption, True
-    record = made.record
-    hint, suffix = record["hint"], LETTERS[record["answer"]]
+def lesson(task: str, scene: scenes.Scene, thought: str) -> Lesson:
+    """The lesson of one task about one scene."""
+    if task == "describe":
+        return Lesson("describe en", scene.description, True)
+    if task == "caption":
+        return Lesson("caption en", scene.caption, True)
+    hint = scene.record["hint"]
+    suffix = LETTERS[scene.record["answer"]]
     if task == "solve":
-        told = f"{hint} {made.description}".strip() if made.image else hint
-        hint, suffix = told, f"{thought}\nAnswer: {suffix}"
+        if scene.image:
+            hint = f"{hint} {scene.description}".strip()
+        suffix = f"{thought}\nAnswer: {suffix}"
     elif task == "lookup":  # finding the letter of an answer is the hardest part to learn
-        hint, suffix = thought.split(". ")[-1], f"Answer: {suffix}"
-    problem = data.Problem(
-        id="",
-        question=record["question"],
-        choices=tuple(record["choices"]),
-        answer=record["choices"][record["answer"]],
-        hint=hint,
-        image=None,
-        lecture="",
-        solution="",
-        meta={"answer_index": record["answer"]},
-    )
+        hint = thought.split(". ")[-1]
+        suffix = f"Answer: {suffix}"
     name = "answer" if task == "answer" else "solve"
-    return data.pali_prefix(problem, name), suffix, task == "answer"
+    prefix = data.pali_prefix(problem_of(scene.record, hint), name)
+    return Lesson(prefix, suffix, task == "answer")
 
 
-def paligemma_config(tokenizer):
+def paligemma_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
     """A PaliGemma 2 with one image token for each cell of the scenes' grid."""
     return PaliGemmaConfig(
         SigLIPConfig(
@@ -338,13 +353,15 @@ def paligemma_config(tokenizer):
 
 
 @torch.no_grad()
-def look_near(gemma):
+def attend_near(gemma: Gemma2) -> None:
     """Start the first layer's heads on the tokens one, two and three back and one ahead.
 
-    As in `look_at_neighbours`: without it finding the letter of an answer is not learned in time.
+    As in `attend_to_neighbours`: without it finding the letter of an answer is not learned in time.
     Rotary attention needs something constant to turn: the embedding's first dimension.
     """
-    c, attention, H = gemma.config, gemma.layers[0].self_attn, gemma.config.head_dim
+    c = gemma.config
+    H = c.head_dim
+    attention = gemma.layers[0].self_attn
     gemma.embed_tokens.weight[:, 0] = 4 * gemma.embed_tokens.weight.std()
     u = torch.tensor([1, 1, 1, 0.5, 0.3, 0, 0, 0]).repeat(2)  # the angles that turn fast
     u = 6 * u / u.norm()  # (H,)
@@ -357,27 +374,27 @@ def look_near(gemma):
         attention.q_proj.weight[head * H : (head + 1) * H, 0] = turned
 
 
-def make_paligemma(args):
-    """Write OUT/paligemma, with its tokenizer: trained on `lesson`s of drawn and told scenes."""
+def make_paligemma(args: argparse.Namespace) -> None:
+    """Write OUT/paligemma, with its tokenizer: trained on the lessons of drawn scenes."""
     torch.manual_seed(0)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(scene_lessons, range(args.scenes), chunksize=64))
-    told = [lesson for _, lessons in made for lesson in lessons]
-    tokenizer = gemma_tokenizer([text for pair in told for text in pair[:2]])
+    scene_list = many(scene_lessons, args.scenes)
+    lessons = [lesson for _, group in scene_list for lesson in group]
+    tokenizer = gemma_tokenizer([text for x in lessons for text in (x.prefix, x.suffix)])
     model = PaliGemma(paligemma_config(tokenizer))
     model.init_weights()
-    look_near(model.language_model)
+    attend_near(model.language_model)
     out = args.out / "paligemma"
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
-    image_tokens = model.config.image_tokens
-    rows = [
-        (pixels if sees else None, data.sequence(tokenizer, prefix, suffix, image_tokens * sees))
-        for pixels, lessons in made
-        for prefix, suffix, sees in lessons
-    ]
-    lookups = [i for i, (prefix, suffix, _) in enumerate(told) if suffix.startswith("Answer:")]
-    generator, queue = torch.Generator().manual_seed(0), []
+    rows = []  # of pixels, or None, and a sequence
+    for pixels, group in scene_list:
+        for x in group:
+            image_tokens = model.config.image_tokens * x.with_image
+            row = data.sequence(tokenizer, x.prefix, x.suffix, image_tokens)
+            rows.append((pixels if x.with_image else None, row))
+    lookups = [i for i, x in enumerate(lessons) if x.suffix.startswith("Answer:")]
+    generator = torch.Generator().manual_seed(0)
+    queue = []
 
     def losses(step):
         if not queue or step == args.lookup_steps:
@@ -388,8 +405,8 @@ def make_paligemma(args):
         chosen = [rows[i] for i in queue.pop()]
         batch = data.pali_collate([{"id": ""} | row for _, row in chosen])
         batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}
-        seen = [noisy_picture(pixels) for pixels, _ in chosen if pixels]
-        features = model.image_features(torch.stack(seen).to(args.device)) if seen else None
+        images = [noisy_image(pixels) for pixels, _ in chosen if pixels]
+        features = model.image_features(torch.stack(images).to(args.device)) if images else None
         labels = batch.pop("labels")[:, 1:]
         states = model.states(**batch, image_features=features)[:, :-1]
         supervised = labels != -100
@@ -399,14 +416,14 @@ def make_paligemma(args):
     model.save_pretrained(out)
 
 
-def noisy_picture(pixels):
-    """Bytes -> (3, S, S) in -1..1, a little noisy, so that no grey level is learned by heart."""
+def noisy_image(pixels: bytes) -> Tensor:
+    """Bytes -> (3, S, S) in -1..1, a little noisy, so that no grey level is memorised."""
     x = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(SIDE, SIDE, 3)
     x = x.permute(2, 0, 1).float() / 127.5 - 1  # (3, S, S)
     return x + 0.1 * torch.randn_like(x) + 0.1 * torch.randn_like(x[:, :1, :1])
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

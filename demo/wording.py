@@ -1,34 +1,34 @@
-"""What the demo says: its topics, questions, solutions, lectures, hints, descriptions and captions.
+"""The demo's sentences: topics, questions, solutions, lectures, hints, descriptions and captions.
 
-`TOPICS` has what is constant in a family of demo/scenes.py, `PHRASES` question and solution of each
-kind. All are templates: " | " separates paraphrases, and {words} come from the scene. The fields of
-a topic are those of ScienceQA's records (arXiv 2209.09513), with a description of the picture.
-
-Left out on purpose: natural language variety. Every sentence can be decided by demo/teacher.py.
+`TOPICS` has the constant part of a family of demo/scenes.py, `PHRASES` question and solution of
+each kind. All are templates: " | " separates paraphrases, and {words} come from the scene. The
+fields of a topic are those of ScienceQA's records (arXiv 2209.09513), with a description of the
+image. demo/teacher.py can decide every sentence.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
-def plural(n, noun):
+def plural(n: int, noun: str) -> str:
     """1 red circle, 2 red circles."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def joined(items, last=" and "):
+def joined(items: Iterable[str], last: str = " and ") -> str:
     """Items in a row: a, b and c."""
     *most, end = items
     return ", ".join(most) + last + end if most else end
 
 
 class Topic(NamedTuple):
-    """What is constant in a family. ` | ` separates paraphrases; {words} come from the scene."""
+    """The constant part of a family."""
 
     subject: str
     grades: tuple  # first and last
     skill: str
     lecture: str
-    hint: str  # with a picture: general knowledge, for one problem in four
+    hint: str  # with an image: general knowledge, for one problem in four
     description: str = ""
     caption: str = ""
     true: str = ""  # details the caption may add
@@ -36,7 +36,9 @@ class Topic(NamedTuple):
 
 
 # fmt: off
-NAT, SOC, LAN = "natural science", "social science", "language science"
+NAT = "natural science"
+SOC = "social science"
+LAN = "language science"
 SHAPES_TEXT = ("The picture shows {counted} on a plain background. | "
                "There are some shapes in the picture: {each}.",
                "some coloured shapes | a group of shapes on a table",

@@ -1,15 +1,15 @@
 """The demo's two tokenizers, in T5's form and in Gemma's: a piece for each word of a few hundred.
 
-Unigram models (Kudo, arXiv 1804.10959) that are written down and not trained: training is made for
-large corpora, and breaks two hundred words into fragments. Here each word is a piece with the
-logarithm of its share as score; every ASCII character is one as well, as the way out.
-
-Left out on purpose: bytes for what is not ASCII, which is <unk>.
+Unigram models (Kudo, arXiv 1804.10959) that are written down and not trained: training is meant for
+large corpora, and breaks two hundred words into fragments. Each word is a piece with the logarithm
+of its share as score; every ASCII character is one as well, as a fallback. Other characters are
+<unk>.
 """
 
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from tokenizers import (
     AddedToken,
@@ -23,8 +23,8 @@ from tokenizers import (
 )
 
 
-def pieces_of(words):
-    """[(piece, score)] of a Counter of words: those seen three times or more, then the characters.
+def pieces_of(words: Counter) -> list[tuple[str, float]]:
+    """[(piece, score)] of a Counter of words: those of three times or more, then the characters.
     "▁" is the space before a word."""
     total = sum(words.values())
     pieces = [(word, math.log(n / total)) for word, n in words.most_common() if n > 2]
@@ -32,8 +32,8 @@ def pieces_of(words):
     return pieces + [(c, -20.0) for c in ("▁", *map(chr, range(33, 127))) if c not in known]
 
 
-def t5_tokenizer(texts):
-    """T5's: <pad> 0, </s> 1, <unk> 2, then the pieces; </s> behind each text."""
+def t5_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """T5's: <pad> 0, </s> 1, <unk> 2, then the pieces; </s> after each text."""
     words = Counter()
     for text in texts:
         for word in text.split():
@@ -53,7 +53,7 @@ def t5_tokenizer(texts):
     return tokenizer
 
 
-def gemma_tokenizer(texts):
+def gemma_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """Gemma's: <pad> 0, <eos> 1, <bos> 2, <unk> 3, then the pieces; last <image> and newline."""
     words = Counter()
     for text in texts:

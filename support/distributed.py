@@ -5,7 +5,7 @@ differs is which rows it is dealt, and that only the first one (rank 0) writes a
 steps are those of one device: N of them change the time, the last bits of sums, and dropout.
 Adapters and mmcot train under DDP, --full under FSDP2 (arXiv 2304.11277).
 
-All must see one disk. How the texts of all are put together: `model.of_all_ranks`.
+All must see one disk. Their results are put together by `gather_dicts`.
 
 Left out: tensor and pipeline parallelism, offloading, elastic restarts (--resume goes on with any
 number).
@@ -14,15 +14,42 @@ number).
 import contextlib
 import datetime
 import functools
+import itertools
 import os
 import time
 
 import torch
 import torch.distributed as dist
 
-from model import rank, world
 from support.dataset import images as pictures
 from support.training.optim import trained
+
+
+def world() -> int:
+    """How many processes train and decode together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def gather_dicts(results: list[dict]) -> dict:
+    """One dict of the results of all processes, the same in each.
+
+    `results` has one dict per batch of this process, which are the batches rank, rank + world ...
+    of all; the merged dict has them in the order of the batches.
+    """
+    gathered = [results]
+    if world() > 1:
+        gathered = [None] * world()
+        dist.all_gather_object(gathered, results)
+    merged = {}
+    for batches in itertools.zip_longest(*gathered, fillvalue={}):
+        for batch in batches:
+            merged.update(batch)
+    return merged
 
 
 def check_device(device):
@@ -103,7 +130,7 @@ def dealt(window):
 
 
 def trains_on_picture(example):
-    return isinstance(example.get("image_features"), pictures.Picture)
+    return isinstance(example.get("image_features"), pictures.LazyImage)
 
 
 def own_dropout(args, done):

@@ -29,10 +29,9 @@ def gemma():
 
 def scored(problems, predictions, faithful=False, rationale_format="QCM-LE", partial=False):
     """The metrics of predictions about these problems, as eval.py makes them."""
-    from support.evaluation import errors as kinds
-    from support.evaluation import metrics
+    from support.evaluation import errors, metrics
 
-    graded = kinds.explained(metrics.grade_all(problems, predictions, faithful, partial))
+    graded = errors.classify_all(metrics.grade_all(problems, predictions, faithful, partial))
     return metrics.metrics_of(graded, faithful, rationale_format)
 
 
@@ -41,7 +40,8 @@ def read_once():
     """Most runs look at a few of the demo's 8,600 problems: these, their traces and their facts
     are read once for all tests of a module. Files that a test writes are read each time."""
     import data
-    from support.evaluation import errors as kinds
+    from demo import scenes
+    from support.evaluation import errors
     from support.training import examples as records
 
     @functools.cache
@@ -49,7 +49,7 @@ def read_once():
         kept = functools.cache(read)
 
         def reading(where, *rest):
-            is_demo = where == "demo" or data.demo_folder() in Path(where).parents
+            is_demo = where == "demo" or scenes.demo_folder() in Path(where).parents
             fills = any(isinstance(x, list) for x in rest)  # what --on-error skip found
             return (kept if is_demo and not fills else read)(where, *rest)
 
@@ -57,8 +57,8 @@ def read_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", once(data.load))
-        patch.setattr(kinds, "scene_facts", once(kinds.scene_facts))
-        for module in (kinds, records):
+        patch.setattr(errors, "scene_facts", once(errors.scene_facts))
+        for module in (errors, records):
             patch.setattr(module, "load_traces", once(module.load_traces))
         yield
 

@@ -19,7 +19,6 @@ from statistics import median
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import demo_folder  # noqa: E402
 from demo import scenes, teacher  # noqa: E402
 
 N, SEEDS = 48, 24  # problems a family; seeds a problem
@@ -391,7 +390,7 @@ def done(trace):
 @pytest.mark.slow
 def test_shares_of_the_real_demo(tmp_path):
     for name in ("problems", "pid_splits", "scenes"):
-        shutil.copy(demo_folder() / f"{name}.json", tmp_path)
+        shutil.copy(scenes.demo_folder() / f"{name}.json", tmp_path)
     start = time.process_time()
     found = lines(teacher.traces(tmp_path))
     assert time.process_time() - start < 10

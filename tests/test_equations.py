@@ -49,7 +49,7 @@ TAGS = {
     "angles (RoPE)": ("rotary_angles", "test_rotary_positions"),
     "rotation (RoPE)": ("rotate", "test_rotary_positions"),
     "soft-cap (Gemma 2)": ("soft_cap", "test_soft_cap"),
-    "GQA (Gemma 2)": ("GemmaAttention.forward", "test_grouped_query_attention"),
+    "GQA (Gemma 2)": ("GemmaAttention.attend", "test_grouped_query_attention"),
     "GEGLU (Gemma)": ("GemmaMLP.forward", "test_geglu"),
     "cross-entropy (training)": (
         "cross_entropy.chunk_loss",
@@ -99,7 +99,7 @@ def qualified(node, before=""):
 
 
 def test_each_formula_has_one_tag_and_each_tag_a_formula():
-    files = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py")]
     assert len(files) >= 8
     all_tags = [(path, *told) for path in files for told in found(path.read_text("utf-8"))]
     assert not [(path.name, tag, wrong) for path, tag, _, wrong in all_tags if wrong]
@@ -110,7 +110,7 @@ def test_each_formula_has_one_tag_and_each_tag_a_formula():
 
 
 def test_each_formula_has_a_test():
-    texts = [path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py")]
+    texts = [path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
     there = {name for text in texts for name in re.findall(r"^def (test_\w+)\(", text, re.M)}
     assert {test for _, test in TAGS.values()} <= there
 
@@ -351,6 +351,6 @@ def test_grouped_query_attention(cap):
 
     kept = [attended(q[n], k[n // 3], v[n // 3], score) for n in range(6)]
     exact = torch.cat(kept, -1) @ net.o_proj.weight.double().T
-    close(net(x, *still, bias)[0], exact)
+    close(net(x, still, bias)[0], exact)
     with torch.no_grad():
-        close(net(x, *still, bias)[0], exact)
+        close(net(x, still, bias)[0], exact)

@@ -1,44 +1,31 @@
-"""Reading answers, the text scores against the packages that the authors used, the table."""
+"""eval.py: answers, run folders side by side, files of predictions, one question."""
 
-import gzip
 import json
-import math
-import os
-import random
 import re
+import shutil
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import scored
+import torch
+from conftest import ROOT
+from graded import graded_run, own_data, problem, says
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import data
+import eval as evaluation
+from demo import scenes
+from fusion import GatedFusion, MultimodalT5
+from model import T5
+from support.evaluation import metrics, tables
+from support.evaluation.models import image_features
+from support.training import ablations
+from support.training.settings import parse_args
 
-import data  # noqa: E402
-import eval as scoring  # noqa: E402
-from support.evaluation import grading, metrics, tables  # noqa: E402
-from support.evaluation.rouge import bleu, rouge_l  # noqa: E402
-
-SCIENCEQA = Path(os.environ.get("NANOCOT_DATA", ROOT / "../shared/data")) / "scienceqa"
-needs_data = pytest.mark.skipif(
-    not (SCIENCEQA / "problems.json").is_file(),
-    reason=f"no ScienceQA in {SCIENCEQA}; set NANOCOT_DATA",
-)
-
-
-def problem(id="1", choices=("yes", "no", "maybe"), index=0, answer=None, **other):
-    fields = {"hint": "", "image": None, "lecture": "", "solution": "", "meta": {}} | other
-    fields["meta"] = {"answer_index": index if choices else None, "caption": ""} | fields["meta"]
-    answer = choices[index] if choices else answer
-    return data.Problem(id=id, question="?", choices=choices, answer=answer, **fields)
-
-
-def says(letter):
-    return f"The answer is ({letter})."
+T5_FOLDER = ROOT / "demo/t5"
 
 
 # --- answers
@@ -62,16 +49,16 @@ def says(letter):
 )
 def test_letter_is_read_or_the_parse_failed(response, parsed, how):
     right, wrong = problem(index=1), problem(index=0)
-    assert scoring.grade(right, response) == scoring.Grade(parsed == "B", parsed, how)
-    assert scoring.grade(wrong, response) == scoring.Grade(False, parsed, how)
+    assert evaluation.grade(right, response) == evaluation.Grade(parsed == "B", parsed, how)
+    assert evaluation.grade(wrong, response) == evaluation.Grade(False, parsed, how)
 
 
 def test_the_index_decides_between_choices_of_the_same_text():
     twins = problem(choices=("cat", "cat"), index=1)
-    assert scoring.grade(twins, says("B")).correct
-    assert not scoring.grade(twins, says("A")).correct
+    assert evaluation.grade(twins, says("B")).correct
+    assert not evaluation.grade(twins, says("A")).correct
     without_index = problem(choices=("cat", "dog"), index=1, meta={"answer_index": None})
-    assert scoring.grade(without_index, says("B")).correct
+    assert evaluation.grade(without_index, says("B")).correct
 
 
 @pytest.mark.parametrize(
@@ -89,432 +76,298 @@ def test_the_index_decides_between_choices_of_the_same_text():
     ],
 )
 def test_free_form(gold, response, correct, how):
-    verdict = scoring.grade(problem(choices=(), answer=gold), response)
+    verdict = evaluation.grade(problem(choices=(), answer=gold), response)
     assert (verdict.correct, verdict.how) == (correct, how)
     assert (verdict.parsed is None) == (how == "no answer found")
 
 
-def test_faithful_parse_draws_as_the_released_code_does():
-    """The released loop, written out with the random module's own state, seeded 42."""
-    replies = ["", says("A"), says("Z"), "A? B?", says("A") * 2, says("E"), says("B")]
-    problems = [problem(str(i), index=i % 3) for i in range(210)]
-    predictions = [{"id": p.id, "response": random.Random(p.id).choice(replies)} for p in problems]
-    random.seed(42)
-    expected = []
-    for p, x in zip(problems, predictions, strict=True):
-        found = re.findall(r"The answer is \(([A-Z])\)", x["response"])
-        if len(found) == 1 and found[0] in "ABCDE":
-            index = "ABCDE".index(found[0])
-        else:
-            index = random.choice(range(5))
-        expected.append(index == p.meta["answer_index"])
-    graded = metrics.grade_all(problems, predictions, faithful=True)
-    assert [g.correct for *_, g in graded] == expected
-    assert any(g.correct and g.parsed is None for *_, g in graded)
-    honest = metrics.grade_all(problems, predictions)
-    assert not any(g.correct for *_, g in honest if g.parsed is None)
-    assert sum(g.correct for *_, g in honest) < sum(expected)
-
-
-# --- text scores
-def rouge_of_the_package(candidate, reference):
-    rouge = pytest.importorskip("rouge").Rouge(metrics=["rouge-l"])
-    try:  # hypothesis and reference are exchanged in the authors' call
-        return rouge.get_scores(reference, candidate, avg=True)["rouge-l"]["f"]
-    except ValueError:
-        return 0.0
-
-
-def bleu_of_the_package(candidate, reference, n):
-    score = pytest.importorskip("nltk.translate.bleu_score").sentence_bleu
-    said, gold = ([t for t in re.split(r"\s|\.", x) if t] for x in (candidate, reference))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return score([gold], said, (1 / n,) * n)
-
-
-def assert_equal_to_the_packages(candidate, reference):
-    expected = rouge_of_the_package(candidate, reference)
-    assert abs(rouge_l(candidate, reference) - expected) < 1e-9, (candidate, reference)
-    for n in (1, 2, 4):
-        expected = bleu_of_the_package(candidate, reference, n)
-        assert math.isclose(bleu(candidate, reference, n), expected, rel_tol=1e-9)
-
-
-def perturbed(text, rng):
-    """Drop, copy and move words, and break sentences: about a third of the text."""
-    words = text.split(" ")
-    for _ in range(rng.randint(0, 1 + len(words) // 3)):
-        i = rng.randrange(len(words))
-        edits = ([], [rng.choice(words)], [".", words[i]], [words[i], rng.choice(words)])
-        words[i : i + 1] = rng.choice(edits) or ([words[i]] if len(words) == 1 else [])
-    return " ".join(words)
-
-
-@pytest.mark.slow
-@needs_data
-def test_scores_equal_the_packages_on_real_solutions():
-    rng = random.Random(0)
-    problems = [p for p in data.load(SCIENCEQA, "test") if p.solution][::3]
-    targets = [data.prompt(p, "QCM-E")[1] for p in problems]
-    pairs = [(perturbed(x, rng), x) for x in targets] + [(rng.choice(targets), x) for x in targets]
-    assert len(pairs) > 300
-    for pair in pairs:
-        assert_equal_to_the_packages(*pair)
-
-
-@pytest.mark.slow
-def test_scores_equal_the_packages_on_small_alphabets():
-    """Few words and many sentences: here equally long common subsequences differ in their words."""
-    rng = random.Random(1)
-    for _ in range(2000):
-        words = "abcdefgh"[: rng.choice((2, 3, 5, 8))] + " ."
-        marks = [rng.choice(words) + rng.choice(["", " "]) for _ in range(rng.randint(0, 60))]
-        half = rng.randint(0, len(marks))
-        assert_equal_to_the_packages("".join(marks[:half]), "".join(marks[half:]))
-
-
-ODD = ["", ".", "...", " ", ". .", "a", "a.", "a. ", "\n", "ein Wort", "été. 中 文 .",
-       "x\xad\u2003y", "\U0001f9f2 attracts \U0001f9f2. \U0001f9f2", "the " * 60]  # fmt: skip
-
-
-@pytest.mark.parametrize("candidate", ODD)
-def test_odd_texts_get_a_score_and_the_package_one(candidate):
-    for reference in ODD:
-        assert_equal_to_the_packages(candidate, reference)
-        if not candidate.strip(". ") or not reference.strip(". "):
-            assert bleu(candidate, reference, 4) == 0.0
-    if not candidate.strip("."):
-        assert rouge_l(candidate, "a b. c") == 0.0 == rouge_l("a b", candidate)
-
-
-# --- metrics
-def small_set():
-    """Eight problems, one prediction each; A is the right letter and five get it."""
-    meta = [
-        {"subject": "natural science", "grade": "grade1", "has_image": True},
-        {"subject": "natural science", "grade": "grade6", "has_image": False},
-        {"subject": "natural science", "grade": "grade7", "has_image": True},
-        {"subject": "social science", "grade": "grade12", "has_image": False},
-        {"subject": "social science", "grade": "grade2", "has_image": False},
-        {"subject": "social science", "grade": "grade2", "has_image": False},
-        {"subject": "social science", "grade": "grade2", "has_image": False},
-        {"subject": "social science", "grade": "grade2", "has_image": False},
-    ]
-    hints = ["read this", "read this", "", "", "", "", "", ""]
-    sizes = [2, 2, 4, 4, 4, 4, 4, 4]
-    problems = [problem(f"p{i}", tuple("wxyz"[:n]), 0, hint=h, meta=m, image="choice_0.png")
-                for i, (n, h, m) in enumerate(zip(sizes, hints, meta, strict=True))]  # fmt: skip
-    replies = [says("A"), says("B"), says("A"), "dunno", says("A"), says("A"), says("A"), says("B")]
-    return problems, [{"id": p.id, "response": r} for p, r in zip(problems, replies, strict=True)]
-
-
-def test_metrics_by_hand():
-    got = scored(*small_set())
-    assert got["n"] == 8 and got["accuracy"]["avg"] == 62.5
-    assert got["chance"] == 31.25  # (2 / 2 + 6 / 4) / 8
-    assert got["parse_failures"] == 12.5
-    assert got["ci95"] == [30.57, 86.32]
-    by = got["n_by"], got["accuracy"], got["chance_by"]
-    assert {name: tuple(x[name] for x in by) for name in by[0]} == {
-        "avg": (8, 62.5, 31.25),
-        "NAT": (3, 66.67, 41.67),
-        "SOC": (5, 60.0, 25.0),
-        "LAN": (0, None, None),
-        "TXT": (2, 50.0, 50.0),
-        "IMG": (2, 100.0, 37.5),  # a picture of a choice is not an IMG problem
-        "NO": (5, 60.0, 25.0),
-        "G1-6": (6, 66.67, 33.33),
-        "G7-12": (2, 50.0, 25.0),
-    }
-    assert "rougeL" not in got and "families" not in got and "stop" not in got
-    assert json.loads(json.dumps(got)) == got
-
-
-def test_families_stops_and_free_form_chance():
-    problems = [problem(str(i), meta={"family": f}) for i, f in enumerate(("dots", "cup", "cup"))]
-    problems.append(problem("3", choices=(), answer="5"))
-    replies = [says("A"), says("B"), says("A"), "The answer is 5."]
-    stops = ["eos", "length", "eos", None]
-    predictions = [{"id": str(i), "response": r, "stop": s}
-                   for i, (r, s) in enumerate(zip(replies, stops, strict=True))]  # fmt: skip
-    got = scored(problems, predictions)
-    assert got["families"] == {"cup": 50.0, "dots": 100.0}
-    assert got["stop"] == {"eos": 2, "length": 1}
-    assert got["chance"] == 25.0  # three thirds and a zero, of four
-
-
-@needs_data
-def test_categories_equal_a_count_on_the_raw_file():
-    """The published definitions, applied to problems.json itself with random answers."""
-    problems = data.load(SCIENCEQA, "test")
-    raw = json.loads((SCIENCEQA / "problems.json").read_text())
-    rng = random.Random(2)
-    picks = {p.id: rng.randrange(len(p.choices)) for p in problems}
-    predictions = [{"id": i, "response": says("ABCDE"[pick])} for i, pick in picks.items()]
-    tests = {
-        "NAT": lambda r: r["subject"] == "natural science",
-        "SOC": lambda r: r["subject"] == "social science",
-        "LAN": lambda r: r["subject"] == "language science",
-        "TXT": lambda r: bool(r["hint"]),
-        "IMG": lambda r: bool(r["image"]),
-        "NO": lambda r: not r["hint"] and not r["image"],
-        "G1-6": lambda r: r["grade"] in [f"grade{g}" for g in range(1, 7)],
-        "G7-12": lambda r: r["grade"] in [f"grade{g}" for g in range(7, 13)],
-        "avg": lambda r: True,
-    }
-    got = scored(problems, predictions)["accuracy"]
-    for name, counts in tests.items():
-        hits = [pick == raw[i]["answer"] for i, pick in picks.items() if counts(raw[i])]
-        assert f"{got[name]:.2f}" == f"{100 * sum(hits) / len(hits):.2f}", name
-
-
-def published_problems(labels):
-    """({category: are its labels known of all 4,241}, the test split) from all that is there of
-    ScienceQA; of a problem that is not, only the published label and whether it has a caption."""
-    records = json.loads((SCIENCEQA / "problems.json").read_text())
-    rest = SCIENCEQA / "problems_partial.json.gz"
-    records |= json.loads(gzip.decompress(rest.read_bytes())) if rest.is_file() else {}
-    splits = SCIENCEQA / "pid_splits_full.json"
-    pids = json.loads((splits if splits.is_file() else SCIENCEQA / "pid_splits.json").read_text())
-    pictured = json.loads((SCIENCEQA / "captions.json").read_text())["captions"]
-    problems, fields = [], dict.fromkeys(("subject", "grade", "hint"), True)
-    for pid, label in zip(pids["test"], labels, strict=True):
-        record, gold = records.get(pid, {}), "ABCDE".index(grading.ANSWER.search(label)[1])
-        fields = {k: known and record.get(k) is not None for k, known in fields.items()}
-        meta = {k: record.get(k) for k in fields} | {"has_image": pid in pictured}
-        choices = tuple(record.get("choices") or "vwxyz")
-        problems.append(problem(pid, choices, gold, hint=record.get("hint") or "", meta=meta))
-    needs = ["subject"] * 3 + ["hint", None, "hint"] + ["grade"] * 2
-    known = {c: fields.get(x, True) for c, x in zip(metrics.CATEGORIES, needs, strict=True)}
-    return known | {"avg": True}, problems
-
-
-@needs_data
-@pytest.mark.skipif(
-    "NANOCOT_PUBLISHED" not in os.environ,
-    reason="set NANOCOT_PUBLISHED to a folder of mm-cot's predictions_ans_test.json of stage 2",
-)
-def test_published_predictions_keep_their_scores_to_two_decimals(tmp_path):
-    names = "natural social language has_text has_image no_context grade_1_6 grade_7_12".split()
-    names = dict(zip(metrics.CATEGORIES, names, strict=True)) | {"avg": "average"}
-    files = sorted(Path(os.environ["NANOCOT_PUBLISHED"]).rglob("*.json"))
-    files = [file for file in files if "answer" in json.loads(file.read_text()).get("scores", {})]
-    assert files
-    for file in files:
-        told = json.loads(file.read_text())
-        known, problems = published_problems(told["labels"])
-        graded = metrics.grade_all(problems, tables.read_predictions(file, problems), True)
-        got = metrics.metrics_of(graded, True)["accuracy"]
-        for category in [name for name, complete in known.items() if complete]:
-            official = told["scores"]["answer"][f"acc_{names[category]}"]
-            assert f"{got[category]:.2f}" == official, (file, category)
-        verdicts = told.get("per_question_correct", {})
-        assert {p.id: g.correct for p, _, g in graded} == verdicts or not verdicts
-        equal = [name for name, complete in known.items() if complete]
-        print(f"{file}: n = {len(graded)}, equal in {', '.join(equal)}")
-
-
-def test_wilson_against_published_values():
-    """Newcombe (1998), Statistics in Medicine 17, Table I, method 3: four (hits, n)."""
-    assert metrics.wilson(81, 263) == [25.53, 36.62]
-    assert metrics.wilson(15, 148) == [6.24, 16.05]
-    assert metrics.wilson(0, 20) == [0.0, 16.11]
-    assert metrics.wilson(1, 29) == [0.61, 17.18]
-    assert metrics.wilson(20, 20) == [83.89, 100.0]
-
-
-def test_rationales_are_scored_against_the_target_of_their_stage():
-    problems = [problem(str(i), lecture="Poles push.", solution=s) for i, s in enumerate("ab")]
-    gold = data.prompt(problems[0], "QCM-LE")[1]
-    predictions = [{"id": "0", "response": "", "rationale": gold},
-                   {"id": "1", "response": "", "rationale": ""}]  # fmt: skip
-    got = scored(problems, predictions)
-    assert (got["rougeL"], got["bleu1"], got["bleu4"], got["n_rationales"]) == (50, 50, 50, 2)
-    faithful = scored(problems, predictions, faithful=True)
-    assert (faithful["rougeL"], faithful["bleu1"]) == (100, 50)  # their ROUGE-L skips empty ones
-    short = scored(problems, predictions, rationale_format="QCM-E")
-    assert 0 < short["rougeL"] < 50
-    nothing_to_compare = [problem("0"), problem("1")]
-    assert "rougeL" not in scored(nothing_to_compare, predictions)
-
-
-def test_empty_targets_do_not_count(monkeypatch):
-    problems = [problem(str(i), solution=s) for i, s in enumerate(("", "a b c d"))]
-    predictions = [{"id": p.id, "response": "", "rationale": "a b c d"} for p in problems]
-    monkeypatch.setattr(data, "prompt", lambda p, fmt: ("", p.solution))
-    got = scored(problems, predictions)
-    assert (got["n_rationales"], got["rougeL"], got["bleu4"]) == (1, 100, 100)
-    assert "rougeL" not in scored(problems[:1], predictions[:1])
-
-
-@pytest.mark.parametrize(
-    "ids, message",
-    [
-        (["p0", "p1", "p0"], r"1 prediction ids are there more than once: p0 \(there are 2 prob"),
-        (["p0", "p1", "p9"], "1 prediction ids are of no problem here.*: p9"),
-        (["p0"], "1 problems have no prediction.*: p1"),
-        ([], "2 problems have no prediction.*: p0, p1"),
-    ],
-)
-def test_predictions_must_be_of_these_problems(ids, message):
-    problems = [problem("p0"), problem("p1")]
-    predictions = [{"id": i, "response": says("A")} for i in ids]
-    with pytest.raises(ValueError, match=message):
-        scored(problems, predictions)
-    if ids == ["p0"]:
-        assert scored(problems, predictions, partial=True)["n"] == 1
-    else:
-        with pytest.raises(ValueError, match=message):
-            scored(problems, predictions, partial=True)
-
-
-# --- files
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ('{"id": "2", "resp', "line 3 is not complete JSON"),
-        ('["2"]', 'line 3: "id" must be a string'),
-        ('{"id": 2.5, "response": "x"}', 'line 3: "id" must be a string'),
-        ('{"id": true, "response": "x"}', 'line 3: "id" must be a string'),
-        ('{"id": "2"}', 'line 3: "response" must be a string'),
-        ('{"id": "2", "response": "x", "rationale": 3}', 'line 3: "rationale" must be a string'),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, message):
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"id": "1", "response": "x"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=message) as error:
-        tables.read_predictions(file)
-    assert str(file) in str(error.value)
-
-
-def test_a_file_of_one_line_and_a_line_separator_inside_a_text(tmp_path):
-    file = tmp_path / "p.jsonl"
-    x = {"id": "1", "response": "one\u2028two", "rationale": None}
-    file.write_text(json.dumps(x, ensure_ascii=False), encoding="utf-8")
-    assert tables.read_predictions(file) == [x]
-
-
-def test_ids_as_numbers_and_a_file_from_windows(tmp_path):
-    file = tmp_path / "p.jsonl"
-    lines = [{"id": 1, "response": "x"}, {"id": "02", "response": "y"}]
-    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, lines)).encode())
-    assert [x["id"] for x in tables.read_predictions(file)] == ["1", "02"]
-    file.write_bytes("{}".encode("utf-16"))
-    with pytest.raises(ValueError, match="line 1 is not complete JSON .it is no text in UTF-8"):
-        tables.read_predictions(file)
-
-
-def test_mathvistas_official_file(tmp_path):
-    """{pid: the whole record with "response"}: what the model said is taken, and nothing else."""
-    file, record = tmp_path / "output_m.json", {"question": "?", "answer": "3", "extraction": "3"}
-    file.write_text(json.dumps({"7": record | {"response": "It is 3."}}))
-    assert tables.read_predictions(file) == [{"id": "7", "response": "It is 3."}]
-    file.write_text(json.dumps({"7": record | {"response": "x"}, "8": record}))
-    with pytest.raises(ValueError, match='output_m.json, problem 8: "response" must be a string'):
-        tables.read_predictions(file)
-
-
-def test_the_released_codes_own_file(tmp_path):
-    file = tmp_path / "predictions_ans_test.json"
-    problems = [problem("7", index=1), problem("9", index=2)]
-
-    def write(preds, labels):
-        file.write_text(json.dumps({"num_fail": 0, "scores": {}, "preds": preds, "labels": labels}))
-
-    write([says("B"), says("A")], [says("B"), says("C")])
-    got = tables.read_predictions(file, problems)
-    assert got == [{"id": "7", "response": says("B")}, {"id": "9", "response": says("A")}]
-    assert scored(problems, got)["accuracy"]["avg"] == 50.0
-    with pytest.raises(ValueError, match="2 predictions without ids, for 1 problems"):
-        tables.read_predictions(file, problems[:1])
-    with pytest.raises(ValueError, match="label of problem 9.*another split, or in another order"):
-        tables.read_predictions(file, problems[::-1])
-    write(["Solution: a", "Solution: b"], ["Solution: a", "Solution: c"])  # of the first stage
-    assert [x["response"] for x in tables.read_predictions(file, problems)][1] == "Solution: b"
-
-
-# --- tables and command line
-def test_table_has_chance_beside_accuracy_and_fits():
-    m = scored(*small_set())
-    lines = tables.table({"runs/a": m, "runs/" + "long-" * 9 + "b": m, "c": m}).split("\n")
-    assert max(map(len, lines)) <= 100
-    assert lines[0].split()[2:] == ["n", "chance", "runs/a", "..g-long-long-long-b", "c"]
-    avg = next(line for line in lines if line.startswith("avg"))
-    assert avg.split() == ["avg", "8", "31.25"] + ["62.50", "[30.57,", "86.32]"] * 3
-    assert not any(line.startswith("LAN") for line in lines)  # no such problem
-    assert next(x for x in lines if x.startswith("parse")).split()[3:] == ["12.50"] * 3
-    assert len({line.rfind("]") for line in lines if "]" in line}) == 1  # aligned
-
-
-def test_table_in_markdown_and_over_different_problems():
-    problems, predictions = small_set()
-    all_of_them = scored(problems, predictions)
-    some = scored(problems, predictions[:4], partial=True)
-    with_rationales = all_of_them | {"rougeL": 90.123, "bleu1": 80.0, "bleu4": 7.0}
-    text = tables.table({"a": all_of_them, "b": some, "c": with_rationales}, markdown=True)
-    first, second = text.split("\n\n")
-    assert "|  a |" not in second and re.search(r"\| avg +\| 4 \|", second)
-    assert re.search(r"\| ROUGE-L +\| +\| +\| +- \| +90\.12 \|", first)
-    assert first.split("\n")[1].startswith("| ---") and first.split("\n")[1].endswith("-: |")
-
-
-def write_own_data(folder, n=4):
-    record = {"question": "?", "choices": ["a", "b"], "split": "test"}
-    lines = [{"id": f"q{i}", "answer": i % 2} | record for i in range(n)]
-    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    replies = [says("A"), says("B"), says("B"), "hm"]
-    predictions = [{"id": f"q{i}", "response": replies[i], "mine": i} for i in range(n)]
-    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, predictions)))
-    return ["--predictions", str(folder / "p.jsonl"), "--data", str(folder / "own.jsonl")]
-
-
+# --- predictions on the command line
 def test_command_line_grades_a_file_and_shows_runs(tmp_path, capsys):
-    scoring.main([*write_own_data(tmp_path), "--out", str(tmp_path / "runs/x")])
+    own_data(tmp_path, n=4)
+    lines = [{"id": f"testq{i}", "response": r, "mine": i}
+             for i, r in enumerate([says("A"), says("B"), says("B"), "hm"])]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    where = ["--predictions", str(tmp_path / "p.jsonl"), "--data", str(tmp_path / "own.jsonl")]
+    out = tmp_path / "runs/x"
+    evaluation.main([*where, "--out", str(out)])
     printed = capsys.readouterr().out
     assert re.search(r"^avg +4 +50\.00 +50\.00 \[15\.00, 85\.00\]$", printed, re.M)
-    graded = (tmp_path / "runs/x/predictions.jsonl").read_text().splitlines()
-    assert json.loads(graded[2]) == {
-        "id": "q2", "response": says("B"), "mine": 2,
-        "correct": False, "parsed": "B", "how": "letter", "kind": "wrong",
-        "because": "the answer is another",
-    }  # fmt: skip
-    assert [json.loads(x)["kind"] for x in graded] == ["right", "right", "wrong", "no parse"]
-    assert json.loads((tmp_path / "runs/x/metrics.json").read_text())["parse_failures"] == 25.0
-    scoring.main([str(tmp_path / "runs/x"), str(tmp_path / "runs/x") + "/"])
+    written = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert written[2].pop("because")
+    assert written[2] == {"id": "testq2", "response": says("B"), "mine": 2, "correct": False,
+                          "parsed": "B", "how": "letter", "kind": "wrong"}  # fmt: skip
+    assert [x["kind"] for x in written] == ["right", "right", "wrong", "no parse"]
+    assert json.loads((out / "metrics.json").read_text())["parse_failures"] == 25.0
+    evaluation.main([str(out), f"{out}/"])
     assert len(re.findall(r"50\.00 \[15\.00, 85\.00\]", capsys.readouterr().out)) >= 2
-    with pytest.raises(FileNotFoundError, match="no run folder: it has no config.json"):
-        scoring.main([str(tmp_path)])
+    with pytest.raises(FileNotFoundError):
+        evaluation.main([str(tmp_path)])
 
 
 @pytest.mark.slow
 def test_command_line_errors_are_sentences(tmp_path):
-    arguments = write_own_data(tmp_path)
+    where = ["--predictions", str(tmp_path / "p.jsonl"), "--data", str(own_data(tmp_path))]
     (tmp_path / "p.jsonl").write_text('{"id": "q0", "response": "x"}\n{"id": ')
-    command = [sys.executable, ROOT / "eval.py", *arguments]
+    command = [sys.executable, ROOT / "eval.py", *where]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert re.match(r"eval\.py: .*p\.jsonl, line 2 is not complete JSON", run.stderr)
-    for wrong in ([], ["run", *arguments], ["--predictions", "x"], ["run", "--data", "x"]):
+    assert re.match(r"eval\.py: .*p\.jsonl, line 2 ", run.stderr)
+    for wrong in ([], ["run", *where], ["--predictions", "x"], ["run", "--data", "x"]):
         with pytest.raises(SystemExit):
-            scoring.parse_args(wrong)
+            evaluation.parse_args(wrong)
 
 
 @pytest.mark.slow
-def test_speed():
-    """10,000 answers within 10 s, and the rationales of a ScienceQA test split in a few more."""
-    rng = random.Random(3)
-    words = [f"w{i}" for i in range(400)]
-    texts = [" ".join(rng.choice(words) + "." * (rng.random() < 0.07) for _ in range(100))
-             for _ in range(1000)]  # fmt: skip
-    problems = [problem(str(i), solution=texts[i % 1000]) for i in range(10_000)]
-    predictions = [{"id": p.id, "response": says("A")} for p in problems]
+def test_ten_thousand_predictions_in_ten_seconds(tmp_path, capsys):
+    own_data(tmp_path, n=10_000)
     start = time.process_time()
-    scored(problems, predictions)
-    assert time.process_time() - start < 10
-    start = time.process_time()
-    for x in predictions[:1000]:
-        x["rationale"] = perturbed(texts[int(x["id"])], rng)
-    assert scored(problems, predictions)["n_rationales"] == 1000
-    assert time.process_time() - start < 10
+    run = graded_run(tmp_path, "run", "AB" * 5_000, "test", "own.jsonl", "--no-report")
+    assert "100.00 [99.96, 100.00]" in shown(capsys, run, run + "/", "--no-report")
+    assert time.process_time() - start < 20  # graded three times
+
+
+def test_only_a_trained_run_has_novel_answers(tmp_path):
+    scenes.write(tmp_path / "demo", {"train": 1, "val": 1, "test": 3})
+    where = str(tmp_path / "demo")
+    problems = data.load(where, "test")
+    predictions = []
+    for p in problems:
+        rationale = data.prompt(p, "QCM-LE")[1]
+        letter = says("ABCDE"[p.meta["answer_index"]])
+        predictions.append({"id": p.id, "response": letter, "rationale": rationale})
+    graded = metrics.grade_all(problems, predictions)
+    subject = evaluation.about(where, "test", None)
+
+    def kinds(config):
+        return evaluation.assess(graded, subject, config)[0]["failure_modes"]
+
+    config = {"data": where, "epochs": [1.0]}  # one problem, about magnets
+    assert kinds(config) == {"sound": 1, "novel": 2}
+    assert kinds(config | {"epochs": [0.0], "adapter": "a"}) == {"sound": 1, "novel": 2}
+    for untrained in (None, config | {"epochs": [0.0]}, config | {"data": "nothing"}):
+        assert kinds(untrained) == {"sound": 3}
+
+
+# --- folders side by side
+@pytest.fixture
+def two(tmp_path, capsys):
+    own_data(tmp_path)
+    own_data(tmp_path, "val")
+    runs = [graded_run(tmp_path, "a", "ABABABAB"), graded_run(tmp_path, "b", "AAAAABAB")]
+    capsys.readouterr()
+    return SimpleNamespace(a=runs[0], b=runs[1], folder=tmp_path)
+
+
+def shown(capsys, *arguments):
+    capsys.readouterr()
+    evaluation.main([*map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def headings(text):
+    return [line for line in text.splitlines() if "jsonl, " in line and " - " not in line]
+
+
+def rows(text):
+    return [line for line in text.splitlines() if "[" in line and " - " not in line]
+
+
+def test_each_other_run_is_compared_with_the_first(two, capsys):
+    text = shown(capsys, two.a, two.b, two.a + "/")
+    assert text.startswith("own.jsonl, test\n\n")
+    line = f"{two.b} - {two.a}: -25.00 points [-62.50, 0.00], 0 better, 2 worse, McNemar p = 0.500"
+    assert f"\n\n{line} (n = 8)\n{two.a}/ - {two.a}: +0.00 points" in text
+    assert shown(capsys, two.a, two.b, two.a + "/") == text
+    assert "points" not in shown(capsys, two.a)
+
+
+def test_other_splits_and_other_data_are_never_compared_in_silence(two, capsys):
+    other = graded_run(two.folder, "v", "ABABABAB", "val")
+    assert f"{other} - {two.a}: not compared, " in shown(capsys, two.a, other)
+    own_data(two.folder, n=6, name="fewer.jsonl")
+    less = graded_run(two.folder, "less", "AAABAB", "test", "fewer.jsonl")
+    text = shown(capsys, two.a, less)
+    assert "(n = 6, those that both answered; fewer.jsonl, test against own.jsonl, test)" in text
+    assert headings(text) == ["own.jsonl, test", "fewer.jsonl, test"]  # a table each
+    own_data(two.folder, name="turned.jsonl", question="!")
+    turned = graded_run(two.folder, "turned", "ABABABAB", "test", "turned.jsonl")
+    assert f"{turned} - {two.a}: not compared, 8 problems" in shown(capsys, two.a, turned)
+
+
+def test_each_split_of_a_run_has_its_own_folder_and_heading(two, capsys):
+    own = str(two.folder / "own.jsonl")
+    config = {"model": "paligemma", "data": own, "test_split": "test", "epochs": [0.0], "seed": 1}
+    Path(two.a, "config.json").write_text(json.dumps(config))
+    graded_run(Path(two.a), "val", "BBBBBBBB", "val", own)
+    test, val = shown(capsys, two.a), shown(capsys, two.a, "--split", "val")
+    assert [headings(x) for x in (test, val)] == [["own.jsonl, test"], ["own.jsonl, val"]]
+    cells = [rows(x)[0].split()[1:4] for x in (test, val)]
+    assert cells == [["8", "50.00", "100.00"], ["8", "50.00", "50.00"]]
+    for folder, split in ((two.a, "test"), (f"{two.a}/val", "val")):
+        assert json.loads(Path(folder, "metrics.json").read_text())["split"] == split
+
+
+def test_a_run_is_graded_again_and_its_broken_metrics_are_replaced(two, capsys):
+    before = shown(capsys, two.a)
+    metrics = Path(two.a, "metrics.json")
+    good = metrics.read_bytes()
+    metrics.write_text(json.dumps(json.loads(good) | {"accuracy": {}}))  # of older rules, say
+    assert shown(capsys, two.a) == before and metrics.read_bytes() == good
+    stamp = metrics.stat().st_mtime_ns
+    assert shown(capsys, two.a) == before and metrics.stat().st_mtime_ns == stamp
+
+
+def test_stored_metrics_are_shown_where_problems_or_predictions_are_gone(two, capsys):
+    table = shown(capsys, two.a, two.b)
+    own = two.folder / "own.jsonl"
+    own.rename(two.folder / "moved.jsonl")
+    evaluation.main([two.a, two.b])
+    printed = capsys.readouterr()
+    assert printed.out.split("\n\n")[1] == table.split("\n\n")[1]
+    assert str(own) in printed.err and f"{two.b} - {two.a}: not compared" in printed.out
+    with pytest.raises(FileNotFoundError):
+        evaluation.main([two.a, "--limit", "2"])
+    (two.folder / "moved.jsonl").rename(own)
+    Path(two.a, "predictions.jsonl").unlink()
+    evaluation.main([two.a])
+    assert f"{two.a}/predictions.jsonl" in capsys.readouterr().err
+    Path(two.a, "metrics.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        evaluation.main([two.a])
+    Path(two.b, "predictions.jsonl").write_text('{"id": "q0", "resp')
+    with pytest.raises(ValueError, match="predictions.jsonl, line 1 "):
+        evaluation.main([two.b])
+
+
+def test_limit_shows_the_first_problems_and_writes_nothing(two, capsys):
+    files = [Path(two.b, name) for name in ("predictions.jsonl", "metrics.json")]
+    before = [file.read_bytes() for file in files]
+    text = shown(capsys, two.b, "--limit", "4")
+    assert text.split("\navg")[1].split()[:3] == ["4", "50.00", "50.00"]
+    assert [file.read_bytes() for file in files] == before
+    where = ["--predictions", two.folder / "b-predictions.jsonl"]
+    where += ["--data", two.folder / "own.jsonl"]
+    assert rows(shown(capsys, *where, "--limit", 4)) == rows(text)
+    with pytest.raises(SystemExit):
+        evaluation.main([two.b, "--limit", "0"])
+
+
+def test_guesses_are_named_in_the_table_and_stay_named(two, capsys):
+    guessed = graded_run(two.folder, "g", "AZZZZZZZ", "test", "own.jsonl", "--faithful-parse")
+    first = capsys.readouterr().out
+    assert first.startswith("own.jsonl, test, guessing")
+    again = shown(capsys, guessed)
+    assert headings(again) == headings(first) and rows(again) == rows(first)
+    assert "guessing" not in shown(capsys, two.a)
+
+
+def test_the_lines_of_an_ablation_are_compared_with_the_run_itself(two, capsys):
+    args = SimpleNamespace(
+        out=two.b, data=str(two.folder / "own.jsonl"), test_split="test", limit=8
+    )
+    runs = {"base": {"recipe": "answer"}, "not made": {"lr": 1.0}, "itself": {}}
+    graded_run(Path(two.b), "base", "ABABABAB", source="../own.jsonl")
+    metrics = {name: tables.read_metrics(two.b) for name in runs}
+    capsys.readouterr()
+    ablations.show(args, ablations.lines_of(args, runs), metrics)
+    text = capsys.readouterr().out
+    assert "own.jsonl, test: n = 8 problems" in text
+    assert text.splitlines()[-1].startswith("base - itself: +25.00 points [")
+    assert "not made - " not in text
+
+
+# --- run folders: one question, attention maps
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run folders of both models as they are before training; of the fusion with random weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(1)
+    t5 = T5.from_pretrained(T5_FOLDER)
+    mm = MultimodalT5(t5, GatedFusion(t5.config.d_model, 64))
+    mm.fusion.image_dense.weight.data.mul_(9)  # else an image changes no word
+    for stage in ("rationale", "answer"):
+        mm.save_pretrained(folder / "mm" / stage)
+        shutil.copy(T5_FOLDER / "tokenizer.json", folder / "mm" / stage)
+    (folder / "pali").mkdir()
+    for name, flags in {
+        "mm": "mmcot --max-output 12 6",
+        "pali": "paligemma --max-output 6 2",
+    }.items():
+        cache = ["--features-cache", str(folder / f"cache-{name}")]
+        config = vars(parse_args(["--device", "cpu", *cache, "--model", *flags.split()]))
+        (folder / name / "config.json").write_text(json.dumps(config))
+    Image.new("RGB", (96, 96), "red").save(folder / "red.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mm", "pali"])
+def test_the_printed_text_is_the_prediction(runs, name, capsys, monkeypatch):
+    """With an image and without; and where the answer was forced, that is printed."""
+    results = []
+    predict = evaluation.predict
+
+    def watched(*given):
+        results.extend(predict(*given))
+        return results[-1:]
+
+    monkeypatch.setattr(evaluation, "predict", watched)
+    for image in ([], ["--image", str(runs / "red.png")]):
+        choices = ["--choices", "red", "blue"]
+        question = ["--question", "Which colour is it?"]
+        evaluation.main([str(runs / name), *question, *choices, *image])
+        printed, x = capsys.readouterr(), results[-1]
+        text = "\n".join(([x["rationale"]] if name == "mm" else []) + [x["response"].rstrip()])
+        assert re.fullmatch(re.escape(text) + r"(  \((red|blue)\))?\n+", printed.out)
+        if name == "pali":
+            assert x["forced_after"] == "length" and "length" in printed.err
+        else:
+            assert printed.err == ("" if x["stop"] == "eos" else f"(stopped: {x['stop']})\n")
+    assert results[0] != results[1]
+
+
+def test_errors_of_asking(runs, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    ask = ["--question", "What?"]
+    for flags, error, named in [
+        ([runs / "mm", *ask, "--image", tmp_path / "no.png"], FileNotFoundError, "no.png"),
+        ([runs / "mm", *ask, "--image", tmp_path / "bad.png"], ValueError, "bad.png"),
+        ([runs / "mm", *ask, "--choices", *"abcdefghijk"], ValueError, "11 choices"),
+        ([tmp_path, *ask], FileNotFoundError, str(tmp_path)),
+        ([T5_FOLDER, *ask], ValueError, "config.json"),
+    ]:
+        with pytest.raises(error, match=named):
+            evaluation.main(list(map(str, flags)))
+    for flags in (["--image", "x.png"], ["--choices", "a"], ["another", *ask], ["--question", ""]):
+        with pytest.raises(SystemExit):
+            evaluation.main([str(runs / "mm"), *flags])
+        assert "--question TEXT" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mm", "pali"])
+def test_attention_maps_change_no_prediction(runs, name, tmp_path):
+    shutil.copytree(runs / name, tmp_path / "run")
+    settings, models, tokenizer = evaluation.load_run(tmp_path / "run")
+    problems = data.load("demo", "test")[:3]
+    features = image_features(settings, problems, models[0] if name == "pali" else None)
+    written = {}
+    for count in (0, 2):
+        inputs = (models, problems, settings, tokenizer, features)
+        evaluation.evaluate(tmp_path / "run", *inputs, attention_maps=count)
+        files = ("predictions.jsonl", "metrics.json", "looks.json")
+        written[count] = [(tmp_path / "run" / file).read_text() for file in files]
+    assert written[0][:2] == written[2][:2] and '"ids"' not in written[2][0]
+    assert json.loads(written[0][2]) == {}
+    maps = json.loads(written[2][2])
+    assert list(maps) == [p.id for p in problems[:2]]
+    for line in map(json.loads, written[2][0].splitlines()[:2]):
+        shown_map = maps[line["id"]]
+        if name == "pali":
+            text = "".join("".join(shown_map["tokens"]).split())
+            assert text == "".join(line["response"].split())
+            assert len(shown_map["p"]) == len(shown_map["tokens"])
+            assert all(0 <= p <= 1 for p in shown_map["p"])
+        else:
+            assert [x["stage"] for x in shown_map] == ["rationale", "answer"]
+            source = " ".join("".join(shown_map[1]["tokens"]).split())
+            assert line["rationale"].strip() in source

@@ -10,9 +10,9 @@ from samples import OWN
 
 import data
 from support import files
-from support.dataset import downloads
 from support.dataset import images as pictures
-from support.dataset.features import _image_sha, published_features
+from support.dataset import sources
+from support.dataset.features import image_hash, published_features
 from support.dataset.tokenizers import load_tokenizer
 from support.dataset.traces import load_traces
 from support.files import json_lines, read_json
@@ -50,8 +50,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         readers = [
             (read_json, place),
             (pictures.open_image, place),
-            (_image_sha, problem),
-            (downloads.unpack, place, tmp_path, "x"),
+            (image_hash, problem),
+            (sources.unpack, place, tmp_path, "x"),
             (lambda file: list(json_lines(file)), place),
         ]
         if "\0" not in str(place) and len(place.name) < 99 and place.is_symlink() | place.exists():

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fusion
-import model
 from fusion import GatedFusion, MultimodalT5
 from model import T5, T5Config
+from support.checkpoints.hub import from_config
+from support.checkpoints.keys import TABLES
 
 VERSIONS = ("v1.0", "v1.1")
 D, FEATURES, P = 24, 10, 7  # width, feature width, image positions: pairwise different from the T5
@@ -345,10 +346,10 @@ def test_full_shapes(size, feature_dim, tensors, extra):
     config = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
     if size == "flan":
         sizes = vars(config) | oracle.V1_1 | {"d_ff": 2048}
-        config = model.from_config(T5Config, sizes)
+        config = from_config(T5Config, sizes)
     with torch.device("meta"):
         mm = MultimodalT5(T5(config), GatedFusion(768, feature_dim))
-    names = [fusion.MULTIMODAL_KEYS.to_file(name) for name in mm.state_dict()]
+    names = [TABLES["MultimodalT5"].to_file(name) for name in mm.state_dict()]
     assert len(set(names)) == tensors
     assert sum(name.split(".")[1] in fusion_layers for name in names) == 8
     assert sum(p.numel() for p in mm.fusion.parameters()) == extra
@@ -491,10 +492,17 @@ def batches(mm, ids=None):
         }
 
 
-def test_write_decodes_every_problem(mm):
+def generated(model, batches, max_new_tokens):
+    texts = {}
+    for batch in batches:
+        texts |= fusion.generate_texts(model, batch, Numbers(), max_new_tokens)
+    return texts
+
+
+def test_generate_texts_decodes_every_problem(mm):
     ids, mask, features, _ = mm.batch
     expected = mm.ours.generate(ids, mask, features, max_new_tokens=6)
-    written = fusion.write(mm.ours.train(), batches(mm), Numbers(), 6)
+    written = generated(mm.ours.train(), batches(mm), 6)
     assert list(written) == [f"p{i}" for i in range(6)]
     stops = set()
     for row, got in zip(expected.tolist(), written.values(), strict=True):
@@ -511,16 +519,17 @@ def test_write_decodes_every_problem(mm):
 def test_stage_two_reads_what_stage_one_wrote(mm):
     seen = []
 
-    def make_batches(generated):
-        seen.append(generated)
-        shift = 0 if generated is None else sum(map(len, generated.values())) % 7 + 1
-        return batches(mm, (mm.batch[0] + shift) % (mm.config["vocab_size"] - 2) + 2)
+    def answers(rationales):
+        seen.append(rationales)
+        shift = sum(map(len, rationales.values())) % 7 + 1
+        ids = (mm.batch[0] + shift) % (mm.config["vocab_size"] - 2) + 2
+        return generated(mm.ours, batches(mm, ids), 3)
 
-    results = fusion.two_stage(mm.ours, mm.ours, make_batches, Numbers(), (6, 3))
-    stage_1 = fusion.write(mm.ours, make_batches(None), Numbers(), 6)
+    stage_1 = generated(mm.ours, batches(mm), 6)
+    results = fusion.two_stage(lambda: stage_1, answers)
     texts = {pid: got["text"] for pid, got in stage_1.items()}
-    assert seen[0] is None and seen[1] == texts
-    stage_2 = fusion.write(mm.ours, make_batches(texts), Numbers(), 3)
+    assert seen == [texts]
+    stage_2 = answers(texts)
     for pid, result in results.items():
         assert result["rationale"] == texts[pid]
         assert result["response"] == stage_2[pid]["text"]
@@ -531,7 +540,9 @@ def test_stage_two_reads_what_stage_one_wrote(mm):
 
 def test_teacher_forced_reads_the_gold_text(mm):
     """That is why it is not a prediction: other gold text, other output."""
-    forced = fusion.teacher_forced(mm.ours, batches(mm), Numbers())
+    forced = {}
+    for batch in batches(mm):
+        forced |= fusion.teacher_forced_texts(mm.ours, batch, Numbers())
     with torch.no_grad():
         best = mm.ours(*mm.batch).argmax(-1)
     assert forced == {

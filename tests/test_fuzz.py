@@ -61,7 +61,7 @@ from model import (
     T5Config,
 )
 from support import files
-from support.dataset import downloads
+from support.dataset import sources
 from support.dataset import tokenizers as tokenizing
 from support.dataset.features import cached_features, published_features
 from support.dataset.images import open_image, siglip_pixels, unusable
@@ -356,12 +356,11 @@ def use(problems, told=()):
     t5, gemma = tokenizers()
     unusable(problems, open_image)
     some = [p for p in problems if not unusable([replace(p, image=None)])][:3]
-    config = {"vision": "caption", "faithful_text": False, "max_input": 64, "max_output": [64, 8]}
-    data.examples(some, "QCM-LE", t5, None, None, config)
-    rows = [(p, "reason", None, True) for p in some] + [(p, "answer", None, False) for p in some]
-    rows += [(p, "reason", trace, True) for p, trace in zip(some, told, strict=False)]
-    flags = {"max_suffix": 64, "max_prefix": None, "shuffle_choices": True}
-    data.pali_examples(rows, gemma, None, flags)
+    data.examples(some, "QCM-LE", t5, max_input=64, max_output=64, captions=True)
+    rows = [data.TrainRow(p, "reason") for p in some]
+    rows += [data.TrainRow(p, "answer", has_suffix=False) for p in some]
+    rows += [data.TrainRow(p, "reason", trace) for p, trace in zip(some, told, strict=False)]
+    data.pali_examples(rows, gemma, max_suffix=64, shuffle_choices=True)
     for p in some:
         json.dumps([p.id, p.question, p.answer, *p.choices], ensure_ascii=False).encode()
 
@@ -452,17 +451,17 @@ def read_adapter(folder):
 
 def read_zip(folder):
     (folder / "set").mkdir()
-    downloads.unpack(folder / "train.zip", folder / "set", "train")
+    sources.unpack(folder / "train.zip", folder / "set", "train")
 
 
 def read_addresses(folder):
-    fetch, downloads.download_scienceqa = downloads.download_scienceqa, lambda *_: None
+    fetch, sources.download_scienceqa = sources.download_scienceqa, lambda *_: None
     try:
         data.main(["scienceqa", "--addresses", f"{folder}/table.json", "--to", f"{folder}/set"])
     except SystemExit as stop:
         raise ValueError(stop.code) from None
     finally:
-        downloads.download_scienceqa = fetch
+        sources.download_scienceqa = fetch
 
 
 def read_predictions(folder):

@@ -26,7 +26,6 @@ from support.dataset import images as pictures
 from support.dataset.features import Features
 from support.dataset.tokenizers import load_tokenizer
 from support.dataset.traces import load_traces
-from support.evaluation import decode_cache as decoding
 from support.evaluation import models as loading
 from support.files import read_json, write_json
 from support.training import checks as guards
@@ -73,19 +72,25 @@ def pali():
     tokenizer = load_tokenizer(PALI)
     verdict = dict.fromkeys(("correct", "consistent"), True)
     rows = [
-        (p, "reason", {"thought": "It is so. " * i, "answer": p.answer, "verdict": verdict}, True)
+        data.TrainRow(
+            p, "reason", {"thought": "It is so. " * i, "answer": p.answer, "verdict": verdict}
+        )
         for i, p in enumerate(problems, 1)
     ]
 
     def made():
-        model = loading.load_paligemma(vars(args))
+        model = loading.load_paligemma(args)
         with contextlib.redirect_stdout(io.StringIO()):
             train.make_trainable(args, model)
         text, seen = model.config.text, model.config.image_tokens
         generator = torch.Generator().manual_seed(0)
         array = torch.randn(3, seen, text.hidden_size, generator=generator).numpy()
         features = Features(array, {p.id: i for i, p in enumerate(problems)})
-        return model, args, data.pali_examples(rows, tokenizer, features, vars(args))
+        return (
+            model,
+            args,
+            data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix),
+        )
 
     return made
 
@@ -193,7 +198,7 @@ def _(patch):
 @leak("paligemma: labels not shifted")
 def _(patch):
     def loss(model, batch, args):
-        states = model.states(**decoding.paligemma_inputs(model, batch))
+        states = model.states(**loading.paligemma_inputs(model, batch))
         weight = model.language_model.embed_tokens.weight
         return train.cross_entropy(model.head, weight, states, batch["labels"], args)
 
@@ -261,7 +266,7 @@ def test_what_is_not_finite_is_named_and_not_learned(given, how, monkeypatch):
         return stopped(
             FloatingPointError, "gradient norm (nan|inf).*not taken", *given_order(given)
         )
-    monkeypatch.setattr(data, "_stacked", lambda rows: torch.stack(
+    monkeypatch.setattr(data, "stack_features", lambda rows: torch.stack(
         [torch.as_tensor(e["image_features"]).float() * (1 if e is not examples[1] else torch.nan)
          for e in rows]))  # fmt: skip
     before = weights(model)
@@ -509,7 +514,7 @@ def test_an_adapter_that_matches_nothing(pali, tmp_path):
     def loaded(**changed):
         write_json(config | changed, tmp_path / "adapter_config.json")
         args = settings("paligemma", "--adapter", str(tmp_path))
-        return loading.load_paligemma(vars(args))
+        return loading.load_paligemma(args)
 
     assert lora.adapters(loaded())
     for key in ("rank_pattern", "alpha_pattern"):
@@ -522,4 +527,4 @@ def test_an_adapter_that_matches_nothing(pali, tmp_path):
     with pytest.raises(ValueError, match="nowhere.*matches none"):
         loaded(target_modules=["nowhere"])
     with pytest.raises(ValueError, match="No Linear layer.*nowhere"):
-        lora.inject(loading.load_paligemma(vars(settings("paligemma"))), targets=["nowhere"])
+        lora.inject(loading.load_paligemma(settings("paligemma")), targets=["nowhere"])

@@ -17,6 +17,7 @@ from conftest import gemma  # with the import paths, when run as a script
 
 import data
 import eval as evaluation
+from demo import scenes
 from demo import teacher as demo_teacher
 from support.dataset.traces import load_traces
 from support.evaluation import grading, tables
@@ -110,7 +111,7 @@ def test_shape_keeps_of_the_answer_what_it_commits_to(asked, answer, left):
 
 @pytest.mark.slow
 def test_shape_leaves_the_demos_thoughts_alone():
-    folder = data.demo_folder()
+    folder = scenes.demo_folder()
     facts = read_json(folder / "scenes.json")
     for p in data.load(folder, "train")[:300]:
         record = {"question": p.question, "choices": list(p.choices), "image": p.image}

@@ -26,11 +26,11 @@ from test_resume import TINY, ended, without_seconds
 import data
 import fusion
 import train
-from model import T5, write_safetensors
+from model import T5
 from support import distributed as devices
-from support.dataset.images import Picture
+from support.checkpoints.weights import write_safetensors
+from support.dataset.images import LazyImage
 from support.dataset.tokenizers import load_tokenizer
-from support.evaluation import decode_cache as decoding
 from support.evaluation import models as loading
 from support.training import optim as optimizing
 from support.training.journal import Journal, Stopped
@@ -91,9 +91,8 @@ def errors(folder):
 
 
 def as_process(patch, rank, world):
-    for module in (devices, decoding):
-        patch.setattr(module, "rank", lambda: rank)
-        patch.setattr(module, "world", lambda: world)
+    patch.setattr(devices, "rank", lambda: rank)
+    patch.setattr(devices, "world", lambda: world)
 
 
 # ---- parts -------------------------------------------------------------------------------------
@@ -102,7 +101,7 @@ def as_process(patch, rank, world):
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_row_of_a_window_is_dealt_once(world, monkeypatch):
     """Seven rows in batches of at most 3; two have pictures, and the image tower is trained."""
-    picture = Picture("x.png", 8)
+    picture = LazyImage("x.png", 8)
     rows = [{"id": i, "labels": [-100, 5]} for i in range(7)]
     rows[2] |= {"image_features": picture}
     rows[5] |= {"image_features": picture}
@@ -118,24 +117,6 @@ def test_every_row_of_a_window_is_dealt_once(world, monkeypatch):
     assert sorted(learned) == list(range(7))
     for turn in zip(*dealt, strict=True):
         assert len({any(map(devices.trains_on_picture, batch)) for batch in turn}) == 1
-
-
-def test_what_processes_decoded_is_found_by_any_number_of_them(tmp_path, monkeypatch):
-    model = torch.nn.Linear(2, 2)
-    for rank in (0, 1, 2):
-        as_process(monkeypatch, rank, 3)
-        decoding.Part(tmp_path, [model]).batch([f"q{rank}"], lambda: {"by": rank})  # noqa: B023
-    names = [f"predictions.part{n}.jsonl" for n in ("", 1, 2)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    with open(tmp_path / names[2], "a") as file:
-        file.write('["torn')
-    as_process(monkeypatch, 0, 1)
-    part = decoding.Part(tmp_path, [model])
-    assert [part.batch([f"q{i}"], dict) for i in (0, 1, 2, 3)] == [{"by": i} for i in range(3)] + [
-        {}
-    ]
-    part.remove()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_who_fails_alone_says_so_and_nobody_waits(tmp_path, monkeypatch):
@@ -178,15 +159,15 @@ def t5_and_rows(args):
 
 def paligemma_and_rows(args):
     """Three rows without a picture and four with: some batches have none, one has one."""
-    model = loading.load_paligemma(vars(args))
+    model = loading.load_paligemma(args)
     train.make_trainable(args, model)
     problems = sorted(data.load("demo", "train")[:40], key=lambda p: p.image is not None)
     problems = problems[:3] + problems[-4:]
-    features = loading.image_features(vars(args), problems, model)
+    features = loading.image_features(args, problems, model)
     traces = [{"thought": "x" * 3 * i, "verdict": {"correct": True}} for i in range(7)]
-    rows = [(p, "reason", t, True) for p, t in zip(problems, traces, strict=True)]
+    rows = [data.TrainRow(p, "reason", t) for p, t in zip(problems, traces, strict=True)]
     tokenizer = load_tokenizer(args.weights[0])
-    return model, data.pali_examples(rows, tokenizer, features, vars(args))
+    return model, data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix)
 
 
 SEEING = "q_proj vision_tower.encoder.layers.0.mlp.fc1 multi_modal_projector.linear"

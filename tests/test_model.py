@@ -5,44 +5,20 @@ torchvision that fits torch, and there is none for the CPU build.
 """
 
 import json
-import os
-import pickle
 import re
-from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import ATOL
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from pairs import VERSIONS, assert_same_logits, close, file_names, make_t5, t5_logits
+from safetensors.torch import load_file
 
 import model
-from model import DETR, T5, DETRConfig, T5Config
-
-VERSIONS = ("v1.0", "v1.1")
-V1_1 = oracle.V1_1
-
-
-def close(ours, theirs, atol=ATOL):
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
-
-
-def file_names(table, module):
-    """{name in a Hub file: shape} of one of our modules."""
-    return {table.to_file(name): tuple(t.shape) for name, t in module.state_dict().items()}
-
-
-# ---- T5: fixtures -------------------------------------------------------------------------------
-
-
-def make_t5(folder, version, **overrides):
-    config, hf = oracle.tiny_t5(version, **overrides)
-    oracle.write_checkpoint(folder, config, oracle.t5_stored(hf))
-    return SimpleNamespace(
-        folder=folder, config=config, hf=hf, t5=T5.from_pretrained(folder), version=version
-    )
+from model import DETR, T5, T5Config
+from support.checkpoints import hub
+from support.checkpoints.keys import DETR_KEYS, T5_KEYS
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -64,19 +40,6 @@ def speaker(request, tmp_path_factory):
     ids, mask, _ = oracle.t5_batch(6, 12, 3, chosen["vocab_size"], chosen["seed"])
     made.ids, made.mask = ids, mask
     return made
-
-
-@torch.no_grad()
-def t5_logits(hf, ids, mask, decoder_ids):
-    return hf(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids).logits
-
-
-@torch.no_grad()
-def assert_same_logits(folder, hf, batch=None, atol=ATOL):
-    batch = batch or oracle.t5_batch(vocab=hf.config.vocab_size)
-    theirs = t5_logits(hf, *batch)
-    assert theirs.std() > 0.5  # else the tolerance would mean nothing
-    close(T5.from_pretrained(folder)(*batch), theirs, atol)
 
 
 # ---- T5: forward --------------------------------------------------------------------------------
@@ -112,9 +75,8 @@ def test_t5_decoder_is_causal(pair):
     assert (a[:, 4:] - b[:, 4:]).abs().max() > 0.1
 
 
-def test_t5_dropout_is_where_the_reference_has_it(pair, monkeypatch):
+def test_t5_dropout_is_where_the_reference_has_it(pair):
     """Same seed, same random numbers in the same order: only equal sites give equal logits."""
-    monkeypatch.setattr(model.Dropout, "forward", torch.nn.Dropout.forward)
     ours, hf, batch = T5.from_pretrained(pair.folder).train(), pair.hf, oracle.t5_batch()
     quiet = t5_logits(hf, *batch)
     hf.train()
@@ -126,30 +88,6 @@ def test_t5_dropout_is_where_the_reference_has_it(pair, monkeypatch):
     torch.manual_seed(0)
     close(ours(*batch).detach(), theirs)
     assert (theirs - quiet).abs().mean() > 0.1
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_is_fair(p):
-    """Each place independently, each of the four numbers in a draw alike; the mean is exact."""
-    n, x = 2**18 + 3, torch.ones(2**18 + 3, requires_grad=True)
-    dropout = model.Dropout(p)
-    assert dropout.eval()(x) is x
-    torch.manual_seed(0)
-    out = dropout.train()(x)
-    kept, margin = (out.detach() > 0).double(), 5 * (p * (1 - p) / n) ** 0.5  # five standard errors
-    assert out.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
-    for lane in (kept, *(kept[i::4] for i in range(4))):
-        assert lane.mean().item() == pytest.approx(1 - p, abs=margin * (n / len(lane)) ** 0.5)
-    for apart in (1, 2, 3, 4, 64):
-        together = ((kept[apart:] - 1 + p) * (kept[:-apart] - 1 + p)).mean() / (p * (1 - p))
-        assert abs(together) < 5 / n**0.5
-    assert [t.dtype for t in out.grad_fn.saved_tensors] == [torch.bool]  # a byte a place is kept
-    out.sum().backward()
-    assert torch.equal(x.grad, out)
-    torch.manual_seed(0)
-    assert torch.equal(dropout(x), out) and not torch.equal(dropout(x), out)
-    for p, rest in ((0.0, 1), (1.0, 0)):
-        assert (model.Dropout(p)(x) == rest).all()
 
 
 def test_t5_gradients(pair):
@@ -164,7 +102,7 @@ def test_t5_gradients(pair):
         module.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     theirs = {n: p.grad for n, p in oracle.t5_stored_parameters(pair.hf).items()}
-    ours = {model.T5_KEYS.to_file(n): p.grad for n, p in t5.named_parameters()}
+    ours = {T5_KEYS.to_file(n): p.grad for n, p in t5.named_parameters()}
     assert ours.keys() == theirs.keys()
     for name, grad in ours.items():
         assert grad.abs().max() > 0, name
@@ -234,7 +172,7 @@ def test_t5_unknown_feed_forward_is_refused(tmp_path):
     config, hf = oracle.tiny_t5("v1.1")
     config["feed_forward_proj"] = "gated-silu"
     oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(hf))
-    with pytest.raises(ValueError, match="gated-silu.*not known"):
+    with pytest.raises(ValueError, match="gated-silu"):
         T5.from_pretrained(tmp_path)
 
 
@@ -244,13 +182,13 @@ def test_t5_starts_from_scratch_as_the_reference_does(version):
     from transformers import T5ForConditionalGeneration
 
     sizes = dict(vocab_size=300, d_model=96, d_kv=20, d_ff=130, num_layers=2, num_heads=8)
-    config = sizes | (V1_1 if version == "v1.1" else {})
+    config = sizes | (oracle.V1_1 if version == "v1.1" else {})
     torch.manual_seed(0)
     hf = T5ForConditionalGeneration(HFConfig.from_dict(config)).state_dict()
-    ours = T5(model.from_config(T5Config, config))
+    ours = T5(hub.from_config(T5Config, config))
     ours.init_weights(torch.Generator().manual_seed(0))
     for name, p in ours.named_parameters():
-        theirs = hf[model.T5_KEYS.to_file(name)]
+        theirs = hf[T5_KEYS.to_file(name)]
         if p.dim() == 1:
             assert (p == 1).all(), name
         else:  # 256 numbers or more: a sampling error of 4 % a side
@@ -264,8 +202,8 @@ T5_LARGE = dict(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16)
 T5_SIZES = {
     "t5-base": (T5_BASE, 257, 222_903_552),
     "t5-large": (T5_LARGE, 509, 737_668_096),
-    "flan-t5-base": (T5_BASE | V1_1 | {"d_ff": 2048}, 282, 247_577_856),
-    "flan-t5-large": (T5_LARGE | V1_1 | {"d_ff": 2816}, 558, 783_150_080),
+    "flan-t5-base": (T5_BASE | oracle.V1_1 | {"d_ff": 2048}, 282, 247_577_856),
+    "flan-t5-large": (T5_LARGE | oracle.V1_1 | {"d_ff": 2816}, 558, 783_150_080),
 }
 
 
@@ -276,13 +214,13 @@ def test_t5_full_shapes_by_key(size):
 
     config, tensors, parameters = T5_SIZES[size]
     with torch.device("meta"):
-        ours = T5(model.from_config(T5Config, config))
+        ours = T5(hub.from_config(T5Config, config))
         hf = T5ForConditionalGeneration(HFConfig.from_dict({"vocab_size": 32128} | config))
     theirs = {name: tuple(t.shape) for name, t in hf.state_dict().items()}
     del theirs["encoder.embed_tokens.weight"], theirs["decoder.embed_tokens.weight"]
     if size.startswith("t5"):
         del theirs["lm_head.weight"]
-    assert file_names(model.T5_KEYS, ours) == theirs
+    assert file_names(T5_KEYS, ours) == theirs
     assert len(theirs) == tensors
     assert sum(p.numel() for p in ours.parameters()) == parameters
 
@@ -317,177 +255,6 @@ def test_t5_full_shape_logits(size, tmp_path):
     oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(hf))
     assert_same_logits(tmp_path, hf, oracle.t5_batch(2, 200, 40, 32100))
     (tmp_path / "model.safetensors").unlink()  # 0.9 GB that pytest would keep for three runs
-
-
-# ---- T5: every file layout ----------------------------------------------------------------------
-
-
-def hub_file(folder, config, hf):
-    """A: as transformers 4 wrote it."""
-    oracle.write_checkpoint(folder, config, oracle.t5_stored(hf))
-
-
-def file_of_transformers_5(folder, config, hf):
-    """B: its config says tie_word_embeddings=true even for v1.1, and scale_decoder_outputs."""
-    hf.save_pretrained(folder)
-    written = json.loads((folder / "config.json").read_text())
-    assert written["tie_word_embeddings"] is True
-    assert written["scale_decoder_outputs"] is (config.get("tie_word_embeddings") is not False)
-
-
-def state_dict_of_transformers_5(folder, config, hf):
-    """C: with every alias of the embedding spelled out."""
-    state = hf.state_dict()
-    assert {"encoder.embed_tokens.weight", "lm_head.weight"} <= state.keys()
-    oracle.write_checkpoint(folder, config, state)
-
-
-def old_file(folder, config, hf):
-    """Tensors that old versions stored and that must not be used."""
-    stored = dict(oracle.t5_stored(hf))
-    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-    stored[name] = 5 * torch.ones(32, config["num_heads"])
-    stored["encoder.position_ids"] = torch.arange(9)
-    stored["encoder.embed_tokens.weight"] = hf.shared.weight
-    oracle.write_checkpoint(folder, config, stored)
-
-
-def sharded(folder, config, hf):
-    stored = oracle.t5_stored(hf)
-    names, weight_map = sorted(stored), {}
-    for shard in range(3):
-        file = f"model-{shard + 1:05d}-of-00003.safetensors"
-        part = {n: stored[n].detach().clone() for n in names[shard::3]}
-        save_file(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def pytorch_bin(folder, config, hf):
-    """UnifiedQA's only file: a pickle, its aliases sharing storage."""
-    torch.save(hf.state_dict(), folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def old_zipless_bin(folder, config, hf):
-    state = {name: t.detach() for name, t in hf.state_dict().items()}
-    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def bin_with_an_alias_first(folder, config, hf):
-    state = hf.state_dict()
-    first = ("decoder.embed_tokens.weight", "lm_head.weight", "encoder.embed_tokens.weight")
-    state = {name: state[name] for name in first} | dict(state)
-    assert next(iter(state)) == first[0]
-    torch.save(state, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-LAYOUTS = (
-    hub_file,
-    file_of_transformers_5,
-    state_dict_of_transformers_5,
-    old_file,
-    sharded,
-    pytorch_bin,
-    old_zipless_bin,
-    bin_with_an_alias_first,
-)
-
-
-@pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
-def test_t5_layouts(pair, write, tmp_path):
-    write(tmp_path, pair.config, pair.hf)
-    assert_same_logits(tmp_path, pair.hf)
-
-
-@pytest.mark.parametrize("write", (file_of_transformers_5, state_dict_of_transformers_5))
-def test_t5_saves_hub_layout_whatever_it_read(pair, write, tmp_path):
-    write(tmp_path, pair.config, pair.hf)
-    T5.from_pretrained(tmp_path).save_pretrained(tmp_path / "out")
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    assert stored.keys() == oracle.t5_stored(pair.hf).keys()
-    assert_same_logits(tmp_path / "out", pair.hf)
-
-
-def test_t5_round_trip_through_the_reference(pair, tmp_path):
-    from transformers import T5ForConditionalGeneration
-
-    pair.t5.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-    back, info = T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    batch = oracle.t5_batch()
-    close(t5_logits(back.eval(), *batch), t5_logits(pair.hf, *batch))
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["tie_word_embeddings"] is (pair.version == "v1.0")  # what 4.x goes by
-
-
-def test_saving_over_a_loaded_checkpoint(tmp_path):
-    """Weights are memory-mapped: overwriting their own file must not change them midway."""
-    made = make_t5(tmp_path, "v1.0")
-    made.t5.save_pretrained(tmp_path)
-    made.t5.save_pretrained(tmp_path)
-    assert_same_logits(tmp_path, made.hf)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_loaded_weights_do_not_write_into_their_file(tmp_path):
-    made = make_t5(tmp_path, "v1.0")
-    with torch.no_grad():
-        for p in made.t5.parameters():
-            p.zero_()
-    assert_same_logits(tmp_path, made.hf)
-
-
-# ---- T5: pickles --------------------------------------------------------------------------------
-
-
-def test_bin_is_converted_once(pair, tmp_path):
-    pytorch_bin(tmp_path, pair.config, pair.hf)
-    assert_same_logits(tmp_path, pair.hf)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-    stamp = (tmp_path / "model.safetensors").stat().st_mtime_ns
-    (tmp_path / "pytorch_model.bin").write_bytes(b"no longer read")
-    assert_same_logits(tmp_path, pair.hf)
-    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == stamp
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("modern", [True, False])
-def test_a_pickle_with_code_is_refused(modern, tmp_path):
-    config, hf = oracle.tiny_t5()
-    state = dict(oracle.t5_stored(hf)) | {"payload": Payload(str(tmp_path / "pwned"))}
-    path = tmp_path / "pytorch_model.bin"
-    torch.save(state, path, _use_new_zipfile_serialization=modern)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="pytorch_model.bin is not a plain file of tensors.*refus"):
-        T5.from_pretrained(tmp_path)
-    assert not (tmp_path / "pwned").exists()
-    assert not (tmp_path / "model.safetensors").exists()
-    torch.load(path, weights_only=False)  # the payload is live: the test could have failed
-    assert (tmp_path / "pwned").exists()
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("content", [b"", b"\x80\x04not a pickle", pickle.dumps([1, 2])])
-def test_a_bin_that_is_no_state_dict_is_refused(content, tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(content)
-    (tmp_path / "config.json").write_text(json.dumps(oracle.TINY_T5))
-    with pytest.raises(ValueError, match="pytorch_model.bin (is not a plain|does not hold)"):
-        T5.from_pretrained(tmp_path)
 
 
 # ---- T5: dtype ----------------------------------------------------------------------------------
@@ -539,24 +306,6 @@ def test_greedy_ids_equal_the_reference(speaker):
     assert torch.equal(ours, theirs)
 
 
-def test_onednn_changes_no_id(speaker, monkeypatch):
-    """Rows leave, so that weights laid out for six meet fewer; one row has a path of its own."""
-    ids, mask = speaker.ids, speaker.mask
-    plain = [speaker.t5.generate(ids[:n], mask[:n], max_new_tokens=20) for n in (6, 1)]
-    with torch.no_grad():
-        memory = speaker.t5.encode(ids, mask)
-    called, forward = [], torch.nn.Linear.forward
-    monkeypatch.setattr(model, "ONEDNN", 1)
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *a: called.append(1) or forward(*a))
-    with torch.no_grad():
-        close(speaker.t5.encode(ids, mask), memory, 1e-5)
-    assert not called
-    fast = [speaker.t5.generate(ids[:n], mask[:n], max_new_tokens=20) for n in (6, 1)]
-    assert all(torch.equal(a, b) for a, b in zip(plain, fast, strict=True))
-    assert len(called) == 2 * 2 * 2  # only the keys and values of the source, once, in two layers
-    assert speaker.t5.encode(ids, mask).requires_grad and len(called) > 8  # it has no gradients
-
-
 def test_cached_equals_recomputed(speaker):
     ours = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
     assert torch.equal(padded(ours, 20), recompute(speaker.t5, speaker.ids, speaker.mask, 20))
@@ -565,7 +314,7 @@ def test_cached_equals_recomputed(speaker):
 def test_cached_equals_recomputed_beyond_the_last_bucket(speaker):
     """150 steps: query positions in the cache count on, and distances pass 128."""
     no_end = T5.from_pretrained(speaker.folder)
-    no_end.config = model.from_config(T5Config, vars(no_end.config) | {"eos_token_id": -1})
+    no_end.config = hub.from_config(T5Config, vars(no_end.config) | {"eos_token_id": -1})
     ids, mask = speaker.ids[:2], speaker.mask[:2]
     ours = no_end.generate(ids, mask, max_new_tokens=150)
     assert ours.shape == (2, 150)
@@ -594,13 +343,13 @@ def test_batched_equals_single(speaker):
 def test_rows_that_finish_leave_the_batch(speaker, monkeypatch):
     """Live rows only go through the decoder; the answers stay in their rows."""
     sizes = []
-    step = model.T5Stack.step
+    step = T5.step
 
-    def spy(self, x, cache):
-        sizes.append(len(x))
-        return step(self, x, cache)
+    def spy(self, ids, cache):
+        sizes.append(len(ids))
+        return step(self, ids, cache)
 
-    monkeypatch.setattr(model.T5Stack, "step", spy)
+    monkeypatch.setattr(T5, "step", spy)
     out = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
     ends = lengths(padded(out, 20))
     assert sizes == [sum(end > step for end in ends) for step in range(len(sizes))]
@@ -710,7 +459,7 @@ def detr_files(tmp_path_factory):
 
 def detr_shapes(name):
     with torch.device("meta"):
-        return file_names(model.DETR_KEYS, DETR(DETRConfig.from_hub(oracle.DETR_CONFIGS[name])))
+        return file_names(DETR_KEYS, DETR(hub.model_config(DETR, oracle.DETR_CONFIGS[name])))
 
 
 @torch.no_grad()
@@ -774,7 +523,7 @@ def test_layout_c_differs_from_layout_a():
 def test_detr_defaults_are_the_familys():
     from transformers import DetrConfig
 
-    ours, theirs = vars(DETRConfig.from_hub({"model_type": "detr"})), DetrConfig()
+    ours, theirs = vars(hub.model_config(DETR, {"model_type": "detr"})), DetrConfig()
     for name in ours.keys() - {"backbone", "backbone_kwargs", "num_labels", "id2label"}:
         assert ours[name] == getattr(theirs, name), name
     assert ours["backbone"] == theirs.backbone_config.backbone
@@ -786,7 +535,7 @@ def test_detr_config_of_transformers_5(name):
     """It moves the backbone into backbone_config and drops the old fields."""
     newer = GOLDEN["configs"][name]["config_5x"]
     assert "backbone" not in newer
-    assert DETRConfig.from_hub(newer) == DETRConfig.from_hub(oracle.DETR_CONFIGS[name])
+    assert hub.model_config(DETR, newer) == hub.model_config(DETR, oracle.DETR_CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", released_slow(["tiny-dc5", *RELEASED]))
@@ -828,40 +577,6 @@ def test_detr_full_mask_is_no_mask_and_rows_are_independent(detr_files):
     assert (both[0] - both[1]).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("case", ["tiny", "tiny-dc5"])
-def test_detr_norms_put_into_the_convolutions_change_nothing_and_are_never_stale(case, detr_files):
-    detr, pixels = DETR.from_pretrained(detr_files(case)), oracle.detr_inputs("tiny")[0]
-    stem, inner = detr.backbone.conv1, detr.backbone.layer1[0].conv2
-    names = detr.state_dict().keys()
-
-    def both_ways():
-        with torch.no_grad():
-            quick = detr.features(pixels)
-        plain = detr.features(pixels)  # with gradients: one after the other
-        close(quick, plain.detach())
-        return quick
-
-    begun = both_ways()
-    kept = stem.folded[1]
-    assert torch.equal(both_ways(), begun) and stem.folded[1] is kept
-    assert detr.state_dict().keys() == names
-    seen = [begun]
-    with torch.no_grad():
-        for change in (
-            lambda: stem.weight.mul_(1.5),
-            lambda: detr.backbone.layer2[0].bn3.running_var.mul_(3),
-            lambda: setattr(inner.weight, "data", inner.weight * 1.5),
-            lambda: detr.load_state_dict({k: v * 0.9 for k, v in detr.state_dict().items()}),
-        ):
-            change()
-            seen.append(detr.features(pixels))
-            assert (seen[-1] - seen[-2]).abs().max() > 1e-3
-    both_ways()
-    with torch.inference_mode():  # such tensors do not tell when they are written to
-        made = DETR.from_pretrained(detr_files(case))
-        close(made.features(pixels), begun)
-
-
 def test_detr_boxes_are_in_the_unit_square(detr_files):
     logits, boxes = DETR.from_pretrained(detr_files("tiny"))(*oracle.detr_inputs("tiny"))
     assert logits.shape == (1, 5, 7) and boxes.shape == (1, 5, 4)
@@ -870,33 +585,8 @@ def test_detr_boxes_are_in_the_unit_square(detr_files):
 
 def test_detr_unknown_backbone_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "detr", "backbone": "swin_tiny"}')
-    with pytest.raises(ValueError, match="swin_tiny.*not known.*resnet50, resnet101"):
+    with pytest.raises(ValueError, match="swin_tiny.*resnet101"):
         DETR.from_pretrained(tmp_path)
-
-
-# ---- errors are sentences -----------------------------------------------------------------------
-
-
-def test_each_wrong_tensor_is_named(pair, tmp_path):
-    stored = dict(oracle.t5_stored(pair.hf))
-    missing = ["encoder.block.1.layer.0.SelfAttention.q.weight", "decoder.final_layer_norm.weight"]
-    for name in missing:
-        del stored[name]
-    stored["encoder.block.2.layer.0.layer_norm.weight"] = torch.ones(24)  # one block too many
-    stored["something.else"] = torch.ones(3)
-    stored["decoder.block.0.layer.2.DenseReluDense.wo.weight"] = torch.ones(24, 35)
-    oracle.write_checkpoint(tmp_path, pair.config, stored)
-    with pytest.raises(ValueError) as error:
-        T5.from_pretrained(tmp_path)
-    said = str(error.value)
-    assert str(tmp_path) in said
-    sections = said.split(";")
-    assert all(name in sections[0] for name in missing) and "2 missing" in sections[0]
-    assert "2 unexpected" in sections[1]
-    assert "something.else" in sections[1]
-    assert "encoder.block.2.layer.0.layer_norm.weight" in sections[1]
-    assert "1 of another shape" in sections[2]
-    assert "layer.2.DenseReluDense.wo.weight: file [24, 35], model [24, 36]" in sections[2]
 
 
 def test_each_wrong_detr_tensor_is_named(detr_files, tmp_path):
@@ -912,83 +602,6 @@ def test_each_wrong_detr_tensor_is_named(detr_files, tmp_path):
     )
     with pytest.raises(ValueError, match=expected):
         DETR.from_pretrained(tmp_path)
-
-
-def test_a_config_larger_than_the_weights(pair, tmp_path):
-    config = pair.config | {"num_layers": 3}
-    oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(pair.hf))
-    with pytest.raises(ValueError, match=r"missing.*encoder\.block\.2\.layer\.1"):
-        T5.from_pretrained(tmp_path)
-
-
-def test_wrong_model_type(pair, detr_files):
-    with pytest.raises(ValueError, match="model_type 'detr'.*'t5' is needed"):
-        T5.from_pretrained(detr_files("tiny"))
-    with pytest.raises(ValueError, match="model_type 't5'.*'detr' is needed"):
-        DETR.from_pretrained(pair.folder)
-
-
-@pytest.mark.parametrize(
-    "text, sentence",
-    [
-        (None, "config.json does not exist"),
-        ('{"model_type": "t5", ', "config.json is not valid JSON"),
-        ("[]", "not a JSON object"),
-        ("{}", "model_type None"),
-    ],
-)
-def test_a_bad_config(text, sentence, tmp_path):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        T5.from_pretrained(tmp_path)
-
-
-def test_no_weights_and_damaged_weights(pair, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(pair.config))
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors"):
-        T5.from_pretrained(tmp_path)
-    whole = (pair.folder / "model.safetensors").read_bytes()
-    for damaged in (whole[:1000], whole[:-100], b"", b"\xff" * 64):
-        (tmp_path / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="model.safetensors cannot be read"):
-            T5.from_pretrained(tmp_path)
-
-
-def test_a_shard_that_is_not_there(pair, tmp_path):
-    sharded(tmp_path, pair.config, pair.hf)
-    (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match="model-00002-of-00003"):
-        T5.from_pretrained(tmp_path)
-
-
-BAD_VALUES = [
-    ("num_layers", "six"),
-    ("num_layers", 10**9),
-    ("num_layers", True),
-    ("d_model", 1e308),
-    ("d_model", [24]),
-    ("d_model", -3),
-    ("vocab_size", 10**30),
-    ("num_heads", 0.5),
-    ("layer_norm_epsilon", "1e-6"),
-    ("layer_norm_epsilon", float("nan")),
-    ("feed_forward_proj", {}),
-    ("scale_decoder_outputs", 1),
-    ("relative_attention_num_buckets", 10**12),
-    ("decoder_start_token_id", -1),
-    ("decoder_start_token_id", 10**6),
-    ("relative_attention_max_distance", 0),
-    ("relative_attention_max_distance", 4),
-    ("relative_attention_max_distance", -5),
-]
-
-
-@pytest.mark.parametrize("name, value", BAD_VALUES)
-def test_a_config_value_no_model_has(pair, name, value, tmp_path):
-    oracle.write_checkpoint(tmp_path, pair.config | {name: value}, oracle.t5_stored(pair.hf))
-    with pytest.raises(ValueError, match="config.json"):
-        T5.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -1009,171 +622,3 @@ def test_a_detr_config_of_no_model(changes, detr_files, tmp_path):
     oracle.write_checkpoint(tmp_path, oracle.DETR_CONFIGS["tiny"] | changes, weights)
     with pytest.raises(ValueError, match="config.json"):
         DETR.from_pretrained(tmp_path)
-
-
-INDEXES = {
-    "no object": "[]",
-    "no map": "{}",
-    "a list": '{"weight_map": ["a"]}',
-    "another folder": '{"weight_map": {"a": "../model.safetensors"}}',
-    "the root": '{"weight_map": {"a": "/etc/passwd"}}',
-    "the folder above": '{"weight_map": {"a": ".."}}',
-    "no text": '{"weight_map": {"a": 5}}',
-    "NUL": '{"weight_map": {"a": "\\u0000"}}',
-    "too long": '{"weight_map": {"a": "%s"}}' % ("a" * 5000),
-    "half a surrogate": '{"weight_map": {"a": "\\ud800"}}',
-    "deep": "[" * 100_000,
-    "latin-1": b"\xe9",
-    "cut": '{"weight_map": {',
-}
-
-
-@pytest.mark.parametrize("text", INDEXES.values(), ids=INDEXES)
-def test_a_bad_index(pair, text, tmp_path):
-    oracle.write_checkpoint(tmp_path / "a", pair.config, oracle.t5_stored(pair.hf))
-    text = text if isinstance(text, bytes) else text.encode()
-    (tmp_path / "a/model.safetensors.index.json").write_bytes(text)
-    with pytest.raises(ValueError, match=r"index\.json|cannot be read as safetensors") as caught:
-        T5.from_pretrained(tmp_path / "a")
-    assert type(caught.value) is ValueError
-
-
-def test_what_is_no_file_is_not_waited_for(pair, tmp_path):
-    sharded(tmp_path, pair.config, pair.hf)
-    shard = tmp_path / "model-00002-of-00003.safetensors"
-    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)):
-        shard.unlink()
-        make(shard)
-        with pytest.raises(ValueError, match="model-00002-of-00003.*cannot be read"):
-            T5.from_pretrained(tmp_path)
-        shard.rmdir() if shard.is_dir() else shard.unlink()
-        shard.touch()
-
-
-def test_loading_draws_no_weights(pair, monkeypatch):
-    """On the meta device a first draw would cost nothing but the import of torch's compiler."""
-    for name in ("normal_", "uniform_"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *_, **__: pytest.fail("drawn"))
-    T5.from_pretrained(pair.folder)
-
-
-def test_large_finite_weights_are_weights(pair, tmp_path):
-    """Their sum overflows."""
-    stored = {name: t.detach().clone() for name, t in oracle.t5_stored(pair.hf).items()}
-    stored["shared.weight"].fill_(3e38)
-    oracle.write_checkpoint(tmp_path, pair.config, stored)
-    assert T5.from_pretrained(tmp_path).shared.weight.min() > 2.9e38
-
-
-@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_weights_that_are_not_finite_are_named(pair, bad, dtype, tmp_path):
-    stored = {name: t.detach().clone() for name, t in oracle.t5_stored(pair.hf).items()}
-    name = "decoder.block.0.layer.2.DenseReluDense.wo.weight"
-    stored[name][3, 5] = bad
-    oracle.write_checkpoint(tmp_path, pair.config, stored)
-    with pytest.raises(ValueError, match=f"no finite numbers .* in 1 tensors: {name}"):
-        T5.from_pretrained(tmp_path, dtype)
-
-
-def test_weights_in_integers_are_refused(pair, tmp_path):
-    stored = {name: t.detach().clone() for name, t in oracle.t5_stored(pair.hf).items()}
-    stored["shared.weight"] = stored["shared.weight"].to(torch.int8)
-    oracle.write_checkpoint(tmp_path, pair.config, stored)
-    with pytest.raises(ValueError, match="in 1 tensors: shared.weight.* stored in integers"):
-        T5.from_pretrained(tmp_path)
-
-
-base = torch.arange(6.0)
-ODD_STATES = {
-    "terabytes in four bytes": {"a": torch.zeros(1).expand(10**6, 10**6)},
-    "numbers for names": {1: torch.ones(2)},
-    "sparse": {"a": torch.eye(3).to_sparse()},
-    "no memory": {"a": torch.ones(3, device="meta")},
-    "overlapping": {"a": base[:4], "b": base[2:]},
-}
-
-
-@pytest.mark.parametrize("state", ODD_STATES.values(), ids=ODD_STATES)
-def test_a_bin_of_odd_tensors_is_refused(state, tmp_path):
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text(json.dumps(oracle.TINY_T5))
-    with pytest.raises(ValueError, match="pytorch_model.bin (does not hold|could not be conv)"):
-        T5.from_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"pytorch_model.bin", "config.json"}
-
-
-# ---- the Hub ------------------------------------------------------------------------------------
-
-
-def test_a_hub_id_without_network_is_one_sentence():
-    with pytest.raises(ConnectionError) as error:
-        T5.from_pretrained("nobody/has-this-one")
-    said = str(error.value)
-    assert "nobody/has-this-one" in said and "could not be reached" in said
-    assert "\n" not in said
-
-
-@pytest.mark.parametrize("where", ["no/such/folder", "./missing", "plain-name"])
-def test_a_path_that_is_nothing(where):
-    with pytest.raises(FileNotFoundError, match="neither a folder"):
-        model.resolve(where)
-
-
-def test_a_folder_is_itself(tmp_path):
-    assert model.resolve(str(tmp_path)) == tmp_path
-
-
-def fake_hub(monkeypatch, repository, folder):
-    """snapshot_download over a dict {file: bytes}; returns the list of files fetched."""
-    import fnmatch
-
-    import huggingface_hub
-
-    fetched = []
-
-    def snapshot_download(repo_id, allow_patterns, **_):
-        for name, content in repository.items():
-            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                (folder / name).write_bytes(content)
-                fetched.append(name)
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return fetched
-
-
-FILES = ["config.json", "tokenizer.json", "spiece.model", "flax_model.msgpack", "tf_model.h5"]
-
-
-def test_the_hub_gives_safetensors_where_there_are_any(monkeypatch, tmp_path):
-    repository = dict.fromkeys([*FILES, "model.safetensors", "pytorch_model.bin"], b"x")
-    fetched = fake_hub(monkeypatch, repository, tmp_path)
-    assert model.resolve("org/name") == tmp_path
-    assert set(fetched) == {"config.json", "tokenizer.json", "spiece.model", "model.safetensors"}
-
-
-def test_the_hub_gives_the_pickle_where_there_is_nothing_else(monkeypatch, tmp_path):
-    fetched = fake_hub(monkeypatch, dict.fromkeys([*FILES, "pytorch_model.bin"], b"x"), tmp_path)
-    assert model.resolve("allenai/unifiedqa-t5-base") == tmp_path
-    assert {"config.json", "spiece.model", "pytorch_model.bin"} <= set(fetched)
-    assert not {"flax_model.msgpack", "tf_model.h5"} & set(fetched)
-
-
-@pytest.mark.parametrize(
-    "name, kind, sentence",
-    [
-        ("GatedRepoError", PermissionError, "org/name is gated.*licence.*HF_TOKEN"),
-        ("RepositoryNotFoundError", FileNotFoundError, "no repository org/name"),
-    ],
-)
-def test_gated_and_missing_repositories(name, kind, sentence, monkeypatch):
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def snapshot_download(*_, **__):
-        raise getattr(errors, name).__new__(getattr(errors, name))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(kind, match=sentence):
-        model.resolve("org/name")

@@ -61,37 +61,19 @@ OPTIONS = " Options: (A) the rope (B) the belt (C) neither "
 LECTURE = r"Length is how long.\nCompare the ends.\n"
 SOLUTION = r"The belt goes further. see it.\n\nSo it is longer."
 
-GOLDEN = [  # format, caption?, generated, and what mm-cot makes of record()
-    ("QCM-A", False, None, QUESTION + "Look at both." + OPTIONS + "Answer:", "The answer is (B)."),
-    (
-        "QCM-LE",
-        True,
-        None,
-        QUESTION + "Look at both. a rope and a belt" + OPTIONS + "Solution:",
-        f"Solution: {LECTURE} {SOLUTION}.",
-    ),
-    (
-        "QCMG-A",
-        True,
-        "Solution: I  see\nit.",
-        QUESTION + "Look at both. a rope and a belt" + OPTIONS + "Solution: I see it. Answer:",
-        "The answer is (B).",
-    ),
-    (
-        "CQM-ALE",
-        False,
-        None,
-        "Context: Look at both. Question: Which one is longer?" + OPTIONS + "Solution:",
-        f"The answer is (B). BECAUSE: {LECTURE} {SOLUTION}",
-    ),
-    (
-        "QCA-LEA",
-        False,
-        None,
-        QUESTION + "Look at both. Answer: The answer is (B). BECAUSE:Solution:",
-        f"{LECTURE} {SOLUTION} The answer is (B).",
-    ),
-]
+BOTH = QUESTION + "Look at both."
+CAPTION = " a rope and a belt"
+REASONED = f"{LECTURE} {SOLUTION}"
+IS_B = "The answer is (B)."
+CONTEXT_FIRST = "Context: Look at both. Question: Which one is longer?"
+GOLDEN = [  # format, caption?, generated, and mm-cot's texts of record()
+    ("QCM-A", False, None, BOTH + OPTIONS + "Answer:", IS_B),
+    ("QCM-LE", True, None, BOTH + CAPTION + OPTIONS + "Solution:", f"Solution: {REASONED}."),
+    ("QCMG-A", True, "Solution: I  see\nit.",
+     BOTH + CAPTION + OPTIONS + "Solution: I see it. Answer:", IS_B),
+    ("CQM-ALE", False, None, CONTEXT_FIRST + OPTIONS + "Solution:", f"{IS_B} BECAUSE: {REASONED}"),
+    ("QCA-LEA", False, None, f"{BOTH} Answer: {IS_B} BECAUSE:Solution:", f"{REASONED} {IS_B}"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("fmt, caption, generated, source, target", GOLDEN)
@@ -163,7 +145,7 @@ def test_many_and_no_choices(tmp_path):
     many = record(choices=list("uvwxyz"), answer=5)
     [problem] = data.load(scienceqa(tmp_path, {"77": many}), "test")
     assert data.prompt(problem, "QCM-A")[1] == "The answer is (F)."
-    with pytest.raises(ValueError, match="Problem 77 has 6 choices"):
+    with pytest.raises(ValueError, match="Problem 77 .*6"):
         data.prompt(problem, "QCM-A", faithful=True)
     (tmp_path / "own.jsonl").write_text('{"id": 3, "question": "How many?", "answer": 12}')
     [problem] = data.load(tmp_path / "own.jsonl", "train")
@@ -171,5 +153,5 @@ def test_many_and_no_choices(tmp_path):
         "Question: How many? Context: N/A Answer:",
         "The answer is 12.",
     )
-    with pytest.raises(ValueError, match="no prompt format 'QCM-X'"):
+    with pytest.raises(ValueError, match="'QCM-X'"):
         data.prompt(problem, "QCM-X")

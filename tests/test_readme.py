@@ -1,18 +1,23 @@
-"""README.md: its commands exist, its file list is the files', its numbers are what runs gave.
+"""README.md and docs/: commands are accepted, files and equations exist, numbers come from runs.
 
-    python tests/test_readme.py runs/ABLATION        keeps a finished table for these tests
-    python tests/test_readme.py runs/ONE runs/TWO    keeps the accuracy of runs of several seeds
-    python tests/test_readme.py bench.json ...       keeps what bench.py --json wrote
+tests/results/ has what commands of this repository wrote or printed; nothing there is typed. Each
+table under a line <!-- NAME --> is made from it, and every number with two decimals in README.md or
+docs/ must be in it. After new runs:
 
-tests/results/ has what the tables of the README were made from: the metrics.json of every line of
-an ablation, and the paired differences. What it says elsewhere (speed, the teacher, the soak) is
-printed by the commands named beside it and is not looked at here, but for tests/results/bench.json.
+    python tests/test_readme.py keep runs/ABLATION        a finished table
+    python tests/test_readme.py keep runs/ONE runs/TWO    the accuracy of runs with several seeds
+    python tests/test_readme.py keep bench.json ...       what bench.py --json wrote
+    python tests/test_readme.py keep graded/A graded/B    pali_reason's outputs (docs/results.md)
+    python tests/evaluation/test_errors.py > tests/results/kinds.txt   what a command prints
+    python tests/test_readme.py write                     the tables again; pytest names the prose
 """
 
 import argparse
+import ast
 import json
 import re
 import shlex
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -21,60 +26,32 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests/results"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT)]
 
-import test_house as house  # noqa: E402
-
-import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import teacher  # noqa: E402
-from support.evaluation import tables
-from support.training import ablations  # noqa: E402
-from support.training import settings as flags
+from support.evaluation import tables  # noqa: E402
+from support.training import ablations, settings  # noqa: E402
 
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(text=README):
-    return re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-def section(title):
-    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)[1]
-
-
-def commands():
-    """The README's command lines of our own scripts, as lists of words."""
-    lines = "\n".join(blocks()).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`([^`\n]+)`", README)
-    for line in lines:
-        for part in re.split(r"&&|\s#\s", line):
-            words = shlex.split(part) if "python " in part else []
-            if words[:1] == ["python"] and words[1].endswith(".py"):
-                yield words[1:]
-
-
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_a_command_is_taken(words, monkeypatch):
-    script, *given = words
-    assert (ROOT / script).is_file()
-    parsers = {"train.py": flags.parse_args, "eval.py": evaluation.parse_args}
-    parsers |= {"teacher.py": teacher.parse_args}
-    if script in parsers:
-        parsers[script](given)
-    else:  # those that have their parser in main: no word that starts with -- is unknown to them
-        text = (ROOT / script).read_text()
-        assert all(word in text for word in given if word.startswith("--"))
-
-
-def test_the_file_list_is_the_files():
-    """Each file of the product has a row with its number of lines, in this README."""
-    rows = dict(
-        re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", section("The files"), re.MULTILINE)
-    )
-    assert {name: int(n.replace(",", "")) for name, n in rows.items()} == {
-        str(path): house.counts(path)[0] for path in house.PRODUCT
-    }
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+SEEDED_ROWS = {  # label: (file, its row, row of seeds.json or None)
+    "mmcot: answer only, with the image": ("mmcot", "QCM->A, vision", None),
+    "mmcot: two stages, text only": ("mmcot", "two-stage, text only", "mmcot, text only"),
+    "mmcot: one stage, with the image": ("mmcot", "one-stage QCM->RA, vision", None),
+    "mmcot: two stages, with the image": ("mmcot", "two-stage, vision", "mmcot, vision"),
+    "paligemma: before training": ("paligemma", "base", None),
+    "paligemma: trained on answers alone": ("paligemma", "answer-only", "paligemma, answer"),
+    "paligemma: distilled, 32 traces only": ("paligemma", "32 traces", None),
+    "paligemma: distilled": ("paligemma", "distilled", "paligemma, reason"),
+}
+PUBLISHED_OUTPUTS = {  # file of pali_reason: the model that wrote it
+    "results": "PaliGemma 2 3B pt-448, as released",
+    "results_finetuned": "PaliGemma 2 3B, fine-tuned",
+    "results_smol": "SmolVLM-Instruct, as released",
+    "results_finetuned_smol": "SmolVLM-Instruct, fine-tuned",
+    "results_finetuned_smol_v2": "SmolVLM-Instruct, fine-tuned again",
+}
 
 
 @cache
@@ -82,95 +59,320 @@ def result(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["mmcot", "paligemma"])
-def test_a_table_is_what_its_runs_gave(name):
-    assert f"{tables.runs_table(result(name)['rows'])}\n" in blocks()
+# --- the tables, by the name in the comment above them
+def markdown(*rows):
+    """Rows of strings, the first of them the head, as a markdown table."""
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
-def numbers(found):
-    """Every number of a result as README writes it, and of the texts in it."""
-    if isinstance(found, dict):
-        return set().union(*map(numbers, found.values()), numbers(list(found)))
-    if isinstance(found, list):
-        return set().union(*map(numbers, found)) if found else set()
-    if isinstance(found, str):
-        return set(re.findall(r"\d+\.\d\d\b", found))
-    return {f"{abs(found):.2f}"} if isinstance(found, int | float) else set()
+def fenced(text):
+    return f"```\n{text}\n```"
 
 
-def test_every_share_was_measured():
-    """Numbers with two decimals in "What it finds" stand in a result, or in NOTES.md."""
-    known = numbers([result(name) for name in ("mmcot", "paligemma", "seeds")])
-    known |= numbers([tables.runs_table(result(name)["rows"]) for name in ("mmcot", "paligemma")])
-    known |= numbers((ROOT / "NOTES.md").read_text())
-    told = numbers(section("What it finds"))
-    assert len(told) > 60 and told <= known, sorted(told - known)
+def interval(ends):
+    return "{:.2f} - {:.2f}".format(*ends)
 
 
-def test_the_seeds():
-    """The rows of the table of seeds."""
-    lines = section("What it finds").splitlines()
-    for name, by_seed in result("seeds").items():
-        cells = [f"{scores['accuracy']['avg']:.2f}" for _, scores in sorted(by_seed.items())]
-        assert any(line.startswith(f"| {name} | {' | '.join(cells)} |") for line in lines), name
+def seeds_table():
+    """Eight runs of the two ablations, with the accuracy of other seeds where there are any."""
+    rows = [["run", "seed 42", "95 % interval", "seed 43", "seed 44"]]
+    for label, (file, name, seeded) in SEEDED_ROWS.items():
+        scores = result(file)["rows"][name]
+        by_seed = result("seeds").get(seeded, {})
+        others = [
+            f"{by_seed[seed]['accuracy']['avg']:.2f}" if seed in by_seed else "-"
+            for seed in ("43", "44")
+        ]
+        rows.append([label, f"{scores['accuracy']['avg']:.2f}", interval(scores["ci95"]), *others])
+    return markdown(*rows)
 
 
-def speeds(rows):
-    """bench.py's rows as the README has them."""
-    for x in rows:
+def run_table():
+    """What one mmcot run prints at its end, without the rows of single families."""
+    scores = result("mmcot")["rows"]["two-stage, vision"]
+    lines = tables.table({"demo-two-stage-detr": scores}).splitlines()
+    shown = ("demo", "accuracy", "avg", "TXT", "IMG", "ROUGE-L", "false r", "answers", "  ")
+    return fenced("\n".join(line for line in lines if line.startswith(shown)))
+
+
+def baselines_table():
+    """What one paligemma run prints at its end."""
+    rows = result("paligemma")["rows"]
+    names = ("base", "base, asked to reason", "answer-only", "distilled")
+    return fenced(tables.runs_table({name: rows[name] for name in names}))
+
+
+def published_table():
+    rows = [["model (file in outputs/)", "accuracy %", "95 % interval", "choices %", "no answer %"]]
+    for file, model in PUBLISHED_OUTPUTS.items():
+        scores = result("pali_reason")[file]
+        numbers = [scores["accuracy"]["avg"], scores["choices"], scores["parse_failures"]]
+        accuracy, choices, failures = (f"{x:.2f}" for x in numbers)
+        name = f"{model} (`{file}.csv`)"
+        rows.append([name, accuracy, interval(scores["ci95"]), choices, failures])
+    return markdown(*rows)
+
+
+def speeds_table():
+    rows = [["what", "against", "ours", "theirs", "ratio", "range"]]
+    for x in result("bench")["rows"]:
         if x["unit"] not in ("times", "GiB") and x["spread"]:
-            what, span = f"{x['item']}: {x['case']}", "{:.2f}-{:.2f}".format(*x["spread"])
-            ours, theirs = (
-                f"{n:,.0f}" if n >= 1000 else f"{n:.4g}" for n in (x["ours"], x["theirs"])
+            sides = (x["ours"], x["theirs"])
+            ours, theirs = (f"{n:,.0f}" if n >= 1000 else f"{n:.4g}" for n in sides)
+            span = "{:.2f}-{:.2f}".format(*x["spread"])
+            name = f"{x['item']}: {x['case']}"
+            rows.append(
+                [name, x["against"], f"{ours} {x['unit']}", theirs, f"{x['ratio']:.2f}", span]
             )
-            pair = f"{ours} {x['unit']} | {theirs}"
-            yield f"| {what} | {x['against']} | {pair} | {x['ratio']:.2f} | {span} |"
+    return markdown(*rows)
 
 
-def test_the_speeds_are_those_of_one_run_of_the_bench():
-    made = list(speeds(result("bench")["rows"]))
-    told = [line for line in README.splitlines() if line.startswith(tuple(x[:12] for x in made))]
-    assert len(told) > 10 and told == made
+def kinds_table():
+    text = (RESULTS / "kinds.txt").read_text()
+    return fenced(text[text.index("all: ") : text.index("\nlabel -> rule")].rstrip())
 
 
-def keep(folders):
-    """Writes what these run folders have to say into tests/results/."""
-    configs = [json.loads((Path(folder) / "config.json").read_text()) for folder in folders]
-    if len(folders) > 1:
-        return keep_seeds(folders, configs)
-    args = argparse.Namespace(**configs[0] | {"ablation": True, "out": str(folders[0])})
-    lines = ablations.lines_of(args, ablations.table_of(args))
-    rows = {name: tables.metrics_then(Path(line.out)) for name, line in lines.items()}
-    problems, columns = data.load(args.data, args.test_split), {}
-    for name in sorted(rows, key=lambda name: lines[name].out != args.out):
-        graded = tables.graded_folder(Path(lines[name].out), problems)
-        columns[name] = tables.Column(rows[name], graded, lines[name].out)
-    kept = {"differences": tables.differences(columns)[1], "rows": rows}
-    (RESULTS / f"{args.model}.json").write_text(json.dumps(kept, indent=1) + "\n")
+TABLES = {
+    "seeds": seeds_table,
+    "run": run_table,
+    "baselines": baselines_table,
+    "mmcot": lambda: fenced(tables.runs_table(result("mmcot")["rows"])),
+    "paligemma": lambda: fenced(tables.runs_table(result("paligemma")["rows"])),
+    "pali_reason": published_table,
+    "speeds": speeds_table,
+    "kinds": kinds_table,
+}
+TABLE = re.compile(r"^<!-- (\w+) -->\n((?:```\n.*?^```|\|[^\n]*(?:\n\|[^\n]*)*))", re.M | re.S)
+
+
+def found_tables():
+    return [(path, *found) for path in PAGES for found in TABLE.findall(path.read_text())]
+
+
+def test_every_table_has_a_place():
+    assert sorted(name for _, name, _ in found_tables()) == sorted(TABLES)
+
+
+@pytest.mark.parametrize("path, name, text", found_tables(), ids=lambda x: str(x)[-20:])
+def test_a_table_is_what_its_runs_wrote(path, name, text):
+    assert text == TABLES[name]()
+
+
+# --- numbers
+PUBLISHED = {  # by others, and where
+    "85.31": "Multimodal-CoT base, FLAN-Alpaca + ViT + captions (TMLR version, Table 4)",
+    "82.55": "the same with UnifiedQA",
+    "83.16": "the same with DETR features",
+    "82.62": "the same in one stage (Table 6)",
+    "84.91": "Multimodal-CoT base, UnifiedQA + DETR, teacher-forced rationales (v1, Table 4)",
+    "82.57": "the same in one stage (v1, Table 6)",
+    "96.97": "ROUGE-L of its rationales (v1)",
+    "93.46": "ROUGE-L of the TMLR version's",
+    "6.47": "pali_reason's own score of its base model (answer_eval.ipynb)",
+    "18.18": "and of its fine-tuned one",
+}
+
+
+def numbers(result):
+    """Every number in a result, with two decimals, and those in its texts."""
+    if isinstance(result, dict):
+        return set().union(*map(numbers, result.values()), numbers(list(result)))
+    if isinstance(result, list):
+        return set().union(*map(numbers, result))
+    if isinstance(result, str):
+        return {f"{float(x):.2f}" for x in re.findall(r"\d+\.\d\d+", result)}
+    return {f"{abs(result):.2f}"} if isinstance(result, int | float) else set()
+
+
+def stated(text):
+    """The numbers with just two decimals in a page."""
+    return set(re.findall(r"(?<![\d.])\d+\.\d\d(?![\d.]*\d)", text))
+
+
+@cache
+def measured():
+    texts = [path.read_text() for path in RESULTS.glob("*.txt")]
+    texts += [make() for make in TABLES.values()]
+    return numbers(texts + [json.loads(path.read_text()) for path in RESULTS.glob("*.json")])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_number_was_measured(path):
+    known = measured() | PUBLISHED.keys()
+    lines = enumerate(path.read_text().splitlines(), 1)
+    unknown = [f"{n}: {x}" for n, line in lines for x in sorted(stated(line) - known)]
+    assert not unknown, f"{path.name}: not in {RESULTS}: {', '.join(unknown)}"
+
+
+def test_the_numbers_of_others_are_used():
+    assert PUBLISHED.keys() <= set().union(*(stated(path.read_text()) for path in PAGES))
+
+
+# --- what the pages name
+def code_blocks(text):
+    return re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    """(page, words) of each command line that calls one of our own scripts. Those of hacking.md
+    are for changed code, and test_hacks.py runs them."""
+    for path in [path for path in PAGES if path.name != "hacking.md"]:
+        text = path.read_text()
+        lines = "\n".join(code_blocks(text)).replace("\\\n", " ").splitlines()
+        lines += re.findall(r"`([^`\n]+)`", text)
+        for line in lines:
+            for part in re.split(r"&&|\s#\s|\s>\s", line):
+                words = shlex.split(part) if "python " in part else []
+                if words[:1] == ["python"] and words[1].endswith(".py"):
+                    yield path.name, words[1:]
+
+
+@pytest.mark.parametrize("page, words", commands(), ids=str)
+def test_a_command_is_accepted(page, words):
+    script, *arguments = words
+    assert (ROOT / script).is_file()
+    if arguments == ["--help"]:
+        return
+    parsers = {"train.py": settings.parse_args, "eval.py": evaluation.parse_args}
+    parsers["teacher.py"] = teacher.parse_args
+    if script in parsers:
+        parsers[script](arguments)
+    else:  # their parser is in main: each word that starts with -- must be in their text
+        text = (ROOT / script).read_text()
+        assert all(word in text for word in arguments if word.startswith("--"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_files_that_a_page_links_or_names_exist(page):
+    text = page.read_text()
+    links = [page.parent / x for x in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]
+    rows = re.findall(r"^\| `([\w./]+)` \|", text, re.MULTILINE)
+    missing = [str(x) for x in (*links, *(ROOT / row for row in rows)) if not x.exists()]
+    assert not missing, f"{page.name} names {', '.join(missing)}"
+
+
+def test_the_file_table_is_complete():
+    rows = set(re.findall(r"^\| `([\w./]+)` \|", README.read_text(), re.MULTILINE))
+    support = [path for path in (ROOT / "support").iterdir() if path.name[0] not in "_."]
+    wings = {f"support/{path.name}" + "/" * path.is_dir() for path in support}
+    assert {path.name for path in ROOT.glob("*.py")} | wings <= rows
+
+
+def equations():
+    """(tag, file, function) of each row of README's table of equations."""
+    row = r"^\|[^\n]*\| `# (Eq\. [^`]+)` \| `(\w+\.py)`, `([\w.]+)` \|$"
+    return re.findall(row, README.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("tag, file, function", equations())
+def test_an_equation_is_in_the_function_that_is_named(tag, file, function):
+    source = (ROOT / file).read_text()
+    node = ast.parse(source)
+    for name in function.split("."):
+        node = next(x for x in node.body if getattr(x, "name", None) == name)
+    assert f"# {tag}" in ast.get_source_segment(source, node)
+
+
+def test_there_are_equations():
+    assert len(equations()) == 6
+
+
+# --- keeping results
+def read_metrics(folder):
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def write_result(name, content):
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def differences(folders):
+    """{name: folder} -> eval.py's paired differences to the first, in its words."""
+    command = [sys.executable, ROOT / "eval.py", *folders.values(), "--no-report"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    text = "\n".join(line for line in lines if "McNemar" in line)
+    for name, folder in sorted(folders.items(), key=lambda item: -len(str(item[1]))):
+        text = text.replace(str(folder), name)  # the longest first: one may begin another
+    return text
+
+
+def keep_ablation(folder, model):
+    folder = Path(folder)
+    named = {"mmcot": ablations.MMCOT_ABLATION, "paligemma": ablations.PALIGEMMA_ABLATION}[model]
+    folders = {}
+    for name, changed in named.items():
+        plain = re.sub(r"[^a-zA-Z0-9]", "-", name.replace("->", "-"))
+        folders[name] = folder / plain if changed else folder
+    (itself,) = (name for name, changed in named.items() if not changed)
+    rows = {name: read_metrics(place) for name, place in folders.items()}
+    ordered = {itself: folder} | folders
+    write_result(model, {"differences": differences(ordered), "rows": rows})
 
 
 def keep_seeds(folders, configs):
     path = RESULTS / "seeds.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
+    names = {("mmcot", "none"): "mmcot, text only", ("mmcot", "detr"): "mmcot, vision"}
     for folder, config in zip(folders, configs, strict=True):
-        names = {("mmcot", "none"): "mmcot, text only", ("mmcot", "detr"): "mmcot, vision"}
-        name = names.get((config["model"], config["vision"]), f"paligemma, {config['recipe']}")
-        scores = tables.metrics_then(Path(folder))
+        vision = (config["model"], config.get("vision"))
+        name = names.get(vision, f"paligemma, {config['recipe']}")
+        scores = read_metrics(folder)
         kept.setdefault(name, {})[str(config["seed"])] = {
             key: scores[key] for key in ("n", "accuracy", "ci95", "chance")
         }
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+    write_result("seeds", kept)
+
+
+def keep_published(folders):
+    """eval.py --out's folders of pali_reason's outputs, named after their files."""
+    kept = {}
+    for folder in folders:
+        scores = read_metrics(folder)
+        kept[Path(folder).name] = {
+            "n": scores["n"],
+            "chance": scores["chance"],
+            "accuracy": {"avg": scores["accuracy"]["avg"]},
+            "ci95": scores["ci95"],
+            "choices": scores["accuracy"]["question type: multi_choice"],
+            "choices_n": scores["n_by"]["question type: multi_choice"],
+            "choices_chance": scores["chance_by"]["question type: multi_choice"],
+            "parse_failures": scores["parse_failures"],
+            "failure_modes": scores["failure_modes"],
+        }
+    pali = {name: folder for name, folder in zip(kept, folders, strict=True) if "smol" not in name}
+    smol = {name: folder for name, folder in zip(kept, folders, strict=True) if "smol" in name}
+    kept["differences"] = f"{differences(pali)}\n{differences(smol)}"
+    write_result("pali_reason", kept)
 
 
 def keep_speeds(paths):
-    """The files of bench.py --json as one; prints the README's rows."""
     parts = [json.loads(Path(path).read_text()) for path in paths]
     rows = [row for part in parts for row in part["rows"]]
-    kept = {"machines": [part["machine"] for part in parts], "rows": rows}
-    (RESULTS / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
-    print(*speeds(rows), sep="\n")
+    write_result("bench", {"machines": [part["machine"] for part in parts], "rows": rows})
+
+
+def keep(paths):
+    if paths[0].endswith(".json"):
+        return keep_speeds(paths)
+    if not (Path(paths[0]) / "config.json").is_file():
+        return keep_published(paths)
+    configs = [json.loads((Path(path) / "config.json").read_text()) for path in paths]
+    if len(paths) > 1:
+        return keep_seeds(paths, configs)
+    keep_ablation(paths[0], configs[0]["model"])
+
+
+def write():
+    """Put the tables of tests/results/ into the pages."""
+    for path in PAGES:
+        text = path.read_text()
+        path.write_text(TABLE.sub(lambda m: f"<!-- {m[1]} -->\n{TABLES[m[1]]()}", text))
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    (keep_speeds if given[0].endswith(".json") else keep)(given)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("action", choices=("keep", "write"))
+    parser.add_argument("paths", nargs="*")
+    args = parser.parse_args()
+    keep(args.paths) if args.action == "keep" else write()

@@ -17,17 +17,12 @@ import torch
 from conftest import ROOT, scored
 
 import data
-import eval as evaluation
 import fusion
 import train
 from model import T5, T5Config
 from support import files
-from support.dataset.tokenizers import load_tokenizer
 from support.dataset.traces import load_traces
-from support.evaluation import decode_cache as decoding
-from support.evaluation import errors as kinds
-from support.evaluation import models as loading
-from support.evaluation.models import image_features
+from support.evaluation import errors
 from support.files import write_json
 from support.training import checks as guards
 from support.training import examples as records
@@ -300,81 +295,6 @@ def test_a_folder_in_use_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()  # nothing was in it
 
 
-# ---- decoding ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def talker():
-    """PaliGemma's demo with adapters that make it talk at random."""
-    given = ["--max-output", "8", "3", "--samples", "2", "--temperature", "1", "--lora-r", "2"]
-    args = parse_args([*PALI, *given, "--eval-batch-size", "3"])
-    model = loading.load_paligemma(vars(args))
-    train.make_trainable(args, model)
-    generator = torch.Generator().manual_seed(3)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.15, generator=generator)
-    problems = data.load("demo", "test")[:7]
-    features = image_features(vars(args), problems, model)
-    tokenizer = load_tokenizer(args.weights[0])
-
-    def told(folder=None, **changed):
-        config = vars(args) | changed
-        part = folder and decoding.Part(folder, [model])
-        return evaluation.predict([model.eval()], problems, config, tokenizer, features, part=part)
-
-    return told
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("samples, heat, most", [(1, 0.0, 6), (2, 1.0, 12)])
-def test_decoding_goes_on_where_it_was(samples, heat, most, talker, tmp_path, monkeypatch):
-    how = {"samples": samples, "temperature": heat}
-    expected, made, dead, real = talker(**how), [], [], evaluation.continue_batch
-
-    def dies(*given):
-        made.append(given)
-        if len(made) == 5 and not dead:
-            dead.append(True)
-            raise Killed
-        return real(*given)
-
-    monkeypatch.setattr(evaluation, "continue_batch", dies)
-    with pytest.raises(Killed):
-        talker(tmp_path, **how)
-    path = tmp_path / "predictions.part.jsonl"
-    os.truncate(path, path.stat().st_size - 9)  # three whole lines and a torn one
-    assert talker(tmp_path, **how) == expected
-    assert len(made) == 5 + most - 3 and len(path.read_text().splitlines()) == most
-    made.clear()
-    assert talker(tmp_path, **how) == expected and made == []
-    if samples > 1:  # a seed of its own for each
-        assert talker(tmp_path, **how | {"seed": 1}) != expected and made
-
-
-def test_what_another_model_wrote_is_not_taken(tmp_path):
-    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    decoding.Part(tmp_path, [model]).batch(["q1"], lambda: {"q1": "mine"})
-    assert decoding.Part(tmp_path, [model]).batch(["q1"], dict) == {"q1": "mine"}
-    assert decoding.Part(tmp_path, [other]).batch(["q1"], dict) == {}
-    assert decoding.Part(tmp_path, [model]).batch(["q2"], dict) == {}
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("size", (7, 8192, 3 * 8192 + 5))
-def test_weights_are_known_by_every_bit(size, dtype):
-    weights = torch.randn(size + 1, generator=torch.Generator().manual_seed(0)).to(dtype)
-    mapped = weights[1:]  # as in a file: its bytes begin anywhere
-    told = decoding.gist(mapped)
-    assert decoding.gist(mapped.clone()) == told and len(told) < 8 * 8192
-    for place in (0, size // 2, size - 1):
-        other = mapped.clone()
-        other.view(torch.uint8)[place * dtype.itemsize] ^= 1
-        assert decoding.gist(other) != told
-    if size > 8192:  # in another order
-        assert decoding.gist(mapped.roll(8192)) != told
-
-
 # ---- runs --------------------------------------------------------------------------------------
 
 
@@ -495,7 +415,7 @@ def demo(read_once):
     for split in ("train", "val", "test"):
         data.load("demo", split)
     load_traces(records.demo_traces())
-    kinds.scene_facts("demo")
+    errors.scene_facts("demo")
 
 
 @pytest.mark.slow

@@ -275,14 +275,14 @@ def test_own_rationales_come_from_models_that_did_not_train_on_them(monkeypatch,
         trained_on.append({p.id for p in splits["train"]})
         return len(trained_on) - 1
 
-    def write(model, batches, *rest):
-        ids = [i for batch in batches for i in batch["ids"]]
-        assert not trained_on[model] & set(ids)
-        return {i: {"text": f"by {model}"} for i in ids}
+    def write(decoder, examples, max_new_tokens):
+        ids = [example["id"] for example in examples]
+        assert not trained_on[decoder.model] & set(ids)
+        return {i: {"text": f"by {decoder.model}"} for i in ids}
 
     monkeypatch.setattr(train, "run_stage", stage)
-    monkeypatch.setattr(fusion, "write", write)
-    monkeypatch.setattr(train.decoding, "Part", lambda folder, models: None)
+    monkeypatch.setattr(train.Decoder, "t5_texts", write)
+    monkeypatch.setattr(train, "DecodeCache", lambda folder, models: None)
     problems = data.load("demo", "train")[:9]
     tokenizer = load_tokenizer(ROOT / "demo/t5")
     made = train.own_rationales(settings(), {"train": problems}, tokenizer, None, None)

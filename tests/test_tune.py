@@ -30,12 +30,13 @@ import eval as evaluation
 import lora
 import model as backbones
 import train
-from demo import teacher
+from demo import scenes, teacher
+from support.checkpoints import peft
 from support.dataset import images as pictures
 from support.dataset.features import Features
 from support.dataset.tokenizers import load_tokenizer, plain_ids, special_ids
 from support.dataset.traces import load_traces
-from support.evaluation import decode_cache as decoding
+from support.evaluation import decoding, errors
 from support.evaluation import models as loading
 from support.files import read_json
 from support.training import checks as guards
@@ -73,7 +74,7 @@ def settings(*flags, **changed):
 def adapted(*flags):
     """The demo's model with new adapters, and the settings."""
     args = settings("--lora-r", "4", *flags)
-    model = loading.load_paligemma(vars(args))
+    model = loading.load_paligemma(args)
     with contextlib.redirect_stdout(io.StringIO()):
         train.make_trainable(args, model)
     return model, args
@@ -100,11 +101,11 @@ def examples(tokenizer):
     by_id = {p.id: p for p in problems[:2] + problems[-4:]}
     traces = [t for t in demo_traces() if t["id"] in by_id]
     args = settings()
-    rows = [(by_id[t["id"]], "reason", t, True) for t in traces]
-    rows += [(row[0], "answer", None, True) for row in rows[:2]]
-    model = loading.load_paligemma(vars(args))
-    features = loading.image_features(vars(args), list(by_id.values()), model)
-    made = data.pali_examples(rows, tokenizer, features, vars(args))
+    rows = [data.TrainRow(by_id[t["id"]], "reason", t) for t in traces]
+    rows += [data.TrainRow(row.problem, "answer") for row in rows[:2]]
+    model = loading.load_paligemma(args)
+    features = loading.image_features(args, list(by_id.values()), model)
+    made = data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix)
     assert len(made) == 8 and len({len(e["labels"]) for e in made}) > 4
     assert len({"image_features" in e for e in made}) == 2
     return made
@@ -270,7 +271,7 @@ def rows_of(problems, *flags, **changed):
 
 def verdicts(n):
     """(problem ids, their verdicts) of the first n demo problems, from the file itself."""
-    folder = data.demo_folder()
+    folder = scenes.demo_folder()
     ids = [p.id for p in data.load("demo", "train")[:n]]
     told = {t["id"]: t["verdict"] for t in lines_of(teacher.traces(folder))}
     return ids, [told[i] for i in ids]
@@ -444,10 +445,10 @@ def tuned(monkeypatch, tokenizer):
 
     def look(*flags, n=30):
         args = settings("--limit", str(n), "--lora-r", "2", *flags)
-        model, given = loading.load_paligemma(vars(args)), {}
+        model, given = loading.load_paligemma(args), {}
         problems, val = (data.load("demo", split)[:n] for split in ("train", "val"))
         rows = records.training_rows(args, problems)
-        features = loading.image_features(vars(args), problems + val, model)
+        features = loading.image_features(args, problems + val, model)
 
         def fit(model, examples, validate, args, stage, epochs, log):
             given.update(examples=examples, validate=validate, epochs=epochs, stage=stage)
@@ -467,8 +468,8 @@ def test_rows_for_the_validation_loss_are_not_trained_on(tuned, tokenizer, monke
     held = set(ids[::20])
     assert len(held) == 2 and {e["id"] for e in got.examples} == set(ids) - held
     assert len(got.examples) == 2 * (len(ids) - 2)
-    rows = [row for row in got.rows if row[0].id in held]
-    rows = data.pali_examples(rows, tokenizer, got.features, vars(got.args))
+    rows = [row for row in got.rows if row.problem.id in held]
+    rows = data.pali_examples(rows, tokenizer, got.features, max_suffix=got.args.max_suffix)
     assert len(rows) == 4
     loss = train.mean_loss(got.model, rows, got.args)
     assert got.validate(got.model)["val_loss"] == pytest.approx(loss, abs=2e-6)
@@ -477,7 +478,7 @@ def test_rows_for_the_validation_loss_are_not_trained_on(tuned, tokenizer, monke
 def test_validation_accuracy_is_of_real_answers(tuned, tokenizer, monkeypatch):
     flags = ("--recipe", "answer", "--eval-problems", "12")
     got = tuned(*flags)
-    how = (vars(got.args), tokenizer, got.features)
+    how = (got.args, tokenizer, got.features)
     told = evaluation.predict([got.model], got.val[:12], *how)
     right = sum(
         evaluation.grade(p, x["response"]).correct for p, x in zip(got.val, told, strict=False)
@@ -619,7 +620,7 @@ def spied(monkeypatch):
     """What a run gives to training and decoding: flags -> its folder, examples, prompts, model."""
 
     def spy(folder, *flags):
-        given, fit, write = {}, train.fit, evaluation.continued
+        given, fit, write = {}, train.fit, decoding.Decoder.continued
 
         def watched_fit(model, examples, *rest):
             given.update(model=model, examples=examples)
@@ -633,7 +634,7 @@ def spied(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "fit", watched_fit)
-            patch.setattr(evaluation, "continued", watched_write)
+            patch.setattr(decoding.Decoder, "continued", watched_write)
             folder, told = run(folder, *flags)
         return SimpleNamespace(folder=folder, told=told, **given)
 
@@ -641,7 +642,7 @@ def spied(monkeypatch):
 
 
 def adapter(folder):
-    return load_file(folder / lora.WEIGHTS)
+    return load_file(folder / peft.WEIGHTS)
 
 
 def test_a_run_folder_has_what_the_design_says(short, tokenizer):
@@ -652,7 +653,7 @@ def test_a_run_folder_has_what_the_design_says(short, tokenizer):
     config = read_json(short.folder / "config.json")
     assert config["seed"] == 42 and config["recipe"] == "reason" and config["max_steps"] == 3
     assert {"versions", "commit", "traces", "lora_r", "samples"} <= config.keys()
-    assert read_json(short.folder / lora.CONFIG)["base_model_name_or_path"] == DEMO
+    assert read_json(short.folder / peft.CONFIG)["base_model_name_or_path"] == DEMO
     log = lines_of(short.folder / "log.jsonl")
     assert [(x["stage"], x["step"]) for x in log] == [("reason", i) for i in (1, 2, 3)]
     assert {"loss", "lr", "grad_norm", "tokens", "seconds", "val_accuracy"} <= log[-1].keys()
@@ -688,7 +689,7 @@ def test_the_baselines_stand_beside_it(short):
         assert read_json(folder / "metrics.json")["n"] == 24
         config, trained = read_json(folder / "config.json"), name == "answer-only"
         assert config["recipe"] == ("reason" if "reason" in name else "answer")
-        assert (folder / lora.WEIGHTS).exists() == (folder / "log.jsonl").exists() == trained
+        assert (folder / peft.WEIGHTS).exists() == (folder / "log.jsonl").exists() == trained
         told = lines_of(folder / "predictions.jsonl")
         assert all(("rationale" in x) == ("reason" in name) for x in told)
     learned, theirs = ({k: v for k, v in x.items() if k in ("lora_r", "epochs", "lr", "max_steps")}
@@ -698,7 +699,7 @@ def test_the_baselines_stand_beside_it(short):
 
 
 def test_the_base_is_the_model_as_it_was(short, tokenizer):
-    args = vars(settings("--recipe", "answer", "--max-output", "40", "8"))
+    args = settings("--recipe", "answer", "--max-output", "40", "8")
     problems = data.load("demo", "test")[:24]
     model = loading.load_paligemma(args)
     features = loading.image_features(args, problems, model)
@@ -724,7 +725,7 @@ def test_only_a_distilled_run_is_compared(flags, compared, monkeypatch, tmp_path
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tiny, tmp_path):
     again = run(tmp_path / "again").folder
-    for name in (lora.WEIGHTS, "predictions.jsonl"):
+    for name in (peft.WEIGHTS, "predictions.jsonl"):
         assert (again / name).read_bytes() == (tiny.folder / name).read_bytes()
     one, other = adapter(again), adapter(run(tmp_path / "other", "--seed", "7").folder)
     assert all(not torch.equal(one[name], other[name]) for name in one if "lora_A" in name)
@@ -743,17 +744,17 @@ def test_an_adapter_can_be_decoded_by_itself(tiny, tmp_path):
     folder = run(tmp_path / "decoded", "--adapter", str(tiny.folder), "--epochs", "0").folder
     before = (tiny.folder / "predictions.jsonl").read_bytes()
     assert (folder / "predictions.jsonl").read_bytes() == before
-    assert not (folder / lora.WEIGHTS).exists() and not (folder / "log.jsonl").exists()
+    assert not (folder / peft.WEIGHTS).exists() and not (folder / "log.jsonl").exists()
     evaluation.main([str(folder), "--decode", "--limit", "8"])
     assert (folder / "predictions.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
 def test_training_goes_on_from_an_adapter(tiny, tmp_path):
-    rank = read_json(tiny.folder / lora.CONFIG)["r"]
+    rank = read_json(tiny.folder / peft.CONFIG)["r"]
     flags = ["--adapter", str(tiny.folder), "--lora-r", str(rank + 3), "--lr", "1e-8"]
     further = run(tmp_path / "further", *flags).folder
-    assert read_json(further / lora.CONFIG)["r"] == rank  # the adapter's, not the flag's
+    assert read_json(further / peft.CONFIG)["r"] == rank  # the adapter's, not the flag's
     for name, tensor in adapter(further).items():
         torch.testing.assert_close(tensor, adapter(tiny.folder)[name], atol=1e-7, rtol=0)
 
@@ -805,7 +806,7 @@ def test_the_adapter_loads_in_peft_and_writes_the_same(short, tokenizer):
 def test_full_training_moves_the_image_tower_and_is_decoded_from_its_folder(tmp_path, capsys):
     folder = run(tmp_path / "full", "--full", "--lr", "1e-3", "--no-final-soft-cap").folder
     names = {path.name for path in folder.iterdir()}
-    assert "model.safetensors" in names and lora.WEIGHTS not in names
+    assert "model.safetensors" in names and peft.WEIGHTS not in names
     before, after = (backbones.PaliGemma.from_pretrained(f).state_dict() for f in (DEMO, folder))
     same = {name for name in before if torch.equal(before[name], after[name])}
     idle = {n for n in same if n.endswith("k_proj.bias")}  # shifts all scores alike: no gradient
@@ -822,10 +823,10 @@ def test_full_training_moves_the_image_tower_and_is_decoded_from_its_folder(tmp_
 
 def test_full_training_sees_pictures_not_a_cache():
     args = settings("--full")
-    model = loading.load_paligemma(vars(args))
+    model = loading.load_paligemma(args)
     problem = next(p for p in data.load("demo", "train") if p.image)
-    features = loading.image_features(vars(args), [problem], model)
-    assert isinstance(features, pictures.Pictures)
+    features = loading.image_features(args, [problem], model)
+    assert isinstance(features, pictures.LazyImages)
 
 
 @pytest.mark.slow
@@ -838,7 +839,7 @@ def test_adapters_on_the_image_tower_see_pictures_too(tmp_path):
     config, (model,), _ = evaluation.load_run(run_.folder)
     problems = [p for p in data.load("demo", "test") if p.image][:2]
     seen = loading.image_features(config, problems, model)
-    assert isinstance(seen, pictures.Pictures)
+    assert isinstance(seen, pictures.LazyImages)
     plain = loading.load_paligemma(config)
     assert isinstance(loading.image_features(config, problems, plain), Features)
 
@@ -857,7 +858,7 @@ def test_dora(tmp_path):
     folder = run(tmp_path / "dora", "--lora-dora").folder
     moved = {k: t for k, t in adapter(folder).items() if "lora_magnitude_vector" in k}
     assert len(moved) == 7 * TEXT["num_hidden_layers"]
-    assert read_json(folder / lora.CONFIG)["use_dora"] is True
+    assert read_json(folder / peft.CONFIG)["use_dora"] is True
     (model,) = evaluation.load_run(folder)[1]
     layers = lora.adapters(model).values()
     assert all((x.lora_magnitude_vector != x.weight.norm(dim=1)).any() for x in layers)
@@ -866,7 +867,7 @@ def test_dora(tmp_path):
 def test_lora_settings_reach_the_adapter(tmp_path):
     flags = "--lora-r 3 --lora-alpha 5 --lora-dropout 0.25 --lora-rslora".split()
     folder = run(tmp_path / "lora", *flags, "--lora-targets", "q_proj", "v_proj").folder
-    config = read_json(folder / lora.CONFIG)
+    config = read_json(folder / peft.CONFIG)
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5, 0.25)
     assert config["use_rslora"] is True and config["use_dora"] is False
     assert {key.split(".")[-3] for key in adapter(folder)} == {"q_proj", "v_proj"}
@@ -878,7 +879,7 @@ def test_the_final_soft_cap_can_be_off(tiny, tmp_path, monkeypatch):
     logits = []
 
     def spied(model, batch, args, loss=train.paligemma_loss):
-        logits.append(model.head(1e4 * model.states(**decoding.paligemma_inputs(model, batch))))
+        logits.append(model.head(1e4 * model.states(**loading.paligemma_inputs(model, batch))))
         return loss(model, batch, args)
 
     monkeypatch.setitem(train.LOSS, "paligemma", spied)
@@ -1020,7 +1021,7 @@ class Speaker:
         more = range(100, 200) if said.endswith("...") else [1]  # other words, or <eos>
         return plain_ids(self.tokenizer, said.removesuffix("...")) + [*more]
 
-    def write(self, input_ids, max_new_tokens, attention_mask, token_type_ids, **how):
+    def generate(self, input_ids, max_new_tokens, attention_mask, token_type_ids, **how):
         rows = []
         for ids, mask, kinds in zip(input_ids, attention_mask, token_type_ids, strict=True):
             ids, kinds = ids[mask.bool()], kinds[mask.bool()]
@@ -1058,7 +1059,7 @@ def heard(tokenizer):
 
     def ask(says, *flags):
         speaker = Speaker(tokenizer, says if callable(says) else lambda prompt, begun: says)
-        config = vars(settings("--max-output", "30", "4", *flags))
+        config = settings("--max-output", "30", "4", *flags)
         (told,) = evaluation.predict([speaker], [own_problem()], config, tokenizer, None)
         return told, speaker.calls
 
@@ -1146,7 +1147,7 @@ def test_each_recipe_asks_in_its_own_words(tokenizer):
     for recipe in ("reason", "answer"):
         prompts = []
         speaker = Speaker(tokenizer, lambda p, begun, to=prompts: to.append(p) or "Answer: A")
-        config = vars(settings("--recipe", recipe))
+        config = settings("--recipe", recipe)
         evaluation.predict([speaker], [own_problem()], config, tokenizer, None)
         expected = plain_ids(tokenizer, data.pali_prefix(own_problem(), recipe) + "\n")
         assert plain_ids(tokenizer, prompts[0])[-len(expected) :] == expected
@@ -1169,7 +1170,7 @@ def test_only_cut_rows_are_asked_again_and_each_keeps_its_own(tokenizer):
     problems = [own_problem(str(i), question=f"Which is {c}?") for i, c in enumerate(told_by)]
     for size in ("1", "3", "64"):
         speaker = Speaker(tokenizer, says)
-        config = vars(settings("--eval-batch-size", size, "--max-output", "50", "4"))
+        config = settings("--eval-batch-size", size, "--max-output", "50", "4")
         told = evaluation.predict([speaker], problems, config, tokenizer, None)
         assert [x["id"] for x in told] == ["0", "1", "2", "3"] and len(speaker.calls) == 7
         assert [x.get("forced_after") for x in told] == [None, "length", "loop", "eos"]
@@ -1183,9 +1184,9 @@ def test_what_was_written_before_the_loop(period):
     start, ids = list(range(100, 105)), list(range(100, 105)) + list(range(period)) * 30
     for longer in (0, 1, period + 1, 25):
         looped = ids[: len(start) + max(4 * period, 24) + longer]
-        assert decoding.before_loop(looped) == start + list(range(period))
+        assert errors.before_loop(looped) == start + list(range(period))
     almost = ids[: len(start) + max(4 * period, 24) - 1]
-    assert decoding.before_loop(almost) == almost
+    assert errors.before_loop(almost) == almost
 
 
 def test_what_is_no_loop_to_the_detector_stays_whole():
@@ -1197,7 +1198,7 @@ def test_what_is_no_loop_to_the_detector_stays_whole():
         )
         rows = torch.randint(0, words, (1, size), generator=generator)
         loops, ids = bool(backbones.looping(rows)), rows[0].tolist()
-        kept = decoding.before_loop(ids)
+        kept = errors.before_loop(ids)
         assert ids[: len(kept)] == kept and (len(kept) < size) == loops
         found += loops
     assert 20 < found < 280
@@ -1212,10 +1213,11 @@ def test_batched_equals_single(tokenizer):
         if "lora_B" in name:
             p.data.normal_(0, 0.15, generator=generator)
     problems = data.load("demo", "test")[:10]
-    features = loading.image_features(vars(args), problems, model)
+    features = loading.image_features(args, problems, model)
     told = []
     for size in (1, 4, 64):
-        config = vars(args) | {"eval_batch_size": size, "max_output": [24, 4]}
+        changed = {"eval_batch_size": size, "max_output": [24, 4]}
+        config = SimpleNamespace(**vars(args) | changed)
         told.append(evaluation.predict([model.eval()], problems, config, tokenizer, features))
     assert told[0] == told[1] == told[2]
     assert len({x["response"] for x in told[0]}) > 5
@@ -1228,15 +1230,16 @@ def voted(texts, monkeypatch, **changed):
     """The prediction from five texts, and with which temperature and seed each was asked for."""
     asked = []
 
-    def write(model, problems, config, tokenizer, features, **how):
-        asked.append((config["temperature"], config["seed"]))
+    def write(decoder, **options):
+        asked.append((decoder.temperature, decoder.seed))
         text = texts[len(asked) - 1]
         told = {"response": text, "rationale": text, "stop": "eos", "tokens": len(asked)}
         return {"1": told}
 
-    monkeypatch.setattr(evaluation, "paligemma_write", write)
+    monkeypatch.setattr(decoding.Decoder, "paligemma_texts", write)
+    monkeypatch.setattr(evaluation, "prompt_examples", lambda *given: [])
     flags = ["--samples", str(len(texts)), "--temperature", "0.7", "--seed", "9"]
-    config = vars(settings(*flags)) | changed
+    config = SimpleNamespace(**vars(settings(*flags)) | changed)
     (told,) = evaluation.predict([None], [own_problem(index=1)], config, None, None)
     return told, asked
 
@@ -1263,12 +1266,12 @@ def test_the_most_frequent_answer_wins(texts, winner, votes, monkeypatch):
 
 @pytest.mark.slow
 def test_sampling_follows_seed_and_temperature(tokenizer):
-    model = loading.load_paligemma(vars(settings()))
+    model = loading.load_paligemma(settings())
     problems = data.load("demo", "test")[:4]
-    features = loading.image_features(vars(settings()), problems, model)
+    features = loading.image_features(settings(), problems, model)
 
     def told(*flags):
-        config = vars(settings("--max-output", "12", "4", *flags))
+        config = settings("--max-output", "12", "4", *flags)
         return evaluation.predict([model], problems, config, tokenizer, features)
 
     def responses(*flags):
@@ -1396,7 +1399,7 @@ def test_paligemma_1_is_refused(tmp_path):
     config = read_json(f"{DEMO}/config.json")
     config["text_config"]["model_type"] = "gemma"
     (tmp_path / "first/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="first holds PaliGemma 1"):
+    with pytest.raises(ValueError, match="first.*PaliGemma 1"):
         run(tmp_path / "run", "--weights", str(tmp_path / "first"))
     assert not (tmp_path / "run").exists()
 

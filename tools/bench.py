@@ -52,6 +52,8 @@ import lora  # noqa: E402
 import model as nano  # noqa: E402
 import support.training.settings  # noqa: E402
 import train  # noqa: E402
+from support.checkpoints import hub  # noqa: E402
+from support.checkpoints.keys import TABLES, transformers_path  # noqa: E402
 from support.dataset.features import Features  # noqa: E402
 from support.dataset.tokenizers import load_tokenizer  # noqa: E402
 from support.training import checks as guards  # noqa: E402
@@ -294,8 +296,8 @@ def no_grad(function, *given, **named):
 
 def write_detr(config, folder):
     with torch.device("meta"):
-        tensors = nano.DETR(nano.DETRConfig.from_hub(config)).state_dict()
-    shapes = {nano.DETR_KEYS.to_file(name): t.shape for name, t in tensors.items()}
+        tensors = nano.DETR(hub.model_config(nano.DETR, config)).state_dict()
+    shapes = {TABLES["DETR"].to_file(name): t.shape for name, t in tensors.items()}
     oracle.write_checkpoint(folder, config, oracle.seeded_weights(shapes))
 
 
@@ -306,7 +308,7 @@ def hf_detr(folder):
     from transformers import DetrConfig, DetrModel, ResNetConfig
 
     config = json.loads((folder / "config.json").read_text())
-    depths, widths = nano.DETRConfig.from_hub(config).resnet
+    depths, widths = hub.model_config(nano.DETR, config).resnet
     wide = [4 * width for width in widths]
     resnet = ResNetConfig(
         depths=list(depths), hidden_sizes=wide, embedding_size=64, out_features=["stage4"]
@@ -351,7 +353,7 @@ def hf_detr_name(name):
 def t5_config(args, layers=12):
     """T5-base's config with so many layers in encoder and decoder; the demo's with --quick."""
     if args.quick:
-        return nano.from_config(nano.T5Config, json.loads((DEMO_T5 / "config.json").read_text()))
+        return hub.model_config(nano.T5, json.loads((DEMO_T5 / "config.json").read_text()))
     return nano.T5Config(d_model=768, d_ff=3072, num_heads=12, num_layers=layers)
 
 
@@ -360,9 +362,8 @@ def write_t5(config, folder):
     with torch.device("meta"):
         t5 = nano.T5(config)
         model = fusion.MultimodalT5(t5, fusion.GatedFusion(config.d_model, FEATURES[1]))
-    shapes = {fusion.MULTIMODAL_KEYS.to_file(n): t.shape for n, t in model.state_dict().items()}
-    architecture = t5.hub_config("T5ForMultimodalGeneration") | {"no_image": "zero"}
-    oracle.write_checkpoint(folder, architecture, oracle.seeded_weights(shapes))
+    shapes = {TABLES["MultimodalT5"].to_file(n): t.shape for n, t in model.state_dict().items()}
+    oracle.write_checkpoint(folder, hub.config_json(model), oracle.seeded_weights(shapes))
 
 
 def hf_multimodal(folder, device, attention=None):
@@ -411,9 +412,17 @@ class Questions:
         self.features = Features(random.astype(np.float16), rows)
 
     def examples(self, fmt, generated=None, limit=None):
-        how = {"vision": "detr", "faithful_text": False, "max_input": 512, "max_output": [512, 64]}
+        longest = 64 if "G" in fmt else 512
         problems = self.problems[:limit]
-        return data.examples(problems, fmt, self.tokenizer, self.features, generated, how)
+        return data.examples(
+            problems,
+            fmt,
+            self.tokenizer,
+            self.features,
+            generated,
+            max_input=512,
+            max_output=longest,
+        )
 
 
 def mmcot_train(args):
@@ -594,7 +603,14 @@ def two_stages(args, folder, questions, lengths, B, cache=None):
 
         def run():
             spoken = Spoken(questions.tokenizer)
-            fusion.two_stage(model, model, make_batches, spoken, lengths)
+
+            def generate(length, generated=None):
+                [batch] = make_batches(generated)
+                return fusion.generate_texts(model, batch, spoken, length)
+
+            first, second = lengths
+            stage_2 = functools.partial(generate, second)
+            fusion.two_stage(functools.partial(generate, first), stage_2)
             return spoken.rows
     else:
         model = hf_multimodal(folder, args.device)
@@ -736,7 +752,8 @@ class Tuning:
                 total, count = train.paligemma_loss(model.train(), batch, self.flags)
                 return total / count
 
-            return loss_and_adapters(model, self.begun, loss, model.hub_path)
+            name_of = functools.partial(transformers_path, nano.PaliGemma)
+            return loss_and_adapters(model, self.begun, loss, name_of)
 
         return run, probe
 
@@ -845,10 +862,7 @@ def pali_decode(args):
 
 
 def pali_shapes(folder):
-    with torch.device("meta"):
-        return nano.PaliGemma(
-            nano.PaliGemmaConfig.from_hub(json.loads((folder / "config.json").read_text()), folder)
-        )
+    return hub.build(nano.PaliGemma, folder)
 
 
 def memory_gb_s(args):

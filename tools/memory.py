@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 import lora
 import train
 from model import Gemma2Config, PaliGemma, PaliGemmaConfig, SigLIPConfig
+from support import kernels
 
 GIB = 2**30
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -126,12 +127,14 @@ def batch(**picture):
     return names | {"labels": labels} | made
 
 
-def ours(layers=LAYERS, checkpointing=False, cached=True):
+def ours(layers=LAYERS, checkpointing=False, cached=True, quick=True):
     """Peak of train.py's step. Features that are `cached` come from the disk, and the image tower
     is not there: that is what train.py does unless the tower itself is trained."""
     with torch.device("meta"):
         model = PaliGemma(PaliGemmaConfig(vision(), text(layers))).to(torch.bfloat16)
     lora.inject(model, r=8, alpha=16)
+    if quick:
+        kernels.enable(model)
     model.language_model.checkpointing = checkpointing
     if cached:
         model.vision_tower = model.multi_modal_projector = None

@@ -1,12 +1,10 @@
-"""What the image towers make of pictures, kept on disk: our cache, and the published files.
+"""Features that the image towers extract, kept on disk: our cache, and the published files.
 
-`Features` gives an example its picture; `cached_features` computes each distinct picture once and
-keeps it; `published_features` reads the files of Multimodal-CoT (Zhang et al., arXiv 2302.00923:
-DETR's, CLIP's, ResNet's and ViT's) by problem id.
+`Features` gives an example the features of its image; `cached_features` computes each distinct
+image once and keeps it; `published_features` reads the files of Multimodal-CoT (Zhang et al., arXiv
+2302.00923: DETR's, CLIP's, ResNet's and ViT's) by problem id. The models come as a function.
 
-Left out on purpose: the models, which come as a function; opening pictures (pictures.py).
-
-Axes: N pictures of a file, each P positions of F features; H W pixels down and across.
+Axes: N images of a file, each P positions of F features; H W pixels down and across.
 """
 
 import json
@@ -15,14 +13,16 @@ import os
 import time
 import zipfile
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from support.dataset import images as pictures
+from support.dataset.images import FORMATS, detr_pixels, open_image
 from support.files import (
     atomic_write,
     checksum,
@@ -35,89 +35,118 @@ from support.files import (
     regular_file,
 )
 
+Extract = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+Pixels = Callable[[Image.Image, int], torch.Tensor]  # (image, size): detr_pixels, siglip_pixels
+
 
 class Features:
-    """Picture features on disk: `features[id]` is float32 (P, F), zeros without a picture.
+    """Image features on disk: `features[id]` is float32 (P, F), zeros without an image.
 
-    Zeros are the published behaviour; `id in features` says whether there is a picture.
+    Zeros are the published behaviour; `id in features` tells whether there is an image.
     """
 
-    def __init__(self, array, rows):
-        self.array, self.rows, self.shape = array, rows, array.shape[1:]  # (N, P, F), {id: row}
+    def __init__(self, array: np.ndarray, rows: dict[str, int]):
+        self.array = array  # (N, P, F)
+        self.rows = rows  # {id: row}
+        self.shape = array.shape[1:]
         self.zeros = np.zeros(self.shape, array.dtype)
 
-    def __contains__(self, id):
+    def __contains__(self, id: str) -> bool:
         return id in self.rows
 
-    def __getitem__(self, id):
+    def __getitem__(self, id: str) -> np.ndarray:
         return np.array(self.stored(id), np.float32)  # (P, F)
 
-    def stored(self, id):
+    def stored(self, id: str) -> np.ndarray:
         """The row (P, F) as it is on disk, fp16 as a rule, and not read before it is used."""
         return self.array[self.rows[id]] if id in self.rows else self.zeros
 
 
-def cached_features(
-    problems, extract, fingerprint, size, folder, pixels=pictures.detr_pixels, skipped=None
-):
-    """Features of every distinct picture of `problems`, computed once and kept in `folder`.
+def stack_features(examples: Sequence[dict]) -> torch.Tensor:
+    """The rows' features or pixels as one float32 tensor. ValueError if one is not finite: NaN
+    would silently spread to everything."""
+    stacked = np.stack([example["image_features"] for example in examples])
+    stacked = torch.from_numpy(stacked).float()
+    if not math.isfinite(stacked.sum()):  # far less work than isfinite of each number
+        finite = stacked.flatten(1).isfinite().all(dim=1).tolist()
+        bad = [e["id"] for e, ok in zip(examples, finite, strict=True) if not ok]
+        if bad:  # else only the sum overflowed
+            raise ValueError(f"The image features of {', '.join(bad)} are not finite.")
+    return stacked
 
-    extract      list of (3, H, W) tensors -> list of (P, F) tensors. It gets up to 32 pictures of
+
+# --- The cache ------------------------------------------------------------------------------------
+
+
+def cached_features(
+    problems: Sequence,
+    extract: Extract,
+    fingerprint: str,
+    size: int,
+    folder: str | Path,
+    pixels: Pixels = detr_pixels,
+    skipped: list | None = None,
+) -> Features:
+    """Features of every distinct image of `problems`, computed once and kept in `folder`.
+
+    extract      list of (3, H, W) tensors -> list of (P, F) tensors. It gets up to 32 images of
                  mixed sizes and must not pad them together: pads change DETR's output.
-    pixels       what makes a tensor of a picture: detr_pixels or siglip_pixels.
+    pixels       makes a tensor of an image: detr_pixels or siglip_pixels.
     fingerprint  a hash of the checkpoint. A cache of another one, or another size, is refused.
-    skipped      a list: problems whose picture cannot be used have no features and are added to it,
+    skipped      a list: problems whose image cannot be used have no features and are added to it,
                  as (id, reason). By default the first one is the error.
 
     The folder holds features.npy, fp16 (N, P, F), read by memory map, and manifest.json:
     {"fingerprint", "size", "shape": [P, F], "rows": {sha256 of the image file: row}}. Only rows in
-    the manifest count, so an interrupted run is resumed, and new pictures are added at the end.
+    the manifest count, so an interrupted run is resumed, and new images are added at the end.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictured, shas = [], []
-    for problem in (problem for problem in problems if problem.image is not None):
-        with noted(skipped, problem.id):
-            shas.append(_image_sha(problem))
-            pictured.append(problem)
+    hashes = {}  # {problem id: sha256 of its image}
+    by_hash = {}  # {sha256: the last problem with that image}
+    for problem in problems:
+        if problem.image is not None:
+            with noted(skipped, problem.id):
+                sha = image_hash(problem)
+                hashes[problem.id] = sha
+                by_hash[sha] = problem
     with open(folder / "lock", "w") as writer:
         lock(writer)  # a second run waits, then finds the work done
-        manifest = _feature_manifest(folder, fingerprint, size)
+        manifest = read_manifest(folder, fingerprint, size)
         if manifest["shape"] is None:
             manifest["shape"] = list(extract([torch.zeros(3, size, size)])[0].shape)
-        images = dict(zip(shas, pictured, strict=True))
-        todo = [item for item in images.items() if item[0] not in manifest["rows"]]
-        todo.sort(key=lambda item: _aspect(item[1]))  # equal sizes share a batch of `extract`
-        array = _feature_array(folder, manifest, len(manifest["rows"]) + len(todo))
-        _save_manifest(array, manifest, folder)
-        skips = skipped is not None
-        bad = _extract_into(array, manifest, todo, extract, pixels, folder, skips)
+        todo = [(sha, p) for sha, p in by_hash.items() if sha not in manifest["rows"]]
+        todo.sort(key=lambda item: aspect_ratio(item[1]))  # equal sizes share a batch of `extract`
+        array = open_array(folder, manifest, len(manifest["rows"]) + len(todo))
+        save_manifest(array, manifest, folder)
+        unusable = add_rows(array, manifest, todo, extract, pixels, folder, skipped is not None)
     rows = {}
-    for problem, sha in zip(pictured, shas, strict=True):
+    for id, sha in hashes.items():
         if sha in manifest["rows"]:
-            rows[problem.id] = manifest["rows"][sha]
+            rows[id] = manifest["rows"][sha]
         else:
-            skipped.append((problem.id, bad[sha]))
+            skipped.append((id, unusable[sha]))
     return Features(np.load(folder / "features.npy", mmap_mode="r"), rows)
 
 
-def _aspect(problem):
-    """Width over height; 0 for a file that is no picture, which is said when it is decoded."""
+def aspect_ratio(problem: Any) -> float:
+    """Width over height; 0 for a file that is not an image, which decoding will report."""
     try:
-        with Image.open(problem.image, formats=pictures.FORMATS) as image:
+        with Image.open(problem.image, formats=FORMATS) as image:
             return image.width / image.height
     except Exception:
         return 0.0
 
 
-def _image_sha(problem):
+def image_hash(problem: Any) -> str:
     try:
         return checksum(regular_file(problem.image))
     except (OSError, ValueError) as error:
         raise type(error)(f"Problem {problem.id}: the image {error}") from None
 
 
-def _feature_manifest(folder, fingerprint, size):
+def read_manifest(folder: Path, fingerprint: str, size: int) -> dict:
+    """manifest.json, checked; one without rows if there is none yet."""
     file = folder / "manifest.json"
     if not file.exists():
         return {"fingerprint": fingerprint, "size": size, "shape": None, "rows": {}}
@@ -125,24 +154,33 @@ def _feature_manifest(folder, fingerprint, size):
         manifest = read_json(file)
         shape = field(manifest, "shape", list, file)
         rows = list(field(manifest, "rows", dict, file).values())
-        whole = all(type(x) is int for x in rows + shape) and sorted(rows) == list(range(len(rows)))
-        if not whole or len(shape) != 2 or min(shape) < 1 or math.prod(shape) > 10**8:
-            raise ValueError(f"{file} does not say which picture is in which row.")
-        field(manifest, "fingerprint", str, file), field(manifest, "size", int, file)
+        counted = all(type(x) is int for x in rows + shape) and sorted(rows) == [*range(len(rows))]
+        if not counted or len(shape) != 2 or min(shape) < 1 or math.prod(shape) > 10**8:
+            raise ValueError(f"{file} does not list which image is in which row.")
+        field(manifest, "fingerprint", str, file)
+        field(manifest, "size", int, file)
     except ValueError as error:
         raise ValueError(f"{error} Delete {folder}.") from None
     if (manifest["fingerprint"], manifest["size"]) != (fingerprint, size):
         raise ValueError(
-            f"The feature cache {folder} was made by checkpoint {manifest['fingerprint']} at size "
+            f"The feature cache {folder} comes from checkpoint {manifest['fingerprint']} at size "
             f"{manifest['size']}, but this run has checkpoint {fingerprint} at size {size}. Delete "
             f"{folder} or name another folder with --features-cache."
         )
     return manifest
 
 
-def _feature_array(folder, manifest, count):
+def save_manifest(array: np.memmap, manifest: dict, folder: Path) -> None:
+    array.flush()  # first the rows, then the list that counts them
+    with atomic_write(folder / "manifest.json") as file:
+        file.write(json.dumps(manifest))
+
+
+def open_array(folder: Path, manifest: dict, count: int) -> np.memmap:
     """features.npy (N, P, F) open for writing with N >= count; grown by copying if need be."""
-    file, shape, old = folder / "features.npy", tuple(manifest["shape"]), np.zeros(0)
+    file = folder / "features.npy"
+    shape = tuple(manifest["shape"])
+    old = np.zeros((0, *shape))
     if manifest["rows"]:
         try:
             old = np.load(regular_file(file), mmap_mode="r+")
@@ -155,62 +193,67 @@ def _feature_array(folder, manifest, count):
             return old
     temporary = folder / "features.npy.part"
     array = np.lib.format.open_memmap(temporary, "w+", np.float16, (max(count, 1), *shape))
-    array[: len(old)] = old.reshape(-1, *shape)
+    array[: len(old)] = old
     os.replace(temporary, file)
     return array
 
 
-def _extract_into(array, manifest, todo, extract, pixels, folder, skips, chunk=32):
-    """Add the features of each (sha, problem) of todo; {sha: why not} where that `skips`."""
-    start, bad = time.monotonic(), {}
-    decoded = _decoded([problem for _, problem in todo], manifest["size"], pixels, skips)
+def add_rows(
+    array: np.memmap,
+    manifest: dict,
+    todo: list[tuple[str, Any]],
+    extract: Extract,
+    pixels: Pixels,
+    folder: Path,
+    skip: bool,
+) -> dict[str, str]:
+    """Add the features of each (sha, problem) of todo. With `skip`, {sha: reason} of the images
+    that cannot be used; otherwise ValueError, when the images before it are done."""
+    chunk = 32
+    start = time.monotonic()
+    unusable = {}
+    decoded = decoded_pixels([problem for _, problem in todo], manifest["size"], pixels)
     for first in range(0, len(todo), chunk):
-        items = [(*item, next(decoded)) for item in todo[first : first + chunk]]
-        bad |= {sha: seen for sha, _, seen in items if isinstance(seen, str)}
-        whole = [item for item in items if item[0] not in bad]
-        made = extract([seen for *_, seen in whole]) if whole else []
-        for (sha, problem, _), features in zip(whole, made, strict=True):
+        items = [(sha, problem, next(decoded)) for sha, problem in todo[first : first + chunk]]
+        unusable |= {sha: reason for sha, _, reason in items if isinstance(reason, str)}
+        usable = [item for item in items if item[0] not in unusable]
+        results = extract([image for *_, image in usable]) if usable else []
+        for (sha, problem, _), features in zip(usable, results, strict=True):
             features = features.detach().cpu().half()  # fp16 ends at 65504
-            if not torch.isfinite(features).all():
-                bad[sha] = f"Problem {problem.id}: the features of its image are not finite."
-                if skips:
-                    continue
-                raise ValueError(bad[sha])
-            array[len(manifest["rows"])] = features.numpy()  # (P, F)
-            manifest["rows"][sha] = len(manifest["rows"])
-        _save_manifest(array, manifest, folder)
+            if torch.isfinite(features).all():
+                row = len(manifest["rows"])
+                array[row] = features.numpy()  # (P, F)
+                manifest["rows"][sha] = row
+            else:
+                unusable[sha] = f"Problem {problem.id}: the features of its image are not finite."
+        save_manifest(array, manifest, folder)
+        if unusable and not skip:
+            raise ValueError(next(iter(unusable.values())))
         progress("images", first + len(items), len(todo), start)
-    return bad
+    return unusable
 
 
-def _decoded(problems, size, pixels, skips, ahead=64):
-    """The problems' pixels in order, where it `skips` the reason of those that cannot be had; a few
-    threads decode at most `ahead` pictures in advance."""
+def decoded_pixels(problems: list, size: int, pixels: Pixels) -> Iterator[torch.Tensor | str]:
+    """The problems' pixels in order, or the reason in place of pixels that cannot be had. A few
+    threads decode at most 64 images in advance."""
 
     def decode(problem):
         try:
-            return pixels(pictures.open_image(problem.image), size)
+            return pixels(open_image(problem.image), size)
         except (OSError, ValueError) as error:
-            reason = f"Problem {problem.id}: {error}"
-            if skips:
-                return reason
-            raise ValueError(reason) from None
+            return f"Problem {problem.id}: {error}"
 
     with ThreadPoolExecutor(4) as pool:
         queue = deque()
         for problem in problems:
             queue.append(pool.submit(decode, problem))
-            if len(queue) == ahead:
+            if len(queue) == 64:
                 yield queue.popleft().result()
         while queue:
             yield queue.popleft().result()
 
 
-def _save_manifest(array, manifest, folder):
-    array.flush()  # first the rows, then the list that says they are there
-    with atomic_write(folder / "manifest.json") as file:
-        file.write(json.dumps(manifest))
-
+# --- Published files ------------------------------------------------------------------------------
 
 PUBLISHED = {
     "detr.npy": (100, 256),
@@ -220,11 +263,11 @@ PUBLISHED = {
 }
 
 
-def published_features(path, name_map):
+def published_features(path: str | Path, name_map: str | Path) -> Features:
     """The feature files of cooelf/vision_features (PUBLISHED), memory-mapped, by problem id.
 
     name_map  mm-cot's name_map.json, {problem id: row}. It includes the problems whose only
-              pictures are the choices'. resnet.npy has one vector a picture, used 512 times.
+              images are the choices'. resnet.npy has one vector an image, used 512 times.
     """
     path = Path(path)
     rows = field({"names": read_json(name_map)}, "names", dict, name_map)
@@ -237,7 +280,8 @@ def published_features(path, name_map):
         else:
             mmap = zipfile.is_zipfile(path)
             array = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap).numpy()
-        shape, kind = array.shape[1:], array.dtype.kind
+        shape = array.shape[1:]
+        kind = array.dtype.kind
     except Exception as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is not a feature file ({why}).") from None

@@ -1,11 +1,9 @@
-"""Pictures: a file becomes upright RGB, and that becomes the input pixels of DETR or of SigLIP.
+"""Images: a file becomes upright RGB, and that becomes the input pixels of DETR or of SigLIP.
 
 Multimodal-CoT's resizing for DETR (Zhang et al., arXiv 2302.00923), PaliGemma's for SigLIP (Beyer
-et al., arXiv 2407.07726); problems that cannot be asked. Files come from strangers: what is
-no whole picture, or too large, is refused with a sentence.
-
-Left out on purpose: what a model makes of the pixels and where that is kept (features.py); random
-crops and flips, which may change an answer.
+et al., arXiv 2407.07726); problems that cannot be asked. Files come from strangers: one that is not
+a whole image, or is too large, is refused with a sentence. No random crops and flips: they may
+change an answer.
 
 Axes: H W pixels down and across, S both of a square, I image tokens.
 """
@@ -13,8 +11,11 @@ Axes: H W pixels down and across, S both of a square, I image tokens.
 import contextlib
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +25,17 @@ from support.dataset.choices import lettered
 from support.files import progress, regular_file
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # an EPS would start Ghostscript
-_ONE_LARGE = threading.Lock()  # a picture takes up to 9 bytes a pixel while it is decoded
+ONE_LARGE = threading.Lock()  # an image takes up to 9 bytes a pixel while it is decoded
 
 
-def open_image(path):
-    """The picture in RGB, upright.
+def open_image(path: str | Path) -> Image.Image:
+    """The image in RGB, upright.
 
     As in the original, alpha is dropped and not blended, and of an animation the first frame is
-    taken. The EXIF note of how a phone was held is obeyed, as every viewer does; the original does
-    not, but no picture of ScienceQA or MathVista that was seen has one. 16 bits of grey are scaled
-    to 8, where PIL would make all but the darkest white.
-    Raises FileNotFoundError, or ValueError for a file that is no whole picture and for one of over
+    taken. The EXIF orientation is obeyed, as every viewer does; the original ignores it, but no
+    image of ScienceQA or MathVista is known to have one. 16 bits of grey are scaled to 8, where PIL
+    would make all but the darkest white.
+    Raises FileNotFoundError, or ValueError for a file that is not a whole image and for one of over
     Image.MAX_IMAGE_PIXELS (89 million), which is not decoded.
     """
     try:
@@ -42,17 +43,17 @@ def open_image(path):
             pixels = image.width * image.height
             if pixels > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            with _ONE_LARGE if pixels > 1 << 24 else contextlib.nullcontext():
-                return _upright_rgb(image)
+            with ONE_LARGE if pixels > 1 << 24 else contextlib.nullcontext():
+                return upright_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"The image {path} does not exist.") from None
     except Exception as error:  # a broken file makes PIL's decoders raise almost anything
         raise ValueError(f"The image {path} cannot be read ({error}).") from None
 
 
-def _upright_rgb(image):
+def upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    with contextlib.suppress(Exception):  # a torn EXIF block turns nothing
+    with contextlib.suppress(Exception):  # a torn EXIF block rotates nothing
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers: save it with 8 bits")
@@ -63,8 +64,13 @@ def _upright_rgb(image):
     return image.convert("RGB")
 
 
-def detr_pixels(image, size=224):
-    """What Multimodal-CoT shows DETR: float32 (3, H, W), the shorter side `size`, no crop.
+def unit_pixels(image: Image.Image) -> torch.Tensor:
+    """float32 (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255  # (3, H, W)
+
+
+def detr_pixels(image: Image.Image, size: int = 224) -> torch.Tensor:
+    """DETR's input in Multimodal-CoT: float32 (3, H, W), the shorter side `size`, no crop.
 
     PIL's bilinear filter, which antialiases; the long side rounded down; ImageNet mean and
     deviation. Not the 800/1333 pixels of DETR's own preprocessor, which is for detection.
@@ -72,62 +78,65 @@ def detr_pixels(image, size=224):
     short, long = sorted(image.size)
     if long > 50 * short:
         raise ValueError(f"{image.width} x {image.height} pixels: too narrow to resize")
-    image = image.resize([size * side // short for side in image.size], Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255  # (3, H, W)
+    sides = [size * side // short for side in image.size]
+    pixels = unit_pixels(image.resize(sides, Image.Resampling.BILINEAR))  # (3, H, W)
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     return (pixels - mean[:, None, None]) / deviation[:, None, None]
 
 
-def siglip_pixels(image, size):
-    """What PaliGemma shows SigLIP: float32 (3, S, S) in [-1, 1], whatever the picture's shape.
+def siglip_pixels(image: Image.Image, size: int) -> torch.Tensor:
+    """SigLIP's input in PaliGemma: float32 (3, S, S) in [-1, 1], whatever the image's shape.
 
     PIL's bicubic filter, which antialiases, on 8 bits. transformers 5 resizes with torchvision by
     default, which differs by at most 2 of 255 grey levels.
     """
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255  # (3, S, S)
+    pixels = unit_pixels(image.resize((size, size), Image.Resampling.BICUBIC))  # (3, S, S)
     return (pixels - 0.5) / 0.5
 
 
-class Pictures:
+class LazyImages:
     """In place of `features.Features` where the image tower is trained too: pixels, decoded at each
-    use. side: S, of the pixels; tokens: I, how many <image> tokens stand for a picture."""
+    use. side: S, of the pixels; tokens: I, the number of <image> tokens for an image."""
 
-    def __init__(self, problems, side, tokens):
+    def __init__(self, problems: Sequence, side: int, tokens: int):
         self.paths = {p.id: p.image for p in problems if p.image is not None}
-        self.side, self.shape = side, (tokens,)
+        self.side = side
+        self.shape = (tokens,)
 
-    def __contains__(self, id):
+    def __contains__(self, id: str) -> bool:
         return id in self.paths
 
-    def stored(self, id):
-        return Picture(self.paths[id], self.side)
+    def stored(self, id: str) -> "LazyImage":
+        return LazyImage(self.paths[id], self.side)
 
 
 @dataclass(frozen=True)
-class Picture:
+class LazyImage:
     """A file that is read when numpy asks for it: float32 (3, S, S)."""
 
     path: str
     side: int
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return siglip_pixels(open_image(self.path), self.side).numpy()
 
 
-def unusable(problems, look=None):
+def unusable(
+    problems: Sequence, check: Callable[[str], Any] = regular_file
+) -> list[tuple[str, str]]:
     """[(problem id, reason)] of the problems that cannot be asked, in their order.
 
-    look  what has to be possible with a picture's path, by default only to read the file:
-          `open_image` decodes it whole.
+    check  has to succeed on an image's path: by default reading the file is possible; `open_image`
+           decodes it whole.
     """
-    look, start, reasons = look or regular_file, time.monotonic(), []
+    start = time.monotonic()
+    reasons = []
 
     def reason(problem):
         try:
             lettered(problem)
             if problem.image is not None:
-                look(problem.image)
+                check(problem.image)
         except (OSError, ValueError) as error:
             return str(error)
 

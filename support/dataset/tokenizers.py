@@ -1,12 +1,9 @@
 r"""Tokenizers: a checkpoint's, from whichever file it has, and texts that hold no special token.
 
-Here: tokenizer.json, read by the tokenizers library; spiece.model, which is all that UnifiedQA
-(Khashabi et al., arXiv 2005.00700) comes with: a sentencepiece model (Kudo and Richardson, arXiv
-1808.06226) in protobuf, of which T5's tokenizer is made; `encode` for T5 and `plain_ids` for Gemma,
-in which what looks like </s> or <image> is text.
-
-Left out on purpose: training a tokenizer, sentencepiece's BPE models, chat templates. The rows that
-are made of the ids are in data.py.
+tokenizer.json is read by the tokenizers library. spiece.model, which is all that UnifiedQA
+(Khashabi et al., arXiv 2005.00700) comes with, is a sentencepiece model (Kudo and Richardson, arXiv
+1808.06226) in protobuf, of which T5's tokenizer is built; sentencepiece's BPE models are not read.
+`encode` for T5 and `plain_ids` for Gemma: whatever looks like </s> or <image> in a text is text.
 """
 
 import base64
@@ -14,6 +11,7 @@ import re
 import string
 import struct
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -21,45 +19,48 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from support.files import regular_file
 
 
-def load_tokenizer(folder):
-    """A checkpoint's tokenizer.json; where there is only spiece.model (UnifiedQA), T5's from it."""
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """A checkpoint's tokenizer.json; where there is only spiece.model (UnifiedQA), T5's from it.
+    FileNotFoundError without either, ValueError for one that cannot be used."""
     file = Path(folder, "tokenizer.json")
     if not file.exists():
         file = Path(folder, "spiece.model")
     if not file.exists():
         raise FileNotFoundError(f"{folder} has neither tokenizer.json nor spiece.model.")
-    read = Tokenizer.from_file if file.suffix == ".json" else _t5_tokenizer
+    read = Tokenizer.from_file if file.suffix == ".json" else t5_tokenizer
     try:
         content = regular_file(file).read_bytes()
         for found in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)"', content):
-            _check_charsmap(base64.b64decode(found[1]))
+            check_charsmap(base64.b64decode(found[1]))
         tokenizer = read(str(file))
         tokenizer.no_truncation()
-        tokenizer.no_padding()  # then a trial: some can be read and not used
+        tokenizer.no_padding()
+        # A trial: some can be read but not used.
         tokenizer.decode(tokenizer.encode(f"{string.printable} ½ é 中").ids)
-    except BaseException as error:  # tokenizers raises bare Exceptions, and panics, which are none
+    except BaseException as error:  # the library's panics are not Exceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"{file} is not a tokenizer that can be read ({error!r}).") from None
     return tokenizer
 
 
-def _t5_tokenizer(file):
-    """T5's tokenizer from a sentencepiece Unigram model: its pieces, then <extra_id_99> ... _0.
+def t5_tokenizer(file: str | Path) -> Tokenizer:
+    """T5's tokenizer of a sentencepiece Unigram model: its pieces, then <extra_id_99> ... _0.
 
     ModelProto: field 1, repeated, a piece {1 text, 2 score}; 3 the normalizer {2 charsmap}.
     """
-    vocabulary, charsmap = [], None
-    for number, value in _protobuf(Path(file).read_bytes()):
+    vocabulary = []
+    charsmap = None
+    for number, value in protobuf(Path(file).read_bytes()):
         if number == 1:
-            piece = dict(_protobuf(value))
+            piece = dict(protobuf(value))
             vocabulary.append((piece[1].decode(), struct.unpack("<f", piece[2])[0]))
         elif number == 3:
-            charsmap = dict(_protobuf(value)).get(2, b"")
+            charsmap = dict(protobuf(value)).get(2, b"")
     if charsmap is None:
         raise ValueError("it has no normalizer: the file is cut off")
     if charsmap:
-        _check_charsmap(charsmap)
+        check_charsmap(charsmap)
     ids = {text: i for i, (text, _) in enumerate(vocabulary)}
     extras = [f"<extra_id_{i}>" for i in reversed(range(100))]
     vocabulary += [(extra, 0.0) for extra in extras]
@@ -76,13 +77,13 @@ def _t5_tokenizer(file):
     return tokenizer
 
 
-def _check_charsmap(content):
-    """The tokenizers library believes the size at its start: asked for gigabytes, it aborts."""
+def check_charsmap(content: bytes) -> None:
+    """The tokenizers library trusts the size at its start: asked for gigabytes, it aborts."""
     if struct.unpack_from("<I", content)[0] > len(content) - 4:
-        raise ValueError("its table of characters is shorter than it says")
+        raise ValueError("its table of characters is shorter than it states")
 
 
-def _protobuf(data):
+def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) pairs of one protobuf message: int for a varint, otherwise bytes."""
     at = 0
 
@@ -90,8 +91,10 @@ def _protobuf(data):
         nonlocal at
         value = shift = 0
         while True:
-            byte, at = data[at], at + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
             if byte < 128:
                 return value
             if shift > 63:
@@ -112,19 +115,21 @@ def _protobuf(data):
 # --- Texts in which nothing is a special token ----------------------------------------------------
 
 
-_NO_TAGS = dict.fromkeys(map(ord, "<\N{FULLWIDTH LESS-THAN SIGN}\N{SMALL LESS-THAN SIGN}"), "⟨")
+NO_TAGS = dict.fromkeys(map(ord, "<\N{FULLWIDTH LESS-THAN SIGN}\N{SMALL LESS-THAN SIGN}"), "⟨")
 
 
-def encode(tokenizer, texts, max_length, tail=16):
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, tail: int = 16
+) -> list[list[int]]:
     """Token ids of each text, at most max_length with the </s> the tokenizer appends.
 
     A text that is too long loses tokens before its last `tail`: a source keeps its cue "Answer:",
-    a target its end. tail=1 is the original's truncation, which keeps </s> only. How many texts
-    were cut is said on stderr.
+    a target its end. tail=1 is the original's truncation, which keeps </s> only. The number of
+    texts that were cut goes to stderr.
 
     No text holds a special token: T5's tokenizers find "</s>" and "<extra_id_0>" anywhere, as added
-    tokens and as pieces. Where one came of it, the text is read again with another character for
-    "<"; T5 has a piece for neither, so what was "<" is <unk> either way and the rest spelled out.
+    tokens and as pieces. Where that happened, the text is encoded again with another character for
+    "<"; T5 has a piece for neither, so the "<" is <unk> either way and the rest is spelled out.
     """
     tail = min(tail, max_length)
     rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
@@ -133,30 +138,31 @@ def encode(tokenizer, texts, max_length, tail=16):
     special -= {tokenizer.token_to_id("<unk>")}
     for i, row in enumerate(rows):
         if not special.isdisjoint(row[:-1]):
-            rows[i] = tokenizer.encode(texts[i].translate(_NO_TAGS)).ids
-    cut = [row[: max_length - tail] + row[-tail:] if len(row) > max_length else row for row in rows]
-    count = sum(len(row) > max_length for row in rows)
-    if count:
-        print(f"{count} of {len(rows)} texts were cut to {max_length} tokens.", file=sys.stderr)
-    return cut
+            rows[i] = tokenizer.encode(texts[i].translate(NO_TAGS)).ids
+    long = [i for i, row in enumerate(rows) if len(row) > max_length]
+    for i in long:
+        rows[i] = rows[i][: max_length - tail] + rows[i][-tail:]
+    if long:
+        print(f"{len(long)} of {len(rows)} texts were cut to {max_length} tokens.", file=sys.stderr)
+    return rows
 
 
-_TAG = re.compile(r"<(?=[^<>\s]+>)|\[(?=@BOS@\])")
+TAG = re.compile(r"<(?=[^<>\s]+>)|\[(?=@BOS@\])")
 
 
-def plain_ids(tokenizer, text):
+def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a text in which nothing is a special token, whatever it looks like.
 
     Gemma's added tokens (<eos>, <image>, <loc0001>, <seg001>, <b>, [@BOS@] ...) are found in any
-    text, whether they are marked special or not. So the text is cut behind the first character of
-    all that has their form: no piece holds a whole one, and together they decode to the text.
+    text, whether they are marked special or not. So the text is cut after the first character of
+    everything that has their form: no part holds a whole one, and together they decode to the text.
     """
-    cuts = [0, *(match.end() for match in _TAG.finditer(text)), len(text)]
+    cuts = [0, *(match.end() for match in TAG.finditer(text)), len(text)]
     pieces = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
     return [id for piece in pieces for id in tokenizer.encode(piece, add_special_tokens=False).ids]
 
 
-def special_ids(tokenizer):
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """{"pad", "eos", "bos", "image"}: ids, looked up by name. ValueError if one is missing."""
     ids = {name: tokenizer.token_to_id(f"<{name}>") for name in ("pad", "eos", "bos", "image")}
     missing = ", ".join(f"<{name}>" for name, id in ids.items() if id is None)

@@ -1,11 +1,8 @@
 """A teacher's traces, in every form they come in, and whether training leaks into the test.
 
-Here: traces as teacher.py writes them; the files of github.com/axeld5/pali_reason, whose
-teacher was Gemini and whose judge was Claude; the pictures that two splits share; what
-MathVista (Lu et al., arXiv 2310.02255) may be used for.
-
-Left out on purpose: writing traces (ledger.py), choosing among them (records.py), the row that is
-made of one (data.pali_suffix).
+Traces as teacher.py writes them; the files of github.com/axeld5/pali_reason, whose teacher was
+Gemini and whose judge was Claude; the images that two splits share; whether MathVista (Lu et
+al., arXiv 2310.02255) may be trained on.
 """
 
 import contextlib
@@ -15,10 +12,11 @@ import hashlib
 import re
 import sys
 import time
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.dataset import images as pictures
+from support.dataset.images import open_image
 from support.files import (
     field,
     is_index,
@@ -31,7 +29,7 @@ from support.files import (
 )
 
 
-def load_traces(path, skipped=None):
+def load_traces(path: str | Path, skipped: list | None = None) -> list[dict]:
     """A teacher's traces: dicts of id, question, thought, answer, gold, verdict and teacher.
 
     path     Trace JSONL as teacher.py writes it, or a file of github.com/axeld5/pali_reason:
@@ -41,73 +39,85 @@ def load_traces(path, skipped=None):
     kept, stop, reply  as teacher.py wrote them, where it did.
 
     Traces without a thought (a failed call) are left out and counted on stderr; one without an
-    answer was cut, or thought in circles. Bad ones are left out and added to the list `skipped`, as
-    data.load does it.
+    answer was cut, or repeated itself. With a list `skipped`, bad ones are left out and added to
+    it, as in data.load. ValueError if no trace is left.
     """
     path = Path(path)
-    readers = {".csv": _pali_reason_csv, ".json": _pali_reason_json}
-    readers[".jsonl"] = functools.partial(json_lines, may_be_torn=True, skipped=skipped)
+    readers = {
+        ".csv": pali_reason_csv,
+        ".json": pali_reason_json,
+        ".jsonl": functools.partial(json_lines, may_be_torn=True, skipped=skipped),
+    }
     if path.suffix not in readers:
         raise ValueError(f"{path} is not a file of traces: they end in {', '.join(readers)}.")
     traces = []
     for where, record in readers[path.suffix](path):
         with noted(skipped, where.rpartition(", ")[2]):
-            traces.append(_trace(record, where))
-    whole = [trace for trace in traces if trace["thought"].strip()]
-    if not whole:
+            traces.append(checked_trace(record, where))
+    kept = [trace for trace in traces if trace["thought"].strip()]
+    if not kept:
         raise ValueError(f"{path} has no trace with a thought.")
-    if len(whole) < len(traces):
-        count = f"{len(traces) - len(whole)} of {len(traces)}"
+    if len(kept) < len(traces):
+        count = f"{len(traces) - len(kept)} of {len(traces)}"
         print(f"{path}: left out {count} traces without a thought.", file=sys.stderr)
-    return whole
+    return kept
 
 
-def traces_of(ids, path, where):
+def traces_of(ids: Collection[str], path: str | Path, source: str) -> dict[str, list[dict]]:
     """{problem id: its traces} of these ids, in the order of the file; ValueError if there is none.
-
-    where  what the problems are, for the sentence. Traces of others are counted on stderr.
-    """
-    traces, found = load_traces(path), {}
-    for trace in (trace for trace in traces if trace["id"] in ids):
-        found.setdefault(trace["id"], []).append(trace)
-    if not found:
-        raise ValueError(f"{path} has no trace of a problem of {where}.")
-    others = len(traces) - sum(map(len, found.values()))
+    Traces of other problems are counted on stderr. `source` names the problems in the error."""
+    traces = load_traces(path)
+    matches = {}
+    for trace in traces:
+        if trace["id"] in ids:
+            matches.setdefault(trace["id"], []).append(trace)
+    if not matches:
+        raise ValueError(f"{path} has no trace of a problem of {source}.")
+    others = len(traces) - sum(map(len, matches.values()))
     if others:
         print(f"{path}: {others} traces are of no problem here.", file=sys.stderr)
-    return found
+    return matches
 
 
-def _trace(record, where):
-    """A checked trace; a text that is null is empty, a verdict that is missing is not known."""
+def checked_trace(record: dict, where: str) -> dict:
+    """A trace; a text that is null becomes empty, a missing verdict unknown (None)."""
     trace = {"id": str(field(record, "id", str | int, where))}
     for key in ("question", "thought", "answer"):
         trace[key] = unix_newlines(field(record, key, str | None, where) or "")
     for key, kind in (("gold", str | int | float), ("teacher", str)):
-        there = record.get(key) is not None
-        trace[key] = unix_newlines(field(record, key, kind, where)) if there else None
+        known = record.get(key) is not None
+        trace[key] = unix_newlines(field(record, key, kind, where)) if known else None
     verdict = dict.fromkeys(("correct", "consistent", "by", "why"))
     verdict |= field({"verdict": record.get("verdict") or {}}, "verdict", dict, where)
     for key in ("correct", "consistent"):
         if not isinstance(verdict[key], bool | None):
             raise ValueError(f'{where}: "{key}" is {verdict[key]!r}, not true, false or null.')
     for key, kind in (("kept", bool), ("stop", str), ("reply", dict)):  # only teacher.py has them
-        if not isinstance(record.get(key, kind()), kind):
+        if key not in record:
+            continue
+        if not isinstance(record[key], kind):
             found = f"{record[key]!r:.60}, which is not of type {kind.__name__}"
             raise ValueError(f'{where}: "{key}" is {found}.')
-        trace |= {key: record[key]} if key in record else {}
-    for key in ("thought", "answer") if "reply" in record else ():
-        field(record["reply"], key, str, f"{where}, reply")
+        trace[key] = record[key]
+    if "reply" in record:
+        for key in ("thought", "answer"):
+            field(record["reply"], key, str, f"{where}, reply")
     return trace | {"verdict": verdict}
 
 
-_GEMINI, _CLAUDE = "gemini-2.0-flash-thinking-exp", "claude-3-5-sonnet-20241022"
+GEMINI = "gemini-2.0-flash-thinking-exp"
+CLAUDE = "claude-3-5-sonnet-20241022"
 
 
-def _pali_reason_csv(path):
-    """pali_reason's CSV; `validity` is Claude's word, and only the rows it accepted were kept."""
-    names = {"question": "questions", "thought": "thoughts", "answer": "generated_answers"}
-    names |= {"gold": "true_answers", "index": "indexes"}
+def pali_reason_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    """pali_reason's CSV; `validity` is Claude's verdict, and only rows it accepted were kept."""
+    columns = {
+        "question": "questions",
+        "thought": "thoughts",
+        "answer": "generated_answers",
+        "gold": "true_answers",
+        "index": "indexes",
+    }
     try:
         with open(regular_file(path), newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -115,16 +125,18 @@ def _pali_reason_csv(path):
         raise ValueError(f"{path} is not a CSV file that can be read ({error}).") from None
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
-        record = {ours: field(row, theirs, str, where) for ours, theirs in names.items()}
+        record = {key: field(row, column, str, where) for key, column in columns.items()}
         if not is_index(record["index"]):
             raise ValueError(f'{where}: "indexes" is {record["index"][:60]!r}, not a position.')
-        verdict = {"correct": row["validity"] == "yes", "by": _CLAUDE} if "validity" in row else {}
-        id = int(record["index"]) + 1  # positions count from 0, MathVista's ids from 1
-        yield where, record | {"id": id, "verdict": verdict, "teacher": _GEMINI}
+        record["id"] = int(record["index"]) + 1  # positions count from 0, MathVista's ids from 1
+        record["teacher"] = GEMINI
+        if "validity" in row:
+            record["verdict"] = {"correct": row["validity"] == "yes", "by": CLAUDE}
+        yield where, record
 
 
-def _pali_reason_json(path):
-    """pali_reason's training_dict.json: only what was judged correct. The image tells the id."""
+def pali_reason_json(path: Path) -> Iterator[tuple[str, dict]]:
+    """pali_reason's training_dict.json: only traces judged correct. The image's name has the id."""
     columns = read_json(path)
     lists = [field(columns, key, list, path) for key in ("prefixes", "suffixes", "images")]
     if len({len(column) for column in lists}) != 1:
@@ -137,51 +149,55 @@ def _pali_reason_json(path):
             raise ValueError(f"{where}: no thoughts and answer, or an image that is not a number.")
         id = int(named[2]) + (named[1] is not None)  # the original's own folder counts from 0
         record = {"id": id, "question": prefix, "thought": parts[1], "answer": parts[2]}
-        yield where, record | {"verdict": {"correct": True, "by": _CLAUDE}, "teacher": _GEMINI}
+        yield where, record | {"verdict": {"correct": True, "by": CLAUDE}, "teacher": GEMINI}
 
 
-def overlap(train, test):
-    """[(train id, test id), ...] of problems whose pictures are the same pixel by pixel.
+def overlap(train: Sequence, test: Sequence) -> list[tuple[str, str]]:
+    """[(train id, test id), ...] of problems whose images are the same pixel by pixel.
 
     Hashed are size and decoded RGB pixels, so a copy of the file and a lossless copy in another
-    format are found; a JPEG copy, a crop or another size is not. (Hashes that survive JPEG take
-    diagrams for one another: 8 x 8 average hashes join 3,717 pairs of 1,060 ScienceQA pictures, the
-    pixels 179.) Problems may share a picture and no answer, as many of ScienceQA do: whether a pair
-    is a leak is for the caller to say. Pictures that cannot be read are counted on stderr.
+    format are found; a JPEG copy, a crop or another size is not. (Hashes that survive JPEG mistake
+    diagrams for one another: 8 x 8 average hashes join 3,717 pairs of 1,060 ScienceQA images, the
+    pixels 179.) Problems may share an image and no answer, as many of ScienceQA do: whether a pair
+    is a leak is for the caller to decide. Images that cannot be read are counted on stderr.
     """
     ids = {}
-    for id, pixels in _pixel_hashes(train):
-        ids.setdefault(pixels, []).append(id)
-    return [(seen, id) for id, pixels in _pixel_hashes(test) for seen in ids.get(pixels, [])]
+    for id, digest in pixel_hashes(train):
+        ids.setdefault(digest, []).append(id)
+    pairs = []
+    for test_id, digest in pixel_hashes(test):
+        pairs += [(train_id, test_id) for train_id in ids.get(digest, [])]
+    return pairs
 
 
-def _pixel_hashes(problems):
-    """(id, sha256 of the decoded picture) of all problems whose picture can be read."""
+def pixel_hashes(problems: Sequence) -> list[tuple[str, bytes]]:
+    """(id, sha256 of the decoded image) of all problems whose image can be read."""
 
-    def pixels(problem):
+    def pixel_hash(problem):
         with contextlib.suppress(OSError, ValueError):
-            image = pictures.open_image(problem.image)
+            image = open_image(problem.image)
             return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
 
-    pictured, made = [problem for problem in problems if problem.image is not None], []
+    with_image = [problem for problem in problems if problem.image is not None]
+    hashes = []
     start = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
-        for problem, sha in zip(pictured, pool.map(pixels, pictured), strict=True):
-            made.append((problem.id, sha))
-            progress("pictures", len(made), len(pictured), start)
-    readable = [pair for pair in made if pair[1] is not None]
-    if len(readable) < len(made):
-        count = f"{len(made) - len(readable)} of {len(made)}"
-        print(f"{count} pictures cannot be read and were not compared.", file=sys.stderr)
+        for problem, digest in zip(with_image, pool.map(pixel_hash, with_image), strict=True):
+            hashes.append((problem.id, digest))
+            progress("images", len(hashes), len(with_image), start)
+    readable = [pair for pair in hashes if pair[1] is not None]
+    if len(readable) < len(hashes):
+        count = f"{len(hashes) - len(readable)} of {len(hashes)}"
+        print(f"{count} images cannot be read and were not compared.", file=sys.stderr)
     return readable
 
 
-def training_notice(where):
-    """What to tell somebody who trains on this data set: a text for MathVista, else ""."""
+def training_notice(where: str | Path) -> str:
+    """A warning for whoever trains on this data set: a text for MathVista, else ""."""
     if where != "mathvista" and not Path(where, "annot_testmini.json").is_file():
         return ""
     return (
         "MathVista is a test set: its authors license it for testing, not for training. Scores on "
         "testmini of a model trained on part of it are contaminated; report them only for the "
-        "problems it was not trained on (split test) and say so. See dataset/traces.py, overlap."
+        "problems it was not trained on (split test) and say so. See support/dataset/traces.py."
     )

@@ -1,36 +1,40 @@
-"""Why answers fail and succeed: pali_reason's kinds by rule, with the evidence in words.
+"""Why answers are right or wrong: pali_reason's kinds by rule, with the evidence in words.
 
-`kind` names one of KINDS for one answer, `explained` for many, and `refine` corrects them by a
-judge who was shown the pictures. The rules read texts, and where the scene behind a picture is
-known, as of the demo, the scene: then a statement of the thought is so, or not so (`stated`).
+`classify` names one of KINDS for one answer, `classify_all` for many, and `refine` corrects them by
+a judge who was shown the images. The rules read texts and, where the scene behind an image is
+known, as of the demo, the scene: then a statement of the rationale holds or does not.
 
-Left out: a rule that sees a picture; a kind for an answer that nobody can read but the judge.
+Left out: a rule that sees an image; a kind for an answer that nobody can read but the judge.
 """
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import data
+from data import Problem
+from demo import scenes
 from support import files
 from support.dataset.choices import LETTERS
 from support.dataset.traces import load_traces
-from support.evaluation.decode_cache import before_loop
 from support.evaluation.grading import (
     ANSWER,
     CUE,
     SENTENCE,
+    Grade,
     committed,
     normal,
     plain,
     right,
     squash,
 )
-from support.training.examples import bad_records
 
 KINDS = ("sound", "lucky", "novel", "right", "right thought, wrong answer", "loop", "nonsense",
          "cut off", "no parse", "wrong")  # fmt: skip
-COMMON = frozenset(  # words that do not tell what a text is about
+Graded = tuple[Problem, dict, Grade]  # a problem, the prediction for it, and its grade
+COMMON = frozenset(  # words that do not say what a text is about
     "a an the of to in on at is are was were be been it its this that these those and or but not "
     "no so as by for from with what who which how many much more most there here than then you "
     "your do does did has have had will would can could should one some other let me first look "
@@ -38,144 +42,225 @@ COMMON = frozenset(  # words that do not tell what a text is about
 )
 
 
-def kind(problem, prediction, grade, facts=None, known=None):
-    """Why an answer is right or wrong: (one of KINDS, the evidence in words, the answer that the
-    thought comes to, in its normal form, or None).
+@dataclass(frozen=True)
+class Evidence:
+    """What the rules find in a rationale: each None, or in words."""
 
-    facts  what the demo's picture shows (see `scene_facts`), else None
+    rationale: str
+    loops: str | None  # how it repeats itself
+    leaves: str | None  # how it leaves the question
+    false: str | None  # a statement of the scene that does not hold
+    conclusion: str | None  # the answer it comes to, in its normal form
+
+
+def classify(
+    problem: Problem,
+    prediction: dict,
+    grade: Grade,
+    facts: dict | None = None,
+    known: set | None = None,
+) -> tuple[str, str, str | None]:
+    """Why an answer is right or wrong: (one of KINDS, the evidence in words, the answer that the
+    rationale comes to, in its normal form, or None).
+
+    facts  what the demo's image shows (see `scene_facts`), else None
     known  the `problem_type`s of the training data; None: nobody knows, and nothing is novel
 
-    The first that holds. Of right answers:
-        right     there is no thought beside the answer
-        lucky     the thought goes in circles, leaves the question, says what is not so, or comes
-                  to another answer or to none
-        novel     nothing of that, and no problem of this type was trained on
-        sound     nothing of that
-    Of wrong ones, first what neither a longer budget nor another answer line would mend:
-        loop      the text was cut for a loop, ends in one, or mostly says what it said before
-        nonsense  the thought leaves the question
-        cut off   the budget ended before an answer of its own
-        no parse  no answer could be read
-        right thought, wrong answer: the thought comes to the right one and says nothing false
-        wrong     nothing of that
-
-    No rule sees a picture. Without `facts` a sound thought may have misread it, and one that comes
-    to no answer that a rule can read is believed to support the choice made. See `refine`.
+    No rule sees an image. Without `facts` a sound rationale may have misread it, and one that comes
+    to no answer that a rule can read is believed to support the choice. See `refine`.
     """
-    thought, forced = thought_of(prediction), prediction.get("forced_after")
-    ends = {forced, "" if forced or grade.parsed else prediction.get("stop")}  # without an answer
-    circles = in_circles(thought or prediction["response"])
-    circles = circles or ("it was cut for a loop" if "loop" in ends else None)
-    leaves = leaves_question(problem, thought, facts)
-    false = next((f"not so: {said}" for said, holds in stated(thought, facts) if not holds), None)
-    end = concluded(problem, thought, facts)
-    comes = f"the thought comes to {end}" if end else "the thought names no answer"
-    new = known is not None and problem_type(problem) not in {*known, None}
+    rationale = rationale_of(prediction)
+    # What ended the text before it had an answer of its own.
+    stop = prediction.get("forced_after") or (None if grade.parsed else prediction.get("stop"))
+    loops = repetition(rationale or prediction["response"])
+    if loops is None and stop == "loop":
+        loops = "it was cut for a loop"
+    statements = scene_statements(rationale, facts)
+    evidence = Evidence(
+        rationale=rationale,
+        loops=loops,
+        leaves=off_topic(problem, rationale, facts),
+        false=next((f"not so: {text}" for text, holds in statements if not holds), None),
+        conclusion=conclusion_of(problem, rationale, facts),
+    )
     if grade.correct:
-        rules = {
-            "right": not thought and "there is no thought to judge",
-            "lucky": circles or leaves or false or unsupported(problem, thought, end, grade, facts),
-            "novel": new and f"{comes}; no {problem_type(problem)} in training",
-            "sound": comes if end else "nothing speaks against the thought",
-        }
+        kind, because = kind_of_right(problem, grade, evidence, facts, known)
     else:
-        rules = {
-            "loop": circles,
-            "nonsense": leaves,
-            "cut off": "length" in ends and "the budget ended before the answer",
-            "no parse": grade.parsed is None and grade.how,
-            "right thought, wrong answer": end and not false and right(problem, end) and comes,
-            "wrong": false or (comes if thought else "the answer is another"),
-        }
-    return next((name, why, end) for name, why in rules.items() if why)
+        kind, because = kind_of_wrong(problem, grade, evidence, stop)
+    return kind, because, evidence.conclusion
+
+
+def kind_of_right(
+    problem: Problem, grade: Grade, evidence: Evidence, facts: dict | None, known: set | None
+) -> tuple[str, str]:
+    """(kind, evidence) of a right answer, the first that holds:
+
+    right     there is no rationale
+    lucky     the rationale repeats itself, leaves the question, says something false, or comes to
+              another answer or to none
+    novel     nothing of that, and no problem of this type was trained on
+    sound     nothing of that
+    """
+    if not evidence.rationale:
+        return "right", "there is no thought to judge"
+    flaw = evidence.loops or evidence.leaves or evidence.false
+    flaw = flaw or unsupported(problem, evidence, grade, facts)
+    if flaw:
+        return "lucky", flaw
+    kind = problem_type(problem)
+    if known is not None and kind is not None and kind not in known:
+        return "novel", f"{comes_to(evidence)}; no {kind} in training"
+    if evidence.conclusion:
+        return "sound", comes_to(evidence)
+    return "sound", "nothing speaks against the thought"
+
+
+def kind_of_wrong(
+    problem: Problem, grade: Grade, evidence: Evidence, stop: str | None
+) -> tuple[str, str]:
+    """(kind, evidence) of a wrong answer, the first that holds; those come first that neither a
+    longer budget nor another answer line would mend:
+
+    loop      the text was cut for a loop, ends in one, or mostly repeats itself
+    nonsense  the rationale leaves the question
+    cut off   the budget ended before an answer of its own
+    no parse  no answer could be read
+    right thought, wrong answer: the rationale comes to the right one and says nothing false
+    wrong     nothing of that
+    """
+    if evidence.loops:
+        return "loop", evidence.loops
+    if evidence.leaves:
+        return "nonsense", evidence.leaves
+    if stop == "length":
+        return "cut off", "the budget ended before the answer"
+    if grade.parsed is None:
+        return "no parse", grade.how
+    if evidence.false:
+        return "wrong", evidence.false
+    if evidence.conclusion and right(problem, evidence.conclusion):
+        return "right thought, wrong answer", comes_to(evidence)
+    return "wrong", comes_to(evidence) if evidence.rationale else "the answer is another"
 
 
 # --- the rules
-def thought_of(prediction):
-    """The rationale, or what a response says beside its answer; "" if that is three words."""
-    told, response = prediction.get("rationale"), prediction.get("response", "")
-    if told is None:
-        told = response.rpartition(CUE)[0]
-        told = ANSWER.sub("", response) if not told and ANSWER.search(response) else told
-    return told.strip() if len(told.split()) > 3 else ""
+def comes_to(evidence: Evidence) -> str:
+    """The conclusion of a rationale in words."""
+    if evidence.conclusion:
+        return f"the thought comes to {evidence.conclusion}"
+    return "the thought names no answer"
 
 
-def in_circles(text):
-    """How a text repeats itself, in words, or None. Of 335 thoughts of Gemini none does."""
+def rationale_of(prediction: dict) -> str:
+    """The rationale, or the response without its answer; "" if that is three words at most."""
+    rationale = prediction.get("rationale")
+    if rationale is None:
+        response = prediction.get("response", "")
+        rationale = response.rpartition(CUE)[0]
+        if not rationale and ANSWER.search(response):
+            rationale = ANSWER.sub("", response)
+    return rationale.strip() if len(rationale.split()) > 3 else ""
+
+
+def before_loop(ids: list, times: int = 4, least: int = 24) -> list:
+    """The ids, or words, without the loop they end in, one round of it kept; the rule is that of
+    `model.looping`."""
+    for period in range(1, len(ids) // times + 1):
+        start = len(ids) - period
+        while start and ids[start - 1] == ids[start - 1 + period]:
+            start -= 1
+        if len(ids) - start >= max(times * period, least):
+            return ids[: start + period]
+    return ids
+
+
+def repetition(text: str) -> str | None:
+    """How a text repeats itself, in words, or None. Of 335 rationales of Gemini none does."""
     words = re.findall(r"\w+", text)
-    if tail := len(words) - len(before_loop(words)):
-        return f"its last {tail} words were said before"
-    said = [s for s in re.split(r"(?<=[.!?])\s+|\n", text) if len(s.split()) > 3]
-    again = len(said) - len(set(said))
-    circles = len(said) > 5 and 2 * again >= len(said)
-    return f"{again} of its {len(said)} sentences were said before" if circles else None
+    looped = len(words) - len(before_loop(words))
+    if looped:
+        return f"its last {looped} words were said before"
+    sentences = [s for s in re.split(r"(?<=[.!?])\s+|\n", text) if len(s.split()) > 3]
+    repeated = len(sentences) - len(set(sentences))
+    if len(sentences) > 5 and 2 * repeated >= len(sentences):
+        return f"{repeated} of its {len(sentences)} sentences were said before"
+    return None
 
 
-def content(*texts):
+def content_words(*texts: str) -> set[str]:
     """What English texts are about: their words but the common ones, plurals as singulars."""
     words = re.findall(r"[a-z]{2,}", " ".join(texts).casefold())
     return {x.rstrip("s") if len(x) > 3 else x for x in words if x not in COMMON} - COMMON
 
 
-def leaves_question(problem, thought, facts):
-    """How a thought leaves the question, in words, or None. Where the scene is known: 40 % of what
-    it is about is neither there nor in the problem's texts. Else: it has less than 15 % of what
-    question and choices are about, if that is four words (of 335 thoughts of Gemini and 574
-    solutions of ScienceQA none; given to another problem, 67 and 82 % of them)."""
-    said, asked = content(thought), content(problem.question, *problem.choices)
+def off_topic(problem: Problem, rationale: str, facts: dict | None) -> str | None:
+    """How a rationale leaves the question, in words, or None.
+
+    Where the scene is known: 40 % of what it is about is neither there nor in the problem's texts.
+    Else: it has less than 15 % of what question and choices are about, if that is four words (of
+    335 rationales of Gemini and 574 solutions of ScienceQA none; of those given to another problem
+    67 and 82 %).
+    """
+    about = content_words(rationale)
+    asked = content_words(problem.question, *problem.choices)
     if facts is None:
-        left = thought and len(asked) > 3 and len(said & asked) < 0.15 * len(asked)
-        return f"next to nothing about {', '.join(sorted(asked)[:5])}" if left else None
-    texts = (problem.hint, problem.lecture, problem.solution, json.dumps(facts))
-    foreign = said - asked - content(*texts)
-    left = len(foreign) > 1 and len(foreign) >= 0.4 * len(said)
-    return f"the question is not about {', '.join(sorted(foreign)[:5])}" if left else None
+        if rationale and len(asked) > 3 and len(about & asked) < 0.15 * len(asked):
+            return f"next to nothing about {', '.join(sorted(asked)[:5])}"
+        return None
+    scene = (problem.hint, problem.lecture, problem.solution, json.dumps(facts))
+    foreign = about - asked - content_words(*scene)
+    if len(foreign) > 1 and len(foreign) >= 0.4 * len(about):
+        return f"the question is not about {', '.join(sorted(foreign)[:5])}"
+    return None
 
 
-def stated(thought, facts):
-    """[(sentence, does it hold)]: what a thought says of the demo's scene, nothing twice."""
-    if not facts or not thought:
+def scene_statements(rationale: str, facts: dict | None) -> list[tuple[str, bool]]:
+    """[(sentence, does it hold)] of a rationale about the demo's scene, no sentence twice."""
+    if not facts or not rationale:
         return []
     from demo.teacher import claims
 
-    return [(said, so) for said, so in dict(claims(thought, facts)).items() if so is not None]
+    unique = dict(claims(rationale, facts))
+    return [(text, holds) for text, holds in unique.items() if holds is not None]
 
 
-def concluded(problem, thought, facts):
-    """What a thought comes to: what it commits to, or of the demo the choice in its last sentence.
+def conclusion_of(problem: Problem, rationale: str, facts: dict | None) -> str | None:
+    """The answer that a rationale commits to or, of the demo, the choice in its last sentence.
     (Elsewhere that is no sign: 22 % of ScienceQA's solutions end with a choice that is wrong.)"""
-    end, said = committed(problem, thought), [s for s in SENTENCE.split(thought) if squash(s)]
-    if end is None and facts and said:
-        end = committed(problem, f"{CUE} {said[-1]}")
-    return end and end[0]
+    answer = committed(problem, rationale)
+    sentences = [s for s in SENTENCE.split(rationale) if squash(s)]
+    if answer is None and facts and sentences:
+        answer = committed(problem, f"{CUE} {sentences[-1]}")
+    return answer and answer[0]
 
 
-def unsupported(problem, thought, end, grade, facts):
-    """How a thought does not lead to the right answer given, in words, or None."""
+def unsupported(
+    problem: Problem, evidence: Evidence, grade: Grade, facts: dict | None
+) -> str | None:
+    """How a rationale does not lead to the answer, which is right, in words, or None."""
     if grade.parsed is None:
         return grade.how  # a guess of --faithful-parse
-    if end is not None:
-        return None if end == grade.parsed else f"the thought comes to {end}"
-    numbers = {normal(problem, number) for number in re.findall(r"-?\d[\d.,/]*", plain(thought))}
-    named = problem.choices or grade.parsed in numbers or grade.parsed in squash(thought)
+    if evidence.conclusion is not None:
+        return None if evidence.conclusion == grade.parsed else comes_to(evidence)
+    text = evidence.rationale
+    numbers = {normal(problem, number) for number in re.findall(r"-?\d[\d.,/]*", plain(text))}
+    named = problem.choices or grade.parsed in numbers or grade.parsed in squash(text)
     return None if named and facts is None else "the thought comes to no answer"
 
 
-# --- what is known about the problems, and many answers
-def problem_type(problem):
+# --- what is known about the problems
+def problem_type(problem: Problem) -> str | None:
     """What "novel" is about: the demo's family, ScienceQA's skill, MathVista's source, or None."""
     names = (problem.meta.get(key) for key in ("family", "skill", "source"))
     return next(filter(None, names), None)
 
 
-def known_types(config):
-    """`problem_type`s of a run's training problems, of PaliGemma's those in its trace file; None
-    where nothing was trained or the data are not at hand."""
-    if not any(config.get("epochs", ())) and not config.get("adapter"):
-        return None
+def known_types(where: str, traces: str | None = None, skip_bad: bool = False) -> set | None:
+    """`problem_type`s of the training problems of a data set, with `traces` of those in that file;
+    None where they are not available. `skip_bad`: bad records are left out (--on-error skip)."""
+    bad = [] if skip_bad else None
     try:
-        bad, traces = bad_records(config), config.get("traces")
-        problems = data.load(config["data"], "train", bad)
+        problems = data.load(where, "train", bad)
         if traces and Path(traces).is_file():
             ids = {trace["id"] for trace in load_traces(traces, bad)}
             problems = [p for p in problems if p.id in ids]
@@ -184,42 +269,64 @@ def known_types(config):
     return {problem_type(p) for p in problems}
 
 
-def scene_facts(where):
+def scene_facts(where: str) -> dict[str, dict]:
     """{id: facts} of the demo, or of a folder like it; {} of other data."""
-    path = (data.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
+    path = (scenes.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
     return files.read_json(path) if path.is_file() else {}
 
 
-def explained(graded, facts=None, known=None):
-    """What `grade_all` gives, with "kind", "because" and what the thought "concludes" in each
+# --- many answers
+def classify_all(
+    graded: list[Graded], facts: dict[str, dict] | None = None, known: set | None = None
+) -> list[Graded]:
+    """What `grade_all` returns, with "kind", "because" and what the rationale "concludes" in each
     prediction."""
-    told = []
-    for p, x, g in graded:
-        name, why, end = kind(p, x, g, (facts or {}).get(p.id), known)
-        comes = {"concludes": end} if thought_of(x) else {}
-        told.append((p, x | comes | {"kind": name, "because": why}, g))
-    return told
+    classified = []
+    for problem, prediction, grade in graded:
+        scene = (facts or {}).get(problem.id)
+        kind, because, conclusion = classify(problem, prediction, grade, scene, known)
+        if rationale_of(prediction):
+            prediction = prediction | {"concludes": conclusion}
+        classified.append((problem, prediction | {"kind": kind, "because": because}, grade))
+    return classified
 
 
-def refine(graded, judge):
-    """`explained` answers, their kinds corrected by a judge who is shown the picture: a function of
-    (problem, thought, answer) items that gives a verdict of each, as `judging.judge_many` does. It
-    is asked about thoughts, and believed where it finds right what the rule finds right."""
-    rows = [i for i, (_, x, _) in enumerate(graded) if thought_of(x) and x["kind"] not in
-            ("loop", "cut off", "no parse")]  # fmt: skip
-    graded, items = list(graded), []
-    for p, x, g in (graded[i] for i in rows):
-        letter = LETTERS.find(g.parsed) if p.choices and g.parsed else -1
-        items.append((p, thought_of(x), x["response"] if letter < 0 else p.choices[letter]))
+def refine(graded: list[Graded], judge: Callable[[list], list[dict]]) -> list[Graded]:
+    """Answers of `classify_all`, their kinds corrected by a judge who is shown the image: a
+    function of (problem, rationale, answer) items that returns a verdict of each, as
+    `judging.judge_many` does. It is asked about rationales that came to an end."""
+    graded = list(graded)
+    rows = []
+    items = []
+    for i, (problem, prediction, grade) in enumerate(graded):
+        rationale = rationale_of(prediction)
+        if not rationale or prediction["kind"] in ("loop", "cut off", "no parse"):
+            continue
+        letter = LETTERS.find(grade.parsed) if problem.choices and grade.parsed else -1
+        answer = prediction["response"] if letter < 0 else problem.choices[letter]
+        rows.append(i)
+        items.append((problem, rationale, answer))
     for i, verdict in zip(rows, judge(items), strict=True):
-        p, x, g = graded[i]
-        leads, seen, name = verdict["consistent"], verdict.get("picture"), None
-        if verdict["correct"] is g.correct and g.correct:
-            good = "novel" if x["kind"] == "novel" else "sound"
-            name = "lucky" if leads is False or seen is False else good if leads else None
-        elif verdict["correct"] is g.correct and leads is False and seen:
-            name = "right thought, wrong answer"
-        if name and name != x["kind"]:
-            why = f"{verdict['why']} ({verdict['by']})"
-            graded[i] = p, x | {"kind": name, "because": why}, g
+        problem, prediction, grade = graded[i]
+        kind = refined_kind(prediction["kind"], grade.correct, verdict)
+        if kind != prediction["kind"]:
+            because = f"{verdict['why']} ({verdict['by']})"
+            graded[i] = problem, prediction | {"kind": kind, "because": because}, grade
     return graded
+
+
+def refined_kind(kind: str, correct: bool, verdict: dict) -> str:
+    """The kind after a judge's verdict, which is believed where it finds right what the rule finds
+    right. Its "consistent" says whether the rationale leads to the answer, its "picture" whether
+    it agrees with the image."""
+    if verdict["correct"] is not correct:
+        return kind
+    leads = verdict["consistent"]
+    agrees = verdict.get("picture")
+    if correct and (leads is False or agrees is False):
+        return "lucky"
+    if correct and leads:
+        return "novel" if kind == "novel" else "sound"
+    if not correct and leads is False and agrees:
+        return "right thought, wrong answer"
+    return kind

@@ -1,16 +1,19 @@
-"""Many answers: from graded ones to the numbers of metrics.json, and two runs beside each other.
+"""Many answers: from graded ones to the numbers of metrics.json, and the comparison of two runs.
 
 Implements
 * the categories of ScienceQA (Lu et al. 2022, arXiv 2209.09513) as Multimodal-CoT (Zhang et al.
   2023, arXiv 2302.00923) reports them, and MathVista's axes;
-* the Wilson (1927) interval of every accuracy, with n and chance beside it; of two runs the paired
-  bootstrap interval of the difference (Efron 1979) and McNemar's exact test (1947);
-* Multimodal-CoT's test for hallucinated rationales, wherever the scene behind a picture is known.
+* the Wilson (1927) interval of every accuracy, with n and chance; of two runs the paired bootstrap
+  interval of the difference (Efron 1979) and McNemar's exact test (1947);
+* Multimodal-CoT's test for hallucinated rationales, wherever the scene behind an image is known;
+* sentence BLEU without smoothing (Papineni et al. 2002) and summary-level ROUGE-L (Lin 2004) in the
+  set-based form of the PyPI package `rouge` 1.0.1, both as its authors call them.
 
 A score is about a named set of problems: missing, unknown and repeated predictions are errors.
 "Graded" is everywhere a list of (problem, prediction, Grade), in the order of the predictions.
 
-Left out: corrections for many comparisons at once; tables and files (support/evaluation/tables.py).
+Left out: corrections for many comparisons at once; whether a rationale is true, which ROUGE-L and
+BLEU do not know (errors.py).
 
 Axes: `resamples` of a bootstrap.
 """
@@ -18,15 +21,16 @@ Axes: `resamples` of a bootstrap.
 import math
 import random
 import re
+import sys
+from bisect import bisect_left
 from collections import Counter
 
 import numpy as np
 
 import data
-from support.evaluation.decode_cache import before_loop
-from support.evaluation.errors import KINDS, stated, thought_of
+from data import Problem
+from support.evaluation.errors import KINDS, Graded, before_loop, rationale_of, scene_statements
 from support.evaluation.grading import grade
-from support.evaluation.rouge import bleu, rouge_l
 
 GUESS_SEED = 42  # the original's
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -41,12 +45,12 @@ DETAILS = ("question type", "source", "category", "language", "grade")  # only w
 
 
 # --- grades, rates and rows
-def percent(share):
+def percent(share: float) -> float:
     """A share in 0..1 as a percentage with two decimals."""
     return round(100.0 * share, 2)
 
 
-def wilson(hits, n, z=1.959963984540054):
+def wilson(hits: int, n: int, z: float = 1.959963984540054) -> list[float]:
     """95 % Wilson score interval of hits / n, in percent: it stays inside 0..100, and does not
     shrink to nothing when all answers, or none, are right."""
     # Eq. interval (Wilson 1927)
@@ -55,160 +59,290 @@ def wilson(hits, n, z=1.959963984540054):
     return [percent(max(0.0, centre - half)), percent(min(1.0, centre + half))]
 
 
-def grade_all(problems, predictions, faithful=False, partial=False):
+def grade_all(
+    problems: list[Problem], predictions: list[dict], faithful: bool = False, partial: bool = False
+) -> list[Graded]:
     """[(problem, prediction, Grade)] in prediction order. Raises ValueError on repeated, unknown
     and (unless `partial`) missing ids. `faithful`: with the original's guesses."""
     by_id = {p.id: p for p in problems}
     times = Counter(x["id"] for x in predictions)
     missing = [] if partial and times else by_id.keys() - times
     for fault, ids in (
-        ("prediction ids are there more than once", [i for i in times if times[i] > 1]),
-        ("prediction ids are of no problem here, check --data and --split", times.keys() - by_id),
+        ("prediction ids occur more than once", [i for i in times if times[i] > 1]),
+        ("prediction ids match no problem, check --data and --split", times.keys() - by_id),
         ("problems have no prediction (--partial scores the others)", missing),
     ):
         if ids:
-            some = ", ".join(sorted(ids)[:5]) + (", ..." if len(ids) > 5 else "")
+            some = listed(sorted(ids))
             raise ValueError(f"{len(ids)} {fault}: {some} (there are {len(by_id)} problems).")
     guess = random.Random(GUESS_SEED) if faithful else None
-    pairs = [(by_id[x["id"]], x) for x in predictions]
-    return [(p, x, grade(p, x["response"], guess)) for p, x in pairs]
+    graded = []
+    for prediction in predictions:
+        problem = by_id[prediction["id"]]
+        graded.append((problem, prediction, grade(problem, prediction["response"], guess)))
+    return graded
 
 
-def axes(problem):
+def listed(ids: list[str]) -> str:
+    """The first five ids in words."""
+    return ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+
+
+def axes(problem: Problem) -> dict[str, list[str]]:
     """{axis: the table rows a problem counts in}.
 
-    ScienceQA: subject; TXT has a hint, IMG a picture *of the question* (pictures of the choices do
-    not count, as published), NO neither; grades. The demo's family is a row as well. MathVista: its
+    ScienceQA: subject; TXT has a hint, IMG an image *of the question* (images of the choices do not
+    count, as published), NO neither; grades. The demo's family is a row as well. MathVista: its
     task, context and skills by their own names, the others as "source: TQA"; rows of different axes
     never share a name. Your own JSONL: whatever it has of both, all AXES with that prefix.
     """
-    meta, found = problem.meta, {}
+    meta = problem.meta
     mathvista = isinstance(meta.get("skills"), list)
     subject = SUBJECTS.get(str(meta.get("subject")))
+    rows = {}
     if not mathvista:
         has_image = meta.get("has_image", problem.image is not None)
-        kinds = {"TXT": problem.hint, "IMG": has_image, "NO": not problem.hint and not has_image}
+        modality = {"TXT": problem.hint, "IMG": has_image, "NO": not problem.hint and not has_image}
         year = re.fullmatch(r"grade(\d+)", str(meta.get("grade")))
-        years = ["G1-6" if int(year[1]) <= 6 else "G7-12"] if year else []
-        found = {"subject": [subject] if subject else [], "years": years}
-        found["modality"] = [name for name, counts in kinds.items() if counts]
-        found["family"] = [str(meta["family"])] if meta.get("family") else []
-    for key, axis in () if subject else AXES.items():
+        rows["subject"] = [subject] if subject else []
+        rows["years"] = ["G1-6" if int(year[1]) <= 6 else "G7-12"] if year else []
+        rows["modality"] = [name for name, counts in modality.items() if counts]
+        rows["family"] = [str(meta["family"])] if meta.get("family") else []
+    if subject:  # a record of ScienceQA: its task, grade and skill are no rows of their own
+        return rows
+    for key, axis in AXES.items():
         values = meta.get(key) if isinstance(meta.get(key), list) else [meta.get(key)]
-        before = "" if mathvista and key in PLAIN else f"{axis}: "
-        found[axis] = [before + x for x in dict.fromkeys(values) if isinstance(x, str) and x]
-    return found
+        prefix = "" if mathvista and key in PLAIN else f"{axis}: "
+        rows[axis] = [prefix + x for x in dict.fromkeys(values) if isinstance(x, str) and x]
+    return rows
 
 
-def rows_by_axis(graded):
+def rows_by_axis(graded: list[Graded]) -> dict[str, dict[str, list[Graded]]]:
     """{axis: {row: its graded}}, the rows of AXES by name: for task and skill the paper's order."""
-    found = {}
+    by_axis = {}
     for item in graded:
         for axis, names in axes(item[0]).items():
             for name in names:
-                found.setdefault(axis, {}).setdefault(name, []).append(item)
-    return {a: dict(sorted(x.items())) if a in AXES.values() else x for a, x in found.items()}
+                by_axis.setdefault(axis, {}).setdefault(name, []).append(item)
+    for axis in by_axis.keys() & set(AXES.values()):
+        by_axis[axis] = dict(sorted(by_axis[axis].items()))
+    return by_axis
 
 
-def tally(graded):
+def tally(graded: list[Graded]) -> dict:
     """n, accuracy, its interval and chance; rates in percent, None where there is nothing."""
-    n, hits = len(graded), sum(g.correct for *_, g in graded)
-    luck = sum(1 / len(p.choices) for p, *_ in graded if p.choices)
-    rates = (percent(hits / n), wilson(hits, n), percent(luck / n)) if n else (None, None, None)
-    return dict(zip(("n", "accuracy", "ci95", "chance"), (n, *rates), strict=True))
-
-
-# --- rationales
-def rationale_scores(graded, rationale_format, faithful=False):
-    """Mean ROUGE-L and BLEU in percent of the rationales against the gold target of their stage; {}
-    without rationales. Empty targets do not count. An empty rationale scores 0, but the original
-    (`faithful`) leaves it out of ROUGE-L."""
-    told = [(x["rationale"], p) for p, x, _ in graded if x.get("rationale") is not None]
-    if rationale_format is None:  # a teacher's thought has another form than the gold solution
-        return {}
-    pairs = [(said, data.prompt(p, rationale_format)[1].strip()) for said, p in told]
-    pairs = [(said, gold) for said, gold in pairs if gold]
-    if not pairs or not any(p.lecture or p.solution for _, p in told):
-        return {}
-    rouge = [rouge_l(*pair) for pair in pairs if pair[0] or not faithful]
-    means = {f"bleu{n}": sum(bleu(*pair, n) for pair in pairs) / len(pairs) for n in (1, 4)}
-    means = {"rougeL": sum(rouge) / max(1, len(rouge))} | means
-    return {"n_rationales": len(pairs)} | {name: percent(mean) for name, mean in means.items()}
-
-
-def rationale_quality(graded, facts=None):
-    """Of `explained` answers {"failure_modes": {kind: n}}; of their thoughts {"consistency": of the
-    "n_consistency" that come to an answer those that give it, "rationale_words": {"mean",
-    "median"}, "loop_share" of all words, "hallucination"?: see there}; rates in percent."""
-    kinds = Counter(x["kind"] for _, x, _ in graded if "kind" in x)
-    found = {name: kinds[name] for name in KINDS if name in kinds}
-    found = {"failure_modes": found} if kinds else {}
-    told = [(p, g, thought) for p, x, g in graded if (thought := thought_of(x))]
-    if not told:
-        return found
-    ends = [(x["concludes"], g.parsed) for _, x, g in graded if x.get("concludes")]
-    same = [end == parsed for end, parsed in ends if parsed is not None]
-    words = [re.findall(r"\w+", thought) for *_, thought in told]
-    looped, counts = sum(len(x) - len(before_loop(x)) for x in words), [len(x) for x in words]
-    if same:
-        found |= {"consistency": percent(sum(same) / len(same)), "n_consistency": len(same)}
-    length = {"mean": round(float(np.mean(counts)), 1), "median": float(np.median(counts))}
-    found |= {"rationale_words": length, "loop_share": percent(looped / max(1, sum(counts)))}
-    return found | ({"hallucination": hallucination(told, facts)} if facts else {})
-
-
-def hallucination(told, facts):
-    """The paper's test (its section 3) by rule, over all thoughts and those with right and wrong
-    answers: "n" thoughts with "stated" facts; percent of thoughts with a false one, of facts."""
-
-    def rates(rows):
-        said = [so for row in rows for _, so in row]
-        lies = sum(any(not so for _, so in row) for row in rows)
-        shares = {"false_rationales": percent(lies / max(1, len(rows)))}
-        shares["false_facts"] = percent(said.count(False) / max(1, len(said)))
-        return {"n": len(rows), "stated": len(said)} | shares
-
-    rows = [(g.correct, stated(thought, facts.get(p.id))) for p, g, thought in told]
-    by = {"right": [row for ok, row in rows if ok], "wrong": [row for ok, row in rows if not ok]}
-    return rates([row for _, row in rows]) | {name: rates(rows) for name, rows in by.items()}
-
-
-# --- metrics.json
-def metrics_of(graded, faithful=False, rationale_format="QCM-LE", facts=None):
-    """The table's numbers of `explained` grades; rates are percentages with two decimals.
-
-    Returns {"n", "accuracy": {"avg", "NAT", ...}, "ci95": [low, high], "chance", "parse_failures",
-    "n_rationales"?, "rougeL"?, "bleu1"?, "bleu4"?, what `rationale_quality` says, "families"?,
-    "axes"?: {axis: its rows}, "stop"?, "n_by", "ci95_by", "chance_by"}; a category without problems
-    is None.
-    """
-    found = rows_by_axis(graded)
-    families = found.pop("family", {})
-    details = {axis: found.pop(axis) for axis in AXES.values() if axis in found}
-    scienceqa = {name: items for rows in found.values() for name, items in rows.items()}
-    groups = {"avg": graded} | {name: scienceqa.get(name, []) for name in CATEGORIES if scienceqa}
-    for rows in (families, *details.values()):
-        groups |= rows
-    by = {name: tally(items) for name, items in groups.items()}
-    rates = {name: by[name]["accuracy"] for name in by}
-    stops = Counter(x["stop"] for _, x, _ in graded if x.get("stop"))
+    n = len(graded)
+    if not n:
+        return {"n": 0, "accuracy": None, "ci95": None, "chance": None}
+    hits = sum(g.correct for *_, g in graded)
+    by_chance = sum(1 / len(p.choices) for p, *_ in graded if p.choices)
     return {
-        "n": len(graded),
-        "accuracy": {name: rate for name, rate in rates.items() if name not in families},
-        "ci95": by["avg"]["ci95"],
-        "chance": by["avg"]["chance"],
-        "parse_failures": percent(sum(g.parsed is None for *_, g in graded) / len(graded)),
-        **rationale_scores(graded, rationale_format, faithful),
-        **rationale_quality(graded, facts),
-        **({"families": {name: rates[name] for name in sorted(families)}} if families else {}),
-        **({"axes": {axis: list(rows) for axis, rows in details.items()}} if details else {}),
-        **({"stop": dict(sorted(stops.items()))} if stops else {}),
-        **{f"{k}_by": {name: t[k] for name, t in by.items()} for k in ("n", "ci95", "chance")},
+        "n": n,
+        "accuracy": percent(hits / n),
+        "ci95": wilson(hits, n),
+        "chance": percent(by_chance / n),
     }
 
 
+# --- rationales
+def rationale_scores(
+    graded: list[Graded], rationale_format: str | None, faithful: bool = False
+) -> dict:
+    """Mean ROUGE-L and BLEU in percent of the rationales against the gold target of their stage; {}
+    without rationales. Empty targets do not count. An empty rationale scores 0, but the original
+    (`faithful`) leaves it out of ROUGE-L."""
+    if rationale_format is None:  # a teacher's rationale has another form than the gold solution
+        return {}
+    written = [(x["rationale"], p) for p, x, _ in graded if x.get("rationale") is not None]
+    pairs = [(text, data.prompt(p, rationale_format)[1].strip()) for text, p in written]
+    pairs = [(text, gold) for text, gold in pairs if gold]
+    if not pairs or not any(p.lecture or p.solution for _, p in written):
+        return {}
+    rouge = [rouge_l(*pair) for pair in pairs if pair[0] or not faithful]
+    return {
+        "n_rationales": len(pairs),
+        "rougeL": percent(sum(rouge) / max(1, len(rouge))),
+        "bleu1": percent(sum(bleu(*pair, 1) for pair in pairs) / len(pairs)),
+        "bleu4": percent(sum(bleu(*pair, 4) for pair in pairs) / len(pairs)),
+    }
+
+
+def rationale_quality(graded: list[Graded], facts: dict[str, dict] | None = None) -> dict:
+    """Of `classify_all`'s answers {"failure_modes": {kind: n}}; of their rationales {"consistency":
+    of the "n_consistency" that come to an answer those that give it, "rationale_words": {"mean",
+    "median"}, "loop_share" of all words, "hallucination"?: see there}; rates in percent."""
+    scores = {}
+    counts = Counter(x["kind"] for _, x, _ in graded if "kind" in x)
+    if counts:
+        scores["failure_modes"] = {kind: counts[kind] for kind in KINDS if kind in counts}
+    rationales = [(p, g, text) for p, x, g in graded if (text := rationale_of(x))]
+    if not rationales:
+        return scores
+    ends = [(x["concludes"], g.parsed) for _, x, g in graded if x.get("concludes")]
+    same = [end == parsed for end, parsed in ends if parsed is not None]
+    if same:
+        scores["consistency"] = percent(sum(same) / len(same))
+        scores["n_consistency"] = len(same)
+    words = [re.findall(r"\w+", text) for *_, text in rationales]
+    lengths = [len(x) for x in words]
+    looped = sum(len(x) - len(before_loop(x)) for x in words)
+    mean = round(float(np.mean(lengths)), 1)
+    scores["rationale_words"] = {"mean": mean, "median": float(np.median(lengths))}
+    scores["loop_share"] = percent(looped / max(1, sum(lengths)))
+    if facts:
+        scores["hallucination"] = hallucination(rationales, facts)
+    return scores
+
+
+def hallucination(rationales: list[tuple], facts: dict[str, dict]) -> dict:
+    """The paper's test (its section 3) by rule, over all (problem, grade, rationale) and over those
+    with right and with wrong answers: "n" rationales with "stated" facts; percent of rationales
+    with a false one, of facts."""
+
+    def rates(rows):
+        statements = [holds for row in rows for _, holds in row]
+        with_false = sum(any(not holds for _, holds in row) for row in rows)
+        return {
+            "n": len(rows),
+            "stated": len(statements),
+            "false_rationales": percent(with_false / max(1, len(rows))),
+            "false_facts": percent(statements.count(False) / max(1, len(statements))),
+        }
+
+    right = []
+    wrong = []
+    every = []
+    for problem, grade_, text in rationales:
+        statements = scene_statements(text, facts.get(problem.id))
+        every.append(statements)
+        (right if grade_.correct else wrong).append(statements)
+    return rates(every) | {"right": rates(right), "wrong": rates(wrong)}
+
+
+# --- one rationale against the gold one
+def bleu(candidate: str, reference: str, n: int) -> float:
+    """Sentence BLEU-n in 0..1 with uniform weights; tokens end at white space and full stops. An
+    order without a match counts as the smallest positive float (as in nltk): BLEU-4 of three words
+    is next to 0 even if they are the right ones. Without a common word it is 0."""
+    ours, gold = ([t for t in re.split(r"[\s.]", x) if t] for x in (candidate, reference))
+    logs = []
+    for order in range(1, n + 1):
+        ngrams = ngram_counts(ours, order)
+        hits = (ngrams & ngram_counts(gold, order)).total()
+        if not hits and order == 1:
+            return 0.0
+        logs.append(math.log(hits / ngrams.total() if hits else sys.float_info.min))
+    # Eq. BLEU (Papineni et al. 2002): BP exp(sum of log p_n / N)
+    brevity = 1.0 if len(ours) > len(gold) else math.exp(1 - len(gold) / len(ours))
+    return brevity * math.exp(math.fsum(x / n for x in logs))
+
+
+def ngram_counts(tokens: list[str], order: int) -> Counter:
+    """How often each sequence of so many tokens occurs."""
+    return Counter(zip(*(tokens[i:] for i in range(order)), strict=False))
+
+
+def lcs_words(x: list[str], places: dict[str, list[int]]) -> set[str]:
+    """The words, as a set, of one longest common subsequence of the word list x and a second, y.
+
+    `places` maps each word of y to its positions, last first. Hunt and Szymanski (1977): ends[k] is
+    where the shortest prefix of y ends that has k+1 words in common with x so far; only matching
+    pairs cost. Going up from the last row, a word is taken if it stands where that prefix ends: the
+    same choice among equals as walking back the full table and shortening y first.
+    """
+    ends = []
+    rows = []
+    for word in x:
+        if word in places:
+            for j in places[word]:
+                k = bisect_left(ends, j)
+                ends[k : k + 1] = [j]
+            rows.append((word, ends.copy()))
+    words = set()
+    k = len(ends) - 1
+    for word, ends_then in reversed(rows):
+        if k >= 0 and ends_then[k] in places[word]:
+            words.add(word)
+            k -= 1
+    return words
+
+
+def rouge_l(candidate: str, reference: str) -> float:
+    """Summary-level ROUGE-L F in 0..1, equal to `rouge` 1.0.1 in the authors' call.
+
+    Its peculiarities are kept: sentences end at every full stop, the longest common subsequences of
+    all pairs of sentences join in one *set* of words, and lengths count distinct words (a blank
+    sentence has the word ""). A text without a sentence scores 0; the package raises.
+    """
+    ours, gold = (
+        [" ".join(s.split()).split(" ") for s in text.split(".") if s]
+        for text in (candidate, reference)
+    )
+    if not ours or not gold:
+        return 0.0
+    common = set()
+    distinct = [set(sentence) for sentence in ours]
+    for theirs in gold:
+        places = {}
+        for j in reversed(range(len(theirs))):
+            places.setdefault(theirs[j], []).append(j)
+        for sentence, words in zip(ours, distinct, strict=True):
+            if not common >= places.keys() & words:  # else it cannot add a word
+                common |= lcs_words(sentence, places)
+    # Eq. ROUGE-L (Lin 2004): 2 P R / (P + R)
+    precision, recall = (len(common) / len(set().union(*x)) for x in (ours, gold))
+    return 2.0 * precision * recall / (precision + recall + 1e-8)
+
+
+# --- metrics.json
+def metrics_of(
+    graded: list[Graded],
+    faithful: bool = False,
+    rationale_format: str | None = "QCM-LE",
+    facts: dict[str, dict] | None = None,
+) -> dict:
+    """The table's numbers of `classify_all`'s answers; rates are percentages with two decimals.
+
+    Returns {"n", "accuracy": {"avg", "NAT", ...}, "ci95": [low, high], "chance", "parse_failures",
+    "n_rationales"?, "rougeL"?, "bleu1"?, "bleu4"?, those of `rationale_quality`, "families"?,
+    "axes"?: {axis: its rows}, "stop"?, "n_by", "ci95_by", "chance_by"}; a category without problems
+    is None.
+    """
+    by_axis = rows_by_axis(graded)
+    families = by_axis.pop("family", {})
+    details = {axis: by_axis.pop(axis) for axis in AXES.values() if axis in by_axis}
+    groups = {"avg": graded}
+    if by_axis:
+        scienceqa = {name: items for rows in by_axis.values() for name, items in rows.items()}
+        groups |= {name: scienceqa.get(name, []) for name in CATEGORIES if scienceqa}
+    for rows in (families, *details.values()):
+        groups |= rows
+    by_row = {name: tally(items) for name, items in groups.items()}
+    rates = {name: row["accuracy"] for name, row in by_row.items()}
+    scores = {
+        "n": len(graded),
+        "accuracy": {name: rate for name, rate in rates.items() if name not in families},
+        "ci95": by_row["avg"]["ci95"],
+        "chance": by_row["avg"]["chance"],
+        "parse_failures": percent(sum(g.parsed is None for *_, g in graded) / len(graded)),
+        **rationale_scores(graded, rationale_format, faithful),
+        **rationale_quality(graded, facts),
+    }
+    if families:
+        scores["families"] = {name: rates[name] for name in sorted(families)}
+    if details:
+        scores["axes"] = {axis: list(rows) for axis, rows in details.items()}
+    if stops := Counter(x["stop"] for _, x, _ in graded if x.get("stop")):
+        scores["stop"] = dict(sorted(stops.items()))
+    for key in ("n", "ci95", "chance"):
+        scores[f"{key}_by"] = {name: row[key] for name, row in by_row.items()}
+    return scores
+
+
 # --- two runs
-def compare(graded_a, graded_b, resamples=10_000, seed=0):
+def compare(
+    graded_a: list[Graded], graded_b: list[Graded], resamples: int = 10_000, seed: int = 0
+) -> dict:
     """Is b better than a, on the problems that both answered? Lists as of `grade_all`.
 
     Returns {"n", "difference" (b - a, in points), "ci95": [low, high] in points, "better" (only b
@@ -222,8 +356,7 @@ def compare(graded_a, graded_b, resamples=10_000, seed=0):
     common = [(*first[p.id], p, g.correct) for p, _, g in graded_b if p.id in first]
     unlike = [p.id for p, _, q, _ in common if (p.question, p.answer) != (q.question, q.answer)]
     if unlike:
-        some = ", ".join(unlike[:5]) + (", ..." if len(unlike) > 5 else "")
-        raise ValueError(f"{len(unlike)} problems of the same id are different ones ({some})")
+        raise ValueError(f"{len(unlike)} problems of the same id differ ({listed(unlike)})")
     if not common:
         raise ValueError("they have no problem in common")
     n = len(common)
@@ -233,15 +366,23 @@ def compare(graded_a, graded_b, resamples=10_000, seed=0):
     # Eq. bootstrap (Efron 1979): percentiles of the difference over resampled problems
     drawn = np.random.default_rng(seed).multinomial(n, shares, resamples)  # (resamples, 3)
     ends = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5]).tolist()
-    said = {"difference": percent((better - worse) / n), "ci95": [percent(x) for x in ends]}
-    return {"n": n} | said | {"better": better, "worse": worse, "p": mcnemar(better, worse)}
+    return {
+        "n": n,
+        "difference": percent((better - worse) / n),
+        "ci95": [percent(x) for x in ends],
+        "better": better,
+        "worse": worse,
+        "p": mcnemar(better, worse),
+    }
 
 
-def mcnemar(better, worse):
+def mcnemar(better: int, worse: int) -> float:
     """Two-sided: how often a fair coin thrown so many times is at least as lopsided."""
     # Eq. exact test (McNemar 1947): 2 sum of C(n, k) / 2^n, k up to min(better, worse)
-    throws, ways, total = better + worse, 1, 0
-    for k in range(min(better, worse) + 1):  # ways: throws over k. Integers: exact, no overflow
+    throws = better + worse
+    ways = 1  # throws over k. Integers: exact, no overflow
+    total = 0
+    for k in range(min(better, worse) + 1):
         total += ways
         ways = ways * (throws - k) // (k + 1)
     return min(1.0, 2 * total / 2**throws)

@@ -1,88 +1,77 @@
-"""The models of a run and what they see, loaded by its settings.
+"""The models of a run and what they read: images and prompts.
 
-`load_paligemma` gives the model that a run began with or trained. `image_features` gives the
-features of pictures that a run's models read, made by DETR or by PaliGemma's own tower and kept on
-the disk; `asked_features` those of the one picture a question is about.
+`load_paligemma` gives the model that a run started from or trained. `image_features` gives the
+features of images that a run's models read, made by DETR or by PaliGemma's own tower and kept on
+the disk; `question_features` those of the one image a question is about.
 
-Left out: the weights a run trained with mmcot (`eval.load_run`), where the settings stand
-(folders.py), and the disk's side of features (features.py).
+Left out: the weights that a run trained with mmcot (`eval.load_run`) and the disk's side of
+features (support/dataset/features.py).
 
-Axes: B pictures, H W S pixels, P I image positions, F D their width.
+Axes: B images, H W S pixels, n images of a batch, P I image positions, F D their width.
 """
 
 import hashlib
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from tokenizers import Tokenizer
 
+import data
 import lora
-from model import DETR, PaliGemma, resolve, stored_tensors
+from model import DETR, PaliGemma
 from support import files
-from support.dataset import images as pictures
+from support.checkpoints.hub import resolve
+from support.checkpoints.weights import weight_files
+from support.dataset import images
 from support.dataset.features import Features, cached_features, published_features
 
-BLIND = ("caption", "none")  # --vision of a run that looks at no pictures
+Settings = Any  # of a run, by attribute: a dataclass of support/training/settings.py
+NO_VISION = ("caption", "none")  # --vision of a run that reads no images
 
 
-def load_paligemma(config, folder=None):
+def load_paligemma(settings: Settings, folder: Path | None = None) -> PaliGemma:
     """The base model of a run and, if its folder has them, the adapter or weights trained there."""
     trained = folder is not None and (folder / "model.safetensors").is_file()
-    where = folder if trained else config["weights"][0]
-    model = PaliGemma.from_pretrained(where, getattr(torch, config["dtype"]))
+    weights = folder if trained else settings.weights[0]
+    model = PaliGemma.from_pretrained(weights, getattr(torch, settings.dtype))
     if folder is not None and (folder / "adapter_model.safetensors").is_file():
         lora.load(model, folder)
-    elif config["adapter"]:
-        lora.load(model, config["adapter"])
-    if not config["final_soft_cap"]:
+    elif settings.adapter:
+        lora.load(model, settings.adapter)
+    if not settings.final_soft_cap:
         text = replace(model.config.text, final_logit_softcapping=None)
         model.config = replace(model.config, text=text)
-    return model.to(config["device"]).eval()
+    return model.to(settings.device).eval()
 
 
-# --- what its models see
-def image_features(config, problems, model=None, skipped=None):
-    """The run's `Features` for these problems, or None if it looks at no pictures.
+# --- the images they read
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A frozen image encoder: `preprocess(image, size)` gives pixels (3, H, W), `extract` a list
+    of features (P, F) of a list of these."""
 
-    Published feature files are used as they are. Otherwise DETR is loaded only if a picture is not
-    in the cache, and sees one size at a time: padding would change its output. A PaliGemma `model`
-    makes its own, projected; they are not kept where its image tower is trained or adapted. The
-    cache is named by a hash of the weights, not of the code that makes features of them. With a
-    list `skipped`, problems whose picture cannot be used go there, as (id, reason).
-    """
+    extract: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+    preprocess: Callable[[Image.Image, int], torch.Tensor]
+    size: int
+
+
+def feature_extractor(settings: Settings, model: PaliGemma | None = None) -> FeatureExtractor:
+    """PaliGemma's own tower, or the run's DETR."""
     if model is not None:
-        inside = [path.startswith("language_model.") for path in lora.adapters(model)]
-        if config["full"] or not all(inside):
-            if skipped is not None:
-                skipped += pictures.unusable(problems, pictures.open_image)
-            side, tokens = model.config.vision.image_size, model.config.image_tokens
-            return pictures.Pictures(problems, side, tokens)
-    elif config["vision"] in BLIND:
-        return None
-    elif config["features"]:
-        return published_features(config["features"], config["name_map"])
-    folder = resolve(config["weights"][0] if model else config["vision_weights"])
-    fingerprint = checkpoint_hash(folder) + (f"-{dtype_name(model)}" if model else "")
-    extract, pixels, size = eyes(config, model)
-    cache = config["features_cache"] or files.cache_folder() / "features" / f"{fingerprint}-{size}"
-    return cached_features(problems, extract, fingerprint, size, cache, pixels, skipped)
+        size = model.config.vision.image_size
+        return FeatureExtractor(paligemma_extract(model), images.siglip_pixels, size)
+    extract = detr_extract(resolve(settings.vision_weights), settings.device)
+    return FeatureExtractor(extract, images.detr_pixels, settings.image_size)
 
 
-def eyes(config, model=None):
-    """(list of pixels -> list of features, picture -> pixels, size): PaliGemma's own, or DETR's."""
-    if model is not None:
-        return paligemma_extractor(model), pictures.siglip_pixels, model.config.vision.image_size
-    extract = feature_extractor(resolve(config["vision_weights"]), config["device"])
-    return extract, pictures.detr_pixels, config["image_size"]
-
-
-def dtype_name(model):
-    return str(model.language_model.embed_tokens.weight.dtype).removeprefix("torch.")
-
-
-def paligemma_extractor(model):
-    """list of (3, S, S) -> list of (I, D), projected: what takes the places of <image> tokens."""
+def paligemma_extract(model: PaliGemma) -> Callable:
+    """list of (3, S, S) -> list of (I, D), projected: what replaces the <image> tokens."""
 
     @torch.inference_mode()
     def extract(pixels):
@@ -93,16 +82,9 @@ def paligemma_extractor(model):
     return extract
 
 
-def checkpoint_hash(folder):
-    """Twelve hex digits over the weight files of a checkpoint."""
-    digest = hashlib.sha256()
-    for path in sorted({path for path, _ in stored_tensors(folder).values()}):
-        digest.update(bytes.fromhex(files.checksum(path)))
-    return digest.hexdigest()[:12]
-
-
-def feature_extractor(folder, device):
-    """list of (3, H, W) -> list of (P, F), the model loaded at the first call."""
+def detr_extract(folder: Path, device: str) -> Callable:
+    """list of (3, H, W) -> list of (P, F). The model is loaded at the first call: if all features
+    are cached it is not needed."""
     loaded = []
 
     @torch.inference_mode()
@@ -110,32 +92,128 @@ def feature_extractor(folder, device):
         if not loaded:
             model = DETR.from_pretrained(folder).to(device, memory_format=torch.channels_last)
             loaded.append(model)
-        made = [None] * len(pixels)
-        sizes = Counter(tuple(p.shape) for p in pixels)
-        for size in sizes:
+        results = [None] * len(pixels)
+        # One size at a time: padding would change DETR's output.
+        for size in Counter(tuple(p.shape) for p in pixels):
             rows = [i for i, p in enumerate(pixels) if tuple(p.shape) == size]
             stacked = torch.stack([pixels[i] for i in rows]).to(device)  # (B, 3, H, W)
             for i, features in zip(rows, loaded[0].features(stacked).cpu(), strict=True):
-                made[i] = features  # (P, F)
-        return made
+                results[i] = features  # (P, F)
+        return results
 
     return extract
 
 
-def asked_features(config, models, picture):
-    """`Features` of the problem "asked"; None for a model that sees no picture."""
-    paligemma = config["model"] == "paligemma"
-    if picture is None:
-        seen = None if paligemma else models[-1].fusion
-        width = seen and seen.image_dense.in_features
-        return width and Features(np.zeros((1, 1, width), np.float16), {})
-    if not paligemma and config["vision"] in BLIND:
+def image_features(
+    settings: Settings,
+    problems: list[data.Problem],
+    model: PaliGemma | None = None,
+    skipped: list[tuple[str, str]] | None = None,
+) -> data.ImageSource | None:
+    """The features that a run's models read of these problems' images; None if it reads none.
+
+    Published feature files are used as they are. Otherwise DETR is loaded only if an image is not
+    in the cache. A PaliGemma `model` makes its own, projected; where its image tower is trained or
+    adapted they are not kept, and `LazyImages` gives the pixels. The cache is named by a hash of
+    the weights, not of the code that makes features of them. With a list `skipped`, problems whose
+    image cannot be used go there, as (id, reason).
+    """
+    if model is not None:
+        frozen = all(path.startswith("language_model.") for path in lora.adapters(model))
+        if settings.full or not frozen:
+            if skipped is not None:
+                skipped += images.unusable(problems, images.open_image)
+            size = model.config.vision.image_size
+            return images.LazyImages(problems, size, model.config.image_tokens)
+    elif settings.vision in NO_VISION:
         return None
-    if not paligemma and config["features"]:
+    elif settings.features:
+        return published_features(settings.features, settings.name_map)
+    encoder = feature_extractor(settings, model)
+    folder = resolve(settings.weights[0] if model else settings.vision_weights)
+    fingerprint = checkpoint_hash(folder)
+    if model:
+        dtype = model.language_model.embed_tokens.weight.dtype
+        fingerprint += f"-{str(dtype).removeprefix('torch.')}"
+    default = files.cache_folder() / "features" / f"{fingerprint}-{encoder.size}"
+    cache = settings.features_cache or default
+    return cached_features(
+        problems, encoder.extract, fingerprint, encoder.size, cache, encoder.preprocess, skipped
+    )
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """Twelve hex digits over the weight files of a checkpoint."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        digest.update(bytes.fromhex(files.checksum(path)))
+    return digest.hexdigest()[:12]
+
+
+def question_features(
+    settings: Settings, models: list, image: Image.Image | None
+) -> Features | None:
+    """`Features` of the problem "asked", zeros without an image; None for a model that reads none.
+    ValueError for an image if the run learned from published features."""
+    paligemma = settings.model == "paligemma"
+    if image is None:
+        fusion = None if paligemma else models[-1].fusion
+        if fusion is None:
+            return None
+        zeros = np.zeros((1, 1, fusion.image_dense.in_features), np.float16)  # (1, P, F)
+        return Features(zeros, {})
+    if not paligemma and settings.vision in NO_VISION:
+        return None
+    if not paligemma and settings.features:
         raise ValueError(
-            f"This run learned from published features ({config['features']}): there is no model "
-            "here that makes them of another picture. Ask without --image."
+            f"This run learned from published features ({settings.features}): there is no model "
+            "here that extracts them from another image. Ask without --image."
         )
-    extract, pixels, size = eyes(config, models[0] if paligemma else None)
-    made = extract([pixels(picture, size)])[0][None].half().numpy()  # (1, P, F), as cached
-    return Features(made, {"asked": 0})
+    encoder = feature_extractor(settings, models[0] if paligemma else None)
+    [features] = encoder.extract([encoder.preprocess(image, encoder.size)])  # (P, F)
+    return Features(features[None].half().numpy(), {"asked": 0})  # half, as the cached ones
+
+
+# --- the prompts they read
+def stage_examples(
+    settings: Settings,
+    problems: list[data.Problem],
+    fmt: str,
+    tokenizer: Tokenizer,
+    features: data.ImageSource | None,
+    generated: dict[str, str] | None = None,
+) -> list[dict]:
+    """`data.examples` of one stage of an mmcot run, `fmt` its prompt format."""
+    return data.examples(
+        problems,
+        fmt,
+        tokenizer,
+        features,
+        generated,
+        max_input=settings.max_input,
+        max_output=settings.max_output[-1 if "G" in fmt else 0],
+        captions=settings.vision == "caption",
+        faithful=settings.faithful_text,
+    )
+
+
+def prompt_examples(
+    settings: Settings,
+    problems: list[data.Problem],
+    tokenizer: Tokenizer,
+    features: data.ImageSource | None,
+) -> list[dict]:
+    """`data.pali_examples` of the prompts of a paligemma run, without suffixes."""
+    rows = [data.TrainRow(p, settings.recipe, has_suffix=False) for p in problems]
+    limits = {"max_suffix": settings.max_suffix, "layout": settings.layout}
+    return data.pali_examples(rows, tokenizer, features, **limits)
+
+
+def paligemma_inputs(model: PaliGemma, batch: dict) -> dict[str, torch.Tensor]:
+    """The arguments of `PaliGemma.states` in a batch of `data.pali_collate`. Features of images
+    that are not cached (--full) are computed here, with gradients."""
+    names = ("input_ids", "attention_mask", "token_type_ids", "image_features")
+    inputs = {name: batch[name] for name in names if name in batch}
+    if "pixel_values" in batch:
+        inputs["image_features"] = model.image_features(batch["pixel_values"])  # (n, I, D)
+    return inputs

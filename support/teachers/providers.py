@@ -29,7 +29,7 @@ from email.utils import parsedate_to_datetime
 
 from PIL import Image
 
-import data
+from demo import scenes
 from support import files
 from support.dataset import images as pictures
 
@@ -257,7 +257,7 @@ def whole_reply(thought, answer, stop, usage, why):
 @functools.cache
 def demo_scenes():
     """The demo's (problems, facts) by id, as demo.teacher takes them."""
-    folder = data.demo_folder()
+    folder = scenes.demo_folder()
     return files.read_json(folder / "problems.json"), files.read_json(folder / "scenes.json")
 
 

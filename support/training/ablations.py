@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import data
-from model import rank
+from support.distributed import rank
 from support.evaluation import report, tables
 from support.training import examples as records
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 import lora
-from model import resolve, stored_tensors
+from support.checkpoints.hub import resolve
+from support.checkpoints.weights import headers
 from support.dataset.features import Features
 from support.evaluation import models as loading
 from support.training import optim as optimizing
@@ -34,16 +35,16 @@ def blank_features(args, problems, model=None):
     if model is not None:
         inside = all(name.startswith("language_model.") for name in lora.adapters(model))
         if args.full or not inside:
-            return loading.image_features(vars(args), problems, model)  # pixels, read when used
+            return loading.image_features(args, problems, model)  # pixels, read when used
         shape = model.config.image_tokens, model.config.text.hidden_size
-    elif args.vision in loading.BLIND or args.features:
-        return loading.image_features(vars(args), problems)
+    elif args.vision in loading.NO_VISION or args.features:
+        return loading.image_features(args, problems)
     else:
         folder = resolve(args.vision_weights)
-        count = sum(math.prod(shape) for _, shape in stored_tensors(folder).values())
+        count = sum(math.prod(header.shape) for header in headers(folder).values())
         print(f"  {folder}: {count:,} numbers, frozen; it sees each picture once, before training")
-        extract, _, size = loading.eyes(vars(args))
-        shape = extract([torch.zeros(3, size, size)])[0].shape
+        encoder = loading.feature_extractor(args)
+        shape = encoder.extract([torch.zeros(3, encoder.size, encoder.size)])[0].shape
     rows = {p.id: 0 for p in problems if p.image is not None}
     return Features(torch.zeros(1, *shape).numpy(), rows)
 

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 import data
-from model import rank
 from support import files
 from support.dataset import images as pictures
 from support.dataset.traces import load_traces, overlap, training_notice
+from support.distributed import rank
 from support.evaluation import grading
 from support.evaluation import models as loading
 
@@ -60,7 +60,7 @@ def with_pictures(args, splits, skipped, model=None):
     ValueError if a split has no problem left."""
     problems = [p for ps in splits.values() for p in ps]
     bad = None if skipped is None else []
-    features = loading.image_features(vars(args), problems, model, bad)
+    features = loading.image_features(args, problems, model, bad)
     if not bad:
         return features, splits
     reasons = dict(bad)
@@ -98,8 +98,8 @@ def told_skipped(args, skipped):
 
 
 def training_rows(args, problems, skipped=None):
-    """(problem, task, trace or None, True) per training row, as `data.pali_examples` takes them:
-    True for a suffix. ValueError if no trace is left. Bad traces as in `kept_traces`."""
+    """A `data.TrainRow` for each training row. ValueError if no trace is left. Bad traces as in
+    `kept_traces`."""
     if notice := training_notice(args.data):
         print(notice, file=sys.stderr)
     by_id = {p.id: p for p in problems}
@@ -107,12 +107,12 @@ def training_rows(args, problems, skipped=None):
     if not traces:
         raise ValueError("No trace is left to learn from: look at --traces, --keep and --data.")
     unique = list({trace["id"]: by_id[trace["id"]] for trace in traces}.values())
-    answers = [(p, "answer", None, True) for p in unique]
+    answers = [data.TrainRow(p, "answer") for p in unique]
     if args.recipe == "answer":
         return answers
     count = round(args.mix * len(traces))  # of answer-only rows, spread evenly over the problems
     mixed = [answers[i * len(answers) // count] for i in range(count)] if count else []
-    return [(by_id[t["id"]], "reason", t, True) for t in traces] + mixed
+    return [data.TrainRow(by_id[t["id"]], "reason", t) for t in traces] + mixed
 
 
 def kept_traces(args, by_id, skipped=None):
@@ -151,9 +151,9 @@ def holds(trace, problem, key):
 
 
 def demo_traces():
-    from demo import teacher
+    from demo import scenes, teacher
 
-    return teacher.traces(data.demo_folder())
+    return teacher.traces(scenes.demo_folder())
 
 
 def warn_of_overlap(train, test):

@@ -20,8 +20,8 @@ import torch
 
 import data
 import fusion
-from model import rank, world
 from support import files
+from support.distributed import rank, world
 from support.evaluation import tables
 from support.training.journal import Journal
 from support.training.settings import RECIPES
@@ -132,7 +132,7 @@ def check_resume(runs):
 def is_complete(args):
     """Whether --resume finds nothing to do in a run's folder."""
     out = Path(args.out)
-    whole = bool(tables.metrics_then(out))
+    whole = bool(tables.read_metrics(out))
     if args.model == "mmcot" and args.stage == "rationale" != fusion.stage_names(args.recipe)[-1]:
         whole = (out / "rationale/model.safetensors").is_file()  # it has nothing to score
     return bool(args.resume and whole and not (out / "last").exists() and other_flags(args) == [])

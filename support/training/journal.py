@@ -23,9 +23,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from model import of_all_ranks, rank, world, write_safetensors
 from support import files
-from support.distributed import agreed, in_turn, on_first, part_like
+from support.checkpoints.weights import write_safetensors
+from support.distributed import (
+    agreed,
+    gather_dicts,
+    in_turn,
+    on_first,
+    part_like,
+    rank,
+    world,
+)
 from support.training.optim import trained
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -63,7 +71,7 @@ class Journal:
         log = [line for line in self.file.readlines() if line.endswith("\n")]
         with in_turn():
             facts, tensors = newest_state(self.folder, self.trainings, stage, len(log))
-        if len(set(of_all_ranks([{rank(): facts and facts["step"]}]).values())) > 1:
+        if len(set(gather_dicts([{rank(): facts and facts["step"]}]).values())) > 1:
             raise ValueError(f"Not all processes find the same files: can all see {self.folder}?")
         if facts and facts["rows"] != self.rows:
             raise ValueError(

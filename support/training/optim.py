@@ -13,7 +13,7 @@ Axes: D width, V vocabulary, `tokens` those that are supervised.
 import torch
 from torch.optim.adamw import adamw
 
-LOGITS = 2**25  # of one chunk of the loss: 128 MiB in fp32
+LOGITS = 2**24  # of one chunk of the loss: 64 MiB in fp32
 
 
 def trained(model):

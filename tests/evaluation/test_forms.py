@@ -62,8 +62,8 @@ def test_the_cases():
 
 
 PIECES = (
-    'a |9 |\n|½|⟦|-|{ "|.5|1,|5-|π/|√|<think>|</think>|<answer>|Question: |(A|。|= |"answer": "|6×10^|'
-    "\\frac{1}{|\\boxed{|twenty-|one hundred |The answer is |if |confidence (|none of the "
+    'a |9 |\n|½|⟦|-|{ "|.5|1,|5-|π/|√|<think>|</think>|<answer>|Question: |(A|。|= |"answer": "|'
+    "6×10^|\\frac{1}{|\\boxed{|twenty-|one hundred |The answer is |if |confidence (|none of the "
 )
 
 

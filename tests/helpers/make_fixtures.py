@@ -1,6 +1,6 @@
-"""Make the golden fixtures: what the reference computes on the oracle's seeded weights.
+"""Make the golden fixtures: the reference's outputs on the oracle's seeded weights.
 
-PaliGemma needs what the tests need (tests/requirements.txt) and no more:
+PaliGemma needs the tests' packages (tests/requirements.txt) and no more:
 
     python tests/helpers/make_fixtures.py paligemma
 
@@ -95,15 +95,15 @@ def detr():
         }
         if not config_name.startswith("tiny"):
             entry["keys"] = oracle.key_patterns(shapes)
-            entry["config_5x"] = config_5x  # what a loader meets after a 5.x save_pretrained
+            entry["config_5x"] = config_5x  # as transformers 5.x saves it
         for case, (config, _, _, wanted, stride) in oracle.DETR_CASES.items():
             if config != config_name:
                 continue
             pixels, mask = oracle.detr_inputs(case)
             out = hf(pixels, pixel_mask=mask)
-            found = dict(features=out.last_hidden_state, logits=out.logits, boxes=out.pred_boxes)
+            results = dict(features=out.last_hidden_state, logits=out.logits, boxes=out.pred_boxes)
             for name in wanted:
-                outputs[f"{case}/{name}"] = found[name][:, ::stride].contiguous().clone()
+                outputs[f"{case}/{name}"] = results[name][:, ::stride].contiguous().clone()
             exact = hf.double()(pixels.double(), pixel_mask=mask).last_hidden_state
             hf.float()
             rounding = (exact - out.last_hidden_state).abs().max().item()
@@ -121,9 +121,10 @@ def paligemma():
     _, hf = oracle.tiny_paligemma()
     weights = {name: p.detach() for name, p in oracle.paligemma_stored(hf).items()}
     outputs, record = {}, {"versions": versions, "fingerprint": oracle.fingerprint(weights)}
-    for case, how in oracle.PALIGEMMA_CASES.items():
-        batch = oracle.paligemma_batch(**how)
-        out, valid = hf(**batch), batch["attention_mask"].bool()
+    for case, options in oracle.PALIGEMMA_CASES.items():
+        batch = oracle.paligemma_batch(**options)
+        out = hf(**batch)
+        valid = batch["attention_mask"].bool()
         outputs[f"{case}/logits"] = out.logits * valid[..., None]
         outputs[f"{case}/loss"] = out.loss
         double = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
@@ -132,13 +133,13 @@ def paligemma():
         rounding = (exact - out.logits)[valid].abs().max().item()
         print(f"{case}: fp32 against fp64 {rounding:.1e}, spread {out.logits[valid].std():.2f}")
     pixels = oracle.paligemma_batch()["pixel_values"]
-    pictures = hf.get_image_features(pixels)
-    outputs |= {"patches": pictures.last_hidden_state, "features": pictures.pooler_output}
+    images = hf.get_image_features(pixels)
+    outputs |= {"patches": images.last_hidden_state, "features": images.pooler_output}
     _, speaker = oracle.tiny_paligemma(**oracle.SPEAKER)
     batch = oracle.paligemma_batch(**oracle.PROMPTS)
     del batch["labels"]
-    said = speaker.generate(**batch, max_new_tokens=oracle.STEPS, do_sample=False)
-    outputs["ids"] = said[:, batch["input_ids"].shape[1] :].contiguous()
+    ids = speaker.generate(**batch, max_new_tokens=oracle.STEPS, do_sample=False)
+    outputs["ids"] = ids[:, batch["input_ids"].shape[1] :].contiguous()
     write_fixture("paligemma", {k: v.contiguous().clone() for k, v in outputs.items()}, record)
 
 

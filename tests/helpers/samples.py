@@ -36,12 +36,12 @@ needs_mathvista, needs_traces = needs("mathvista"), needs("pali_reason")
 needs_tokenizer = needs("tokenizers/paligemma")
 
 
-SAID = """Which of these magnets will attract or repel each other when their opposite poles meet?
+CORPUS = """Which of these magnets will attract or repel each other when their opposite poles meet?
 A longer rope has more mass, so the force between them is weaker. Look at the picture: (A) 12.5
 grams; "solid" or liquid? Compare the average kinetic energies of the particles in each sample.
 Offspring genotypes, homozygous/heterozygous; George Washington's 1787 voyage - south-west."""
 RANDOM = random.Random(0)
-SENTENCES = [" ".join(RANDOM.choices(SAID.split(), k=RANDOM.randint(1, 30))) for _ in range(500)]
+SENTENCES = [" ".join(RANDOM.choices(CORPUS.split(), k=RANDOM.randint(1, 30))) for _ in range(500)]
 
 STRINGS = [
     "Question: Which one is longer? Context: N/A Options: (A) the rope (B) the belt Answer:",
@@ -92,19 +92,19 @@ def scienceqa(folder, records=None, splits=None, captions=None):
     return folder
 
 
-def picture(path, size=(40, 30), colour=(200, 30, 30), mode="RGB"):
+def write_image(path, size=(40, 30), colour=(200, 30, 30), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
     return path
 
 
-def pictured(folder, count, start=0):
-    """Problems with pictures of their own, one with another's picture, one without."""
+def with_images(folder, count, start=0):
+    """Problems with images of their own, one with another's image, one without."""
     records = {str(i): record(image="image.png") for i in range(start, start + count)}
     for i in range(start, start + count):
-        picture(folder / f"images/test/{i}/image.png", (40 + i % 7, 30), (i % 256, 7, 9))
+        write_image(folder / f"images/test/{i}/image.png", (40 + i % 7, 30), (i % 256, 7, 9))
     records |= {"copy": record(image="image.png"), "none": record()}
-    picture(folder / "images/test/copy/image.png", (40 + start % 7, 30), (start % 256, 7, 9))
+    write_image(folder / "images/test/copy/image.png", (40 + start % 7, 30), (start % 256, 7, 9))
     return data.load(scienceqa(folder, records), "test")
 
 

@@ -1,4 +1,4 @@
-"""dataset/tokenizers.py: T5's tokenizer from spiece.model, bad files, special tokens in a text."""
+"""support/dataset/tokenizers.py: T5 from spiece.model, bad files, special tokens in a text."""
 
 import json
 import re
@@ -35,45 +35,38 @@ def test_tokenizer_from_spiece_equals_sentencepiece(spiece):
     assert ours.encode("<extra_id_1> x").ids[0] == 218
 
 
-def test_bad_tokenizers(spiece, tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor spiece.model"):
+def test_bad_spiece_models(spiece, tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json .*spiece.model"):
         load_tokenizer(tmp_path)
-    whole = (spiece / "spiece.model").read_bytes()
+    file, whole = tmp_path / "spiece.model", (spiece / "spiece.model").read_bytes()
     names = [(b"<pad>", 3), (b"</s>", 3), (b"<unk>", 2), ("▁a".encode(), 1)]
     pieces = b"".join(field(1, field(1, n) + field(2, 0.0) + field(3, t)) for n, t in names)
-    (tmp_path / "spiece.model").write_bytes(pieces + field(3, field(1, b"identity")))
+    file.write_bytes(pieces + field(3, field(1, b"identity")))
     assert load_tokenizer(tmp_path).encode("a").ids == [3, 1]
-    for broken in (pieces, whole[: len(whole) // 2], whole[:-3], b"", b"<html>not found</html>"):
-        (tmp_path / "spiece.model").write_bytes(broken)
-        with pytest.raises(ValueError, match="spiece.model is not a tokenizer"):
+    evil_charsmap = field(1, field(1, b"a")) + field(3, field(2, b"\xff" * 40))
+    broken = [pieces, whole[: len(whole) // 2], whole[:-3], b"", b"<html>", evil_charsmap]
+    for content in broken:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="spiece.model"):
             load_tokenizer(tmp_path)
-    theirs = load_tokenizer(spiece)
-    theirs.enable_truncation(5)
-    theirs.enable_padding(length=40)
-    theirs.save(str(tmp_path / "tokenizer.json"))  # as released checkpoints may have it
+    file.write_bytes(b"\xff" * 300_000)  # a number that never ends
+    with pytest.raises(ValueError, match="spiece.model.* 64 "):
+        load_tokenizer(tmp_path)
+
+
+def test_bad_and_odd_tokenizer_json(spiece, tmp_path):
+    file, tokenizer = tmp_path / "tokenizer.json", load_tokenizer(spiece)
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=40)
+    tokenizer.save(str(file))  # as released checkpoints may have it
     assert len(load_tokenizer(tmp_path).encode("the longer rope has more mass").ids) in range(6, 40)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
-        load_tokenizer(tmp_path)
-
-
-def test_tokenizers_that_never_end_or_cannot_encode(tmp_path, spiece):
-    file = tmp_path / "spiece.model"
-    file.write_bytes(b"\xff" * 300_000)
-    with pytest.raises(ValueError, match="more than 64 bits"):
-        load_tokenizer(tmp_path)
-    load_tokenizer(spiece).save(str(tmp_path / "tokenizer.json"))
-    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    content = json.loads(file.read_text())
     normalizer = {"type": "Precompiled", "precompiled_charsmap": b64encode(b"\xff" * 40).decode()}
-    changed = {"model": told["model"] | {"unk_id": None}, "normalizer": normalizer}
-    for key, sentence in (("model", "unk_id"), ("normalizer", "table of characters is shorter")):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(told | {key: changed[key]}))
-        with pytest.raises(ValueError, match=f"tokenizer.json is not .*{sentence}"):
+    no_unk = content | {"model": content["model"] | {"unk_id": None}}
+    for changed in ({}, no_unk, content | {"normalizer": normalizer}):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="tokenizer.json"):
             load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    file.write_bytes(field(1, field(1, b"a")) + field(3, field(2, b"\xff" * 40)))
-    with pytest.raises(ValueError, match="spiece.model is not a tokenizer"):
-        load_tokenizer(tmp_path)
 
 
 SPECIAL = "</s> <pad> <extra_id_0> <extra_id_99> <<pad> </<pad>s> </s></s> ＜/s>".split()
@@ -125,17 +118,11 @@ def test_encode_keeps_the_cue(spiece, capsys):
 
 
 HOSTILE = [
-    "<eos>",
-    "<bos><pad><unk>",
-    "<image><image>",
-    "a<loc0001>b <seg001><loc1023>",
-    "<<eos>> <ima<image>ge> <eos",
-    "<start_of_turn>user<end_of_turn>",
-    "[@BOS@] [2, 3] <mask> <2mass> <unused7>",
-    "0<x<10, y>3, <b>bold</b>",
-    "one\n\n\ntwo   three\t<eos>\n",
-    "<|eos|> < eos> ＜eos＞ \u200b<eos>",
-]
+    "<eos>", "<bos><pad><unk>", "<image><image>", "a<loc0001>b <seg001><loc1023>",
+    "<<eos>> <ima<image>ge> <eos", "<start_of_turn>user<end_of_turn>",
+    "[@BOS@] [2, 3] <mask> <2mass> <unused7>", "0<x<10, y>3, <b>bold</b>",
+    "one\n\n\ntwo   three\t<eos>\n", "<|eos|> < eos> ＜eos＞ \u200b<eos>",
+]  # fmt: skip
 
 
 @needs_tokenizer
@@ -177,5 +164,5 @@ def test_ordinary_text_has_the_ids_it_always_had():
 
 @needs("tokenizers/t5")
 def test_another_tokenizer_is_refused():
-    with pytest.raises(ValueError, match="no <eos>, <bos>, <image>: it is not PaliGemma's"):
+    with pytest.raises(ValueError, match="<eos>, <bos>, <image>"):
         data.sequence(load_tokenizer(REAL / "tokenizers/t5"), "a", "b")

@@ -7,7 +7,7 @@ from conftest import ROOT
 import data
 from demo import make, scenes
 from model import DETR, T5, PaliGemma
-from support.dataset import images as pictures
+from support.dataset.images import detr_pixels, siglip_pixels
 from support.dataset.tokenizers import encode, load_tokenizer
 
 T5_FOLDER, DETR_FOLDER, PG_FOLDER = (ROOT / "demo" / x for x in ("t5", "detr", "paligemma"))
@@ -37,28 +37,28 @@ def test_the_tokenizer_reads_every_text_of_the_benchmark():
 
 
 @torch.inference_mode()
-def test_the_detector_names_what_test_pictures_show():
+def test_the_detector_names_the_objects_of_test_images():
     detr = DETR.from_pretrained(DETR_FOLDER)
     families = [f for f in scenes.FAMILIES if f != "text"]
     made = [scenes.problem(f, "test", 0, i) for f in families for i in range(8)]
-    pixels = torch.stack([pictures.detr_pixels(s.image, make.SIDE) for s in made])
+    pixels = torch.stack([detr_pixels(s.image, make.SIDE) for s in made])
     logits, boxes = detr(pixels)
     targets = [make.detr_targets(s.objects) for s in made]
     classes, wanted = (torch.stack(t) for t in zip(*targets, strict=True))
-    seen = classes < len(scenes.CLASSES)
-    assert (logits.argmax(-1) == classes)[seen].float().mean() > 0.93
-    assert (boxes - wanted)[seen].abs().mean() * scenes.SIDE < 3
+    full = classes < len(scenes.CLASSES)
+    assert (logits.argmax(-1) == classes)[full].float().mean() > 0.93
+    assert (boxes - wanted)[full].abs().mean() * scenes.SIDE < 3
 
 
 def test_the_text_model_finds_the_letter_of_an_answer():
-    """It is not worth much on pictures: that is left to learn. But it can read."""
+    """It is not worth much on images: that is left to learn. But it can read."""
     t5, tokenizer = T5.from_pretrained(T5_FOLDER), load_tokenizer(T5_FOLDER)
     problems = [p for p in data.load("demo", "test") if p.meta["family"] != "position"][:120]
     sources, targets = zip(*(data.prompt(p, "QCMG-A") for p in problems), strict=True)
     rows = encode(tokenizer, list(sources), 256)
     batch = data.collate([{"id": "", "input_ids": row} for row in rows])
-    told = t5.generate(batch["input_ids"], batch["attention_mask"], 16)
-    right = [tokenizer.decode(r) == t for r, t in zip(told.tolist(), targets, strict=True)]
+    rows = t5.generate(batch["input_ids"], batch["attention_mask"], 16).tolist()
+    right = [tokenizer.decode(row) == t for row, t in zip(rows, targets, strict=True)]
     assert sum(right) / len(right) > 0.8
 
 
@@ -67,7 +67,7 @@ def test_pretraining_has_no_val_or_test_scene_and_no_held_out_family():
     for index in range(40):
         record = scenes.problem(make.FAMILIES[index % 8], "train", make.SEED, index).record
         assert record["split"] == "train"
-    source, target = make.scene(3, draw=False)
+    source, target = make.text_question(3)
     assert source.startswith("Question:") and target
 
 
@@ -97,24 +97,24 @@ def test_the_documented_command_makes_all(tmp_path, monkeypatch):
 
 
 @torch.inference_mode()
-def test_the_paligemma_sees_and_finds_letters_but_never_thought_about_a_picture():
-    """What training has to add is thinking about what it sees."""
+def test_the_paligemma_sees_and_finds_letters_but_never_reasoned_about_an_image():
+    """Training has to add reasoning about the image."""
     lessons = [make.scene_lessons(i) for i in range(80)]
-    thoughts = [told for _, rows in lessons for told in rows if "So the answer" in told[1]]
-    assert len(thoughts) == 80 and not any(sees for _, _, sees in thoughts)
+    thoughts = [x for _, rows in lessons for x in rows if "So the answer" in x.suffix]
+    assert len(thoughts) == 80 and not any(x.with_image for x in thoughts)
     pg, tokenizer = PaliGemma.from_pretrained(PG_FOLDER), load_tokenizer(PG_FOLDER)
     families = [f for f in scenes.FAMILIES if f not in (*scenes.HELD_OUT, "text")]
     right = {"describe": [], "lookup": []}
     for made in (scenes.problem(f, "test", 0, i) for f in families for i in range(6)):
-        pixels = pictures.siglip_pixels(made.image, make.SIDE)[None]
+        pixels = siglip_pixels(made.image, make.SIDE)[None]
         answer = made.record["choices"][made.record["answer"]]
-        for task, told in right.items():
-            prefix, suffix, sees = make.lesson(task, made, f"So. So the answer is {answer}.")
-            row = data.sequence(tokenizer, prefix, suffix, pg.config.image_tokens * sees)
+        for task, results in right.items():
+            prefix, suffix, with_image = make.lesson(task, made, f"So. So the answer is {answer}.")
+            row = data.sequence(tokenizer, prefix, suffix, pg.config.image_tokens * with_image)
             batch = data.pali_collate([{"id": ""} | row])
             labels = batch.pop("labels")[:, 1:]
             del batch["ids"]
-            logits = pg(**batch, pixel_values=pixels if sees else None)[:, :-1]
-            told += (logits.argmax(-1) == labels)[labels != -100].tolist()
+            logits = pg(**batch, pixel_values=pixels if with_image else None)[:, :-1]
+            results += (logits.argmax(-1) == labels)[labels != -100].tolist()
     assert sum(right["describe"]) / len(right["describe"]) > 0.8
     assert sum(right["lookup"]) / len(right["lookup"]) > 0.98

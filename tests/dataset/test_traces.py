@@ -1,4 +1,4 @@
-"""support/dataset/traces.py: a teacher's traces, pali_reason's files, pictures two splits share."""
+"""support/dataset/traces.py: a teacher's traces, pali_reason's files, images two splits share."""
 
 import csv
 import json
@@ -17,20 +17,18 @@ from samples import (
     needs_mathvista,
     needs_traces,
     scienceqa,
-    trace,
 )
 
 import data
-from support.dataset import images as pictures
 from support.dataset.choices import final_answer
+from support.dataset.images import open_image
 from support.dataset.traces import load_traces, overlap, training_notice
 
 
 def test_training_notice(tmp_path):
     folder = mathvista(tmp_path / "vista", annotation(1))
     for where in ("mathvista", folder, str(folder)):
-        notice = training_notice(where)
-        assert "not for training" in notice and "contaminated" in notice
+        assert "MathVista" in training_notice(where)
     for where in ("demo", "scienceqa", scienceqa(tmp_path / "qa"), tmp_path / "own.jsonl"):
         assert training_notice(where) == ""
 
@@ -50,54 +48,59 @@ def test_traces_jsonl(tmp_path, capsys):
     unjudged = LINE | {"verdict": None, "gold": None}
     failed = LINE | {"thought": None}
     bare = {key: LINE[key] for key in ("id", "question", "thought", "answer")}
-    judged, again, third = load_traces(
-        lines(tmp_path / "traces.jsonl", LINE, unjudged, failed, bare)
-    )
-    assert judged == {
-        "id": "7",
-        "question": "q\nr",
-        "thought": "t",
-        "answer": "a",
-        "gold": "g",
-        "verdict": VERDICT,
-        "teacher": "gemini:x",
-    }
+    path = lines(tmp_path / "traces.jsonl", LINE, unjudged, failed, bare)
+    judged, again, third = load_traces(path)
+    kept = {key: LINE[key] for key in ("thought", "answer", "gold", "verdict", "teacher")}
+    assert judged == {"id": "7", "question": "q\nr"} | kept
     unknown = dict.fromkeys(VERDICT)
     assert again == judged | {"gold": None, "verdict": unknown}
     assert third == again | {"teacher": None}
-    assert "left out 1 of 4 traces without a thought" in capsys.readouterr().err
+    assert "1 of 4 traces" in capsys.readouterr().err
 
 
 def test_traces_of_an_interrupted_teacher(tmp_path, capsys):
     torn = json.dumps(LINE)[:30]
     path = lines(tmp_path / "traces.jsonl", LINE, end="\n" + torn)
     assert len(load_traces(path)) == 1
-    assert "traces.jsonl, line 2 was skipped" in capsys.readouterr().err
+    assert "traces.jsonl, line 2" in capsys.readouterr().err
     path = lines(tmp_path / "traces.jsonl", LINE, LINE, end="")  # whole without a last newline
     assert len(load_traces(path)) == 2 and not capsys.readouterr().err
     for text in (torn + "\n", torn + "\n" + json.dumps(LINE)):
         path.write_text(json.dumps(LINE) + "\n" + text)
-        with pytest.raises(ValueError, match="traces.jsonl, line 2 is not complete JSON"):
+        with pytest.raises(ValueError, match="traces.jsonl, line 2"):
             load_traces(path)
 
 
 BAD_TRACES = [
-    (LINE | {"verdict": {"correct": "no"}}, "line 1: \"correct\" is 'no', not true, false"),
-    (LINE | {"verdict": "yes"}, 'line 1: "verdict" is'),
-    (LINE | {"thought": 5}, 'line 1: "thought" is 5'),
-    ({key: LINE[key] for key in ("id", "question", "thought")}, 'line 1 has no "answer"'),
-    ({**LINE, "id": None}, 'line 1: "id" is None'),
-    (LINE | {"thought": " "}, "no trace with a thought"),
-    ([], 'line 1 has no "id"'),
+    ("correct", {"verdict": {"correct": "no"}}),
+    ("verdict", {"verdict": "yes"}),
+    ("verdict", {"verdict": [1]}),
+    ("thought", {"thought": 5}),
+    ("answer", {"answer": ...}),
+    ("id", {"id": None}),
+    ("id", {"id": True}),
+    ("id", {"id": ...}),
+    ("gold", {"gold": ["B"]}),
+    ("gold", {"gold": float("nan")}),
+    ("teacher", {"teacher": 5}),
+    ("kept", {"kept": "yes"}),
+    ("answer", {"reply": {"thought": "t"}}),
 ]
 
 
-@pytest.mark.parametrize("entry, sentence", BAD_TRACES)
-def test_bad_traces(tmp_path, entry, sentence):
+@pytest.mark.parametrize("key, changes", BAD_TRACES)
+def test_bad_traces(tmp_path, key, changes):
+    entry = {k: v for k, v in (LINE | changes).items() if v is not Ellipsis}
     path = lines(tmp_path / "traces.jsonl", entry)
-    with pytest.raises(ValueError, match=sentence) as caught:
+    with pytest.raises(ValueError, match=f'{path}, line 1.*"{key}"'):
         load_traces(path)
-    assert str(path) in str(caught.value)
+
+
+def test_files_without_a_trace(tmp_path):
+    for entry in ([], LINE | {"thought": " "}):
+        path = lines(tmp_path / "traces.jsonl", entry)
+        with pytest.raises(ValueError, match=str(path)):
+            load_traces(path)
 
 
 COLUMNS = ("questions", "thoughts", "generated_answers", "true_answers", "indexes", "validity")
@@ -117,7 +120,7 @@ def test_traces_pali_reason(tmp_path, capsys):
     assert (first["answer"], first["gold"], first["teacher"][:6]) == ("(B)", "blue", "gemini")
     assert first["verdict"]["correct"] is True and first["verdict"]["by"].startswith("claude")
     assert (second["id"], second["verdict"]["correct"]) == ("8", False)
-    assert "left out 1 of 3 traces" in capsys.readouterr().err
+    assert "1 of 3 traces" in capsys.readouterr().err
     unjudged = table(tmp_path / "b.csv", ROW[:5], columns=COLUMNS[:5])
     [third] = load_traces(unjudged)
     assert third == first | {"verdict": dict.fromkeys(VERDICT)}
@@ -125,24 +128,6 @@ def test_traces_pali_reason(tmp_path, capsys):
     columns["images"] = ["mathvista_images/41.png", "mathvista/images/42.jpg"]  # theirs, and by pid
     (tmp_path / "c.json").write_text(json.dumps(columns))
     assert load_traces(tmp_path / "c.json") == [first | {"gold": None}] * 2
-
-
-EVIL_TRACES = [
-    {"gold": ["B"]},
-    {"teacher": 5},
-    {"gold": float("nan")},
-    {"verdict": [1]},
-    {"id": None},
-    {"id": True},
-]
-
-
-@pytest.mark.parametrize("changes", EVIL_TRACES)
-def test_evil_traces(tmp_path, changes):
-    file = tmp_path / "traces.jsonl"
-    file.write_text(json.dumps({"question": "q"} | trace() | changes))
-    with pytest.raises(ValueError, match="traces.jsonl, line 1: "):
-        load_traces(file)
 
 
 @pytest.mark.parametrize("index", ("9" * 5000, "²", "-1", ""))
@@ -154,7 +139,7 @@ def test_evil_positions(tmp_path, index):
         assert load_traces(tmp_path / "t.csv")[0]["id"] == "8"
     text = (tmp_path / "t.csv").read_text(encoding="utf-8-sig")
     (tmp_path / "t.csv").write_text(text.replace("7", index))
-    with pytest.raises(ValueError, match='row 1: "indexes" is'):
+    with pytest.raises(ValueError, match='row 1.*"indexes"'):
         load_traces(tmp_path / "t.csv")
 
 
@@ -163,36 +148,36 @@ def test_an_image_name_without_end(tmp_path):
     start = time.process_time()
     for name in ("9" * 10**6, "²²", "9." + "a" * 10**6):
         (tmp_path / "t.json").write_text(json.dumps(columns | {"images": [name]}))
-        with pytest.raises(ValueError, match="t.json, entry 1: .* an image that is not a number"):
+        with pytest.raises(ValueError, match="t.json, entry 1"):
             load_traces(tmp_path / "t.json")
     assert time.process_time() - start < 2
 
 
 def test_bad_pali_reason(tmp_path):
-    with pytest.raises(ValueError, match='a.csv, row 1 has no "indexes"'):
+    with pytest.raises(ValueError, match='a.csv, row 1.*"indexes"'):
         load_traces(table(tmp_path / "a.csv", ROW[:4], columns=COLUMNS[:4]))
-    with pytest.raises(ValueError, match="row 2: \"indexes\" is 'x'"):
+    with pytest.raises(ValueError, match="row 2.*\"indexes\".*'x'"):
         load_traces(table(tmp_path / "a.csv", ROW, (*ROW[:4], "x", "yes")))
-    with pytest.raises(ValueError, match='row 1: "generated_answers" is None'):
+    with pytest.raises(ValueError, match='row 1.*"generated_answers"'):
         load_traces(table(tmp_path / "a.csv", ROW[:2]))
     (tmp_path / "a.csv").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="a.csv is not a CSV file"):
+    with pytest.raises(ValueError, match="a.csv"):
         load_traces(tmp_path / "a.csv")
     columns = {"prefixes": ["q"], "suffixes": ["no thoughts"], "images": ["images/4.jpg"]}
-    for changed, sentence in (
-        ({}, "entry 1: no thoughts"),
-        ({"suffixes": ["Thoughts:\na\nAnswer:\nb"], "images": ["a.jpg"]}, "entry 1: .* an image"),
-        ({"images": []}, "not equally many"),
-        ({"images": ...}, 'has no "images"'),
+    for changed, names in (
+        ({}, "c.json, entry 1"),
+        ({"suffixes": ["Thoughts:\na\nAnswer:\nb"], "images": ["a.jpg"]}, "c.json, entry 1"),
+        ({"images": []}, "c.json.*images"),
+        ({"images": ...}, 'c.json.*"images"'),
     ):
         changed = {k: v for k, v in (columns | changed).items() if v is not Ellipsis}
         (tmp_path / "c.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(ValueError, match=names):
             load_traces(tmp_path / "c.json")
-    with pytest.raises(ValueError, match="traces.txt is not a file of traces"):
+    with pytest.raises(ValueError, match="traces.txt"):
         load_traces(tmp_path / "traces.txt")
     for name in ("none.csv", "none.json", "none.jsonl"):
-        with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+        with pytest.raises(FileNotFoundError, match=name):
             load_traces(tmp_path / name)
 
 
@@ -203,7 +188,7 @@ def test_real_traces(capsys):
     names += ("truncated_training_dict.json", "truncated_training_dict_v2.json")
     every, kept, listed, short, longer = (load_traces(REAL / "pali_reason" / n) for n in names)
     assert list(map(len, (every, kept, listed, short, longer))) == [335, 251, 251, 32, 100]
-    assert "left out 10 of 345 traces" in capsys.readouterr().err
+    assert "10 of 345 traces" in capsys.readouterr().err
     for one in every:
         problem = by_pid()[one["id"]]
         assert (one["question"], one["gold"]) == (problem.meta["query"], problem.answer)
@@ -219,13 +204,6 @@ def test_real_traces(capsys):
         if final_answer(by_pid()[one["id"]], one["answer"]) != data.pali_suffix(by_pid()[one["id"]])
     ]
     assert wrong == ["20", "35", "107", "126", "140", "226", "255", "337"]
-
-
-def test_a_trace_that_never_answered_has_no_answer_line(tmp_path):
-    cut = LINE | {"answer": "", "verdict": VERDICT | {"correct": False}}
-    (trace,) = load_traces(lines(tmp_path / "traces.jsonl", cut))
-    problem = data.Problem("7", "q", ("a", "b"), "a", "", None, "", "", {"answer_index": 0})
-    assert data.pali_suffix(problem, trace) == "t"
 
 
 def test_overlap(tmp_path, capsys):
@@ -247,7 +225,7 @@ def test_overlap(tmp_path, capsys):
     test = problems(e1="a.bmp", e2="a.jpg", e3="alpha.png", e4="turned.png", e5=None, e6="no.png")
     expected = [("t1", "e1"), ("t4", "e1"), ("t1", "e3"), ("t4", "e3")]
     assert overlap(train, test) == expected
-    assert "1 of 5 pictures cannot be read and were not compared" in capsys.readouterr().err
+    assert "1 of 5 images cannot be read and were not compared" in capsys.readouterr().err
     assert overlap(train, []) == [] and not capsys.readouterr().err
 
 
@@ -259,5 +237,5 @@ def test_overlap_of_real_scienceqa():
     assert (len(shared), len({id for _, id in shared})) == (3, 3)
     by_id = {problem.id: problem for problem in train + test}
     for pair in shared:
-        one, two = (pictures.open_image(by_id[id].image) for id in pair)
+        one, two = (open_image(by_id[id].image) for id in pair)
         assert one.size == two.size and one.tobytes() == two.tobytes()

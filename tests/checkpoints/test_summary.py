@@ -12,10 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import fusion
-import model
 from fusion import GatedFusion, MultimodalT5
 from model import DETR, T5, PaliGemma
+from support.checkpoints import hub, summary
 
 PLAIN = {"t5": T5, "detr": DETR, "paligemma": PaliGemma}
 MULTIMODAL = {"t5": MultimodalT5}
@@ -37,7 +36,7 @@ def asked(monkeypatch, capsys):
     def ask(*arguments, architectures=PLAIN):
         monkeypatch.setattr(sys, "argv", ["model.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            model.main(architectures)
+            summary.main(architectures)
         said, code = capsys.readouterr(), end.value.code
         return int(code) if isinstance(code, int) else 1, said.out.splitlines(), str(code)
 
@@ -103,12 +102,11 @@ def test_a_t5_with_a_fusion_is_sent_to_its_table(folders, asked):
     assert status == 1 and "8 unexpected" in lines[-2] and "python fusion.py --keys" in lines[-1]
 
 
-def test_fusions_command_line_is_models(folders, asked):
-    """fusion.py ends in the call that the tests above make."""
-    text = (ROOT / "fusion.py").read_text(encoding="utf-8")
-    assert text.endswith('    main({"t5": MultimodalT5})\n') and fusion.main is model.main
-    text = (ROOT / "model.py").read_text(encoding="utf-8")
-    assert text.endswith('    main({"t5": T5, "detr": DETR, "paligemma": PaliGemma})\n')
+def test_the_files_end_in_the_call_that_the_other_tests_make():
+    known = {"model.py": '"t5": T5, "detr": DETR, "paligemma": PaliGemma'}
+    for name, classes in (known | {"fusion.py": '"t5": MultimodalT5'}).items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert text.endswith(f"    summary.main({{{classes}}})\n")
 
 
 @pytest.mark.parametrize("flag", ["--keys", "--summary"])
@@ -210,11 +208,8 @@ def test_the_summary_is_that_of_a_real_pass(name, folders, asked):
 def test_unequal_layers_are_not_one_line():
     """Of three layers the last is wider: two lines, and no sum is lost."""
     layers = [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5)]
-    with torch.device("meta"):
-        m = nn.Sequential(nn.ModuleList(layers))
-    m.walk = lambda of: [layer(torch.ones(3, 4)) for layer in layers]
-    m.eval()
-    lines = model.summary(m)
+    m = nn.Sequential(nn.ModuleList(layers))
+    lines = summary.summary(m, lambda m: [layer(torch.ones(3, 4)) for layer in layers])
     assert [re.split(r"  +", line.strip()) for line in lines[1:-1]] == [
         ["0.0-1", "2 x Linear", "(3, 4)", "2 x 20"],
         ["0.2", "Linear", "(3, 5)", "25"],
@@ -235,7 +230,7 @@ def test_three_billion_parameters_take_no_memory(asked, tmp_path):
     config = {"model_type": "paligemma", "vision_config": vision}
     config["text_config"] = {"model_type": "gemma2", "vocab_size": 257216}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    built, _ = PaliGemma.unloaded(tmp_path)
+    built = hub.build(PaliGemma, tmp_path)
     assert {p.device.type for p in built.parameters()} == {"meta"}
     _, lines, _ = asked("--summary", tmp_path)
     assert lines[-1] == "3,032,242,416 parameters"

@@ -10,15 +10,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from samples import pictured, scienceqa
+from samples import scienceqa, with_images
 
 import data
-from support.dataset import images as pictures
 from support.dataset.features import cached_features, published_features
+from support.dataset.images import detr_pixels, open_image, siglip_pixels
 
 
 class Extract:
-    """A stand-in for DETR: three numbers of the picture, (2, 3); counts what it is asked."""
+    """A stand-in for DETR: three numbers of the image, (2, 3); counts its images."""
 
     def __init__(self, fail_after=None):
         self.sizes, self.fail_after = [], fail_after
@@ -30,24 +30,24 @@ class Extract:
         return [torch.stack([p.mean((1, 2)), p.amax((1, 2))]) for p in pixels]  # (2, 3)
 
 
-def test_pictures_of_one_size_go_through_the_model_together(tmp_path):
+def test_images_of_one_size_go_through_the_model_together(tmp_path):
     extract = Extract()
-    cached_features(pictured(tmp_path / "set", 40), extract, "w", 32, tmp_path / "cache")
+    cached_features(with_images(tmp_path / "set", 40), extract, "w", 32, tmp_path / "cache")
     assert len(set(extract.sizes[1:])) == 7  # sizes that take turns in the file
     assert len(list(itertools.groupby(extract.sizes[1:]))) == 7
 
 
 def test_features_are_computed_once(tmp_path):
-    problems, cache_ = pictured(tmp_path / "set", 5), tmp_path / "cache"
+    problems, cache_ = with_images(tmp_path / "set", 5), tmp_path / "cache"
     extract = Extract()
     features = cached_features(problems, extract, "weights-1", 32, cache_)
-    assert len(extract.sizes) == 1 + 5  # one to learn the shape, then each distinct picture
+    assert len(extract.sizes) == 1 + 5  # one to learn the shape, then each distinct image
     assert set(extract.sizes[1:]) == {(3, 32, 32 * (40 + i) // 30) for i in range(5)}
     for problem in problems:
         assert (problem.id in features) == (problem.id != "none")
         assert features[problem.id].dtype == np.float32 and features[problem.id].shape == (2, 3)
         if problem.image:
-            pixels = pictures.detr_pixels(pictures.open_image(problem.image), 32)
+            pixels = detr_pixels(open_image(problem.image), 32)
             expected = extract([pixels])[0].half().float().numpy()
             np.testing.assert_array_equal(features[problem.id], expected)
     assert not features["none"].any() and not features["never heard of"].any()
@@ -63,24 +63,24 @@ def test_features_are_computed_once(tmp_path):
 
 
 def test_feature_cache_of_another_checkpoint_or_size(tmp_path):
-    problems = pictured(tmp_path / "set", 2)
+    problems = with_images(tmp_path / "set", 2)
     cached_features(problems, Extract(), "weights-1", 32, tmp_path / "cache")
     for other in (("weights-2", 32), ("weights-1", 48)):
-        with pytest.raises(ValueError, match="checkpoint weights-1 at size 32") as caught:
+        with pytest.raises(ValueError, match="weights-1 .*32") as caught:
             cached_features(problems, Extract(), *other, tmp_path / "cache")
         for word in (other[0], f"size {other[1]}", str(tmp_path / "cache"), "--features-cache"):
             assert word in str(caught.value)
 
 
 def test_feature_cache_resumes_and_grows(tmp_path):
-    problems, cache_ = pictured(tmp_path / "set", 80), tmp_path / "cache"
+    problems, cache_ = with_images(tmp_path / "set", 80), tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
         cached_features(problems, Extract(fail_after=40), "w", 32, cache_)
     assert len(json.loads((cache_ / "manifest.json").read_text())["rows"]) == 64  # two chunks
     extract = Extract()
     first = cached_features(problems, extract, "w", 32, cache_)
     assert len(extract.sizes) == 16
-    more = problems + pictured(tmp_path / "more", 3, start=100)[:3]
+    more = problems + with_images(tmp_path / "more", 3, start=100)[:3]
     extract = Extract()
     grown = cached_features(more, extract, "w", 32, cache_)
     assert len(extract.sizes) == 3
@@ -92,7 +92,7 @@ def test_feature_cache_resumes_and_grows(tmp_path):
 
 
 def test_feature_cache_with_two_writers(tmp_path):
-    problems, extract, made = pictured(tmp_path / "set", 40), Extract(), []
+    problems, extract, made = with_images(tmp_path / "set", 40), Extract(), []
 
     def slow(pixels):
         time.sleep(0.05)
@@ -110,51 +110,39 @@ def test_feature_cache_with_two_writers(tmp_path):
 
 
 def test_feature_cache_bad_input(tmp_path):
-    problems, cache_ = pictured(tmp_path / "set", 3), tmp_path / "cache"
+    problems, cache_ = with_images(tmp_path / "set", 3), tmp_path / "cache"
     broken = tmp_path / "set/images/test/1/image.png"
     broken.write_bytes(broken.read_bytes()[:30])
-    with pytest.raises(ValueError, match=f"Problem 1: The image {broken} cannot be read"):
+    with pytest.raises(ValueError, match=f"Problem 1: .*{broken}"):
         cached_features(problems, Extract(), "w", 32, cache_)
     broken.unlink()
-    with pytest.raises(FileNotFoundError, match="Problem 1: .*does not exist"):
+    with pytest.raises(FileNotFoundError, match=f"Problem 1: .*{broken}"):
         cached_features(problems, Extract(), "w", 32, cache_)
     rest = [problem for problem in problems if problem.id != "1"]
-
-    def infinite(pixels):
-        return [torch.full((2, 3), float("inf")) for _ in pixels]
-
-    with pytest.raises(ValueError, match=r"Problem \w+: the features of its image are not finite"):
-        cached_features(rest, infinite, "w", 32, cache_)
-    cached_features(rest, Extract(), "w", 32, cache_)
+    for value in (float("inf"), 70_000.0):  # the second is more than fp16 has
+        extract = lambda pixels: [torch.full((2, 3), value) for _ in pixels]  # noqa: B023, E731
+        with pytest.raises(ValueError, match=r"Problem \w+: "):
+            cached_features(rest, extract, "w", 32, tmp_path / "infinite")
+    cached_features(rest, Extract(fail_after=0), "w", 32, cache_)  # kept when the first one failed
     (cache_ / "features.npy").write_bytes((cache_ / "features.npy").read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"Delete {cache_}"):
+    with pytest.raises(ValueError, match=str(cache_)):
         cached_features(rest, Extract(), "w", 32, cache_)
 
 
-MANIFESTS = [
-    {"size": ...},
-    {"fingerprint": ...},
-    {"rows": ...},
-    {"rows": []},
-    {"rows": {"a": 1}},
-    {"rows": {"a": 0, "b": 0}},
-    {"rows": {"a": "0"}},
-    {"shape": None},
-    {"shape": [2]},
-    {"shape": [2, "3"]},
-    {"shape": [10**6, 10**6]},
-    {"shape": [-2, -3]},
-]
+ROWS = (..., [], {"a": 1}, {"a": 0, "b": 0}, {"a": "0"})
+SHAPES = (None, [2], [2, "3"], [10**6, 10**6], [-2, -3])
+MANIFESTS = [{"size": ...}, {"fingerprint": ...}]
+MANIFESTS += [{"rows": rows} for rows in ROWS] + [{"shape": shape} for shape in SHAPES]
 
 
-@pytest.mark.parametrize("changes", MANIFESTS)
+@pytest.mark.parametrize("changes", MANIFESTS, ids=str)
 def test_bad_manifest(tmp_path, changes):
-    problems, cache_ = pictured(tmp_path / "set", 2), tmp_path / "cache"
+    problems, cache_ = with_images(tmp_path / "set", 2), tmp_path / "cache"
     cached_features(problems, Extract(), "w", 32, cache_)
     changed = json.loads((cache_ / "manifest.json").read_text()) | changes
     changed = {key: value for key, value in changed.items() if value is not Ellipsis}
     (cache_ / "manifest.json").write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match=f"manifest.*Delete {cache_}"):
+    with pytest.raises(ValueError, match=f"manifest.json.*Delete {cache_}"):
         cached_features(problems, Extract(), "w", 32, cache_)
 
 
@@ -174,7 +162,7 @@ BAD_ARRAYS = {
 
 @pytest.mark.parametrize("spoil", BAD_ARRAYS.values(), ids=BAD_ARRAYS)
 def test_bad_arrays(tmp_path, spoil):
-    problems, cache_ = pictured(tmp_path / "set", 2), tmp_path / "cache"
+    problems, cache_ = with_images(tmp_path / "set", 2), tmp_path / "cache"
     cached_features(problems, Extract(), "w", 32, cache_)
     spoil(cache_ / "features.npy")
     with pytest.raises(ValueError, match=f"features.npy .*Delete {cache_}"):
@@ -183,7 +171,7 @@ def test_bad_arrays(tmp_path, spoil):
     names.write_text("{}")
     np.save(tmp_path / "resnet.npy", np.zeros((1, 2048), np.float16))
     spoil(tmp_path / "resnet.npy")
-    with pytest.raises(ValueError, match="resnet.npy (is not a feature file|has .* rows of)"):
+    with pytest.raises(ValueError, match="resnet.npy"):
         published_features(tmp_path / "resnet.npy", names)
 
 
@@ -195,19 +183,17 @@ def test_bad_name_map(tmp_path, names):
         published_features(tmp_path / "resnet.npy", tmp_path / "names.json")
 
 
-def test_features_without_any_picture(tmp_path):
+def test_features_without_any_image(tmp_path):
     problems = data.load(scienceqa(tmp_path / "set"), "test")
     features = cached_features(problems, Extract(), "w", 32, tmp_path / "cache")
     assert features["1"].shape == (2, 3) and not features["1"].any()
 
 
 def test_cached_features_of_siglip_pixels(tmp_path):
-    problems, extract = pictured(tmp_path / "set", 3), Extract()
-    features = cached_features(
-        problems, extract, "w", 28, tmp_path / "cache", pixels=pictures.siglip_pixels
-    )
-    assert extract.sizes == [(3, 28, 28)] * 4  # squares, whatever the picture's shape
-    pixels = pictures.siglip_pixels(pictures.open_image(problems[1].image), 28)
+    problems, extract = with_images(tmp_path / "set", 3), Extract()
+    features = cached_features(problems, extract, "w", 28, tmp_path / "cache", pixels=siglip_pixels)
+    assert extract.sizes == [(3, 28, 28)] * 4  # squares, whatever the image's shape
+    pixels = siglip_pixels(open_image(problems[1].image), 28)
     expected = Extract()([pixels])[0].half().float().numpy()
     np.testing.assert_array_equal(features[problems[1].id], expected)
 
@@ -245,16 +231,16 @@ def test_published_features_bad_input(tmp_path):
     names, file = tmp_path / "name_map.json", tmp_path / "detr.npy"
     names.write_text(json.dumps({"11": 0, "12": 3}))
     np.save(file, np.zeros((3, 100, 256), np.float16))
-    with pytest.raises(ValueError, match="12 has row 3, but .*detr.npy has 3 rows"):
+    with pytest.raises(ValueError, match="12 .*3.*detr.npy .*3"):
         published_features(file, names)
     np.save(file, np.zeros((3, 577, 768), np.float16))
-    with pytest.raises(ValueError, match=r"rows of \(577, 768\), not \(100, 256\)"):
+    with pytest.raises(ValueError, match=r"\(577, 768\).*\(100, 256\)"):
         published_features(file, names)
-    with pytest.raises(ValueError, match="vit.npy is none of detr.npy, clip.npy"):
+    with pytest.raises(ValueError, match="vit.npy"):
         published_features(tmp_path / "vit.npy", names)
-    with pytest.raises(FileNotFoundError, match="clip.npy does not exist"):
+    with pytest.raises(FileNotFoundError, match="clip.npy"):
         published_features(tmp_path / "clip.npy", names)
     torch.save(Evil(str(tmp_path / "done")), tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match="vit.pth is not a feature file"):
+    with pytest.raises(ValueError, match="vit.pth"):
         published_features(tmp_path / "vit.pth", names)
     assert not (tmp_path / "done").exists()

@@ -1,4 +1,4 @@
-"""demo/scenes.py: the same bytes each time, disjoint splits, answers that only the picture gives.
+"""demo/scenes.py: the same bytes each time, disjoint splits, answers that only the image gives.
 
 Every answer is worked out again here, from the facts and from the boxes, by code of its own.
 """
@@ -7,19 +7,16 @@ import hashlib
 import io
 import json
 import re
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demo import scenes  # noqa: E402
+from demo import scenes
 
 pytestmark = pytest.mark.slow  # the sample alone takes seconds
 N = 250  # problems a family and split
-PICTURES = [f for f in scenes.FAMILIES if f != "text"]
+WITH_IMAGE = [f for f in scenes.FAMILIES if f != "text"]
 ALL = [
     (split, f)
     for split in ("train", "val", "test")
@@ -81,7 +78,7 @@ def answer_from(facts):
     return answer
 
 
-def seen_in(objects, facts):
+def facts_of_boxes(objects, facts):
     """The part of the facts that the boxes alone give."""
     names = [name for name, _ in sorted(objects, key=lambda o: o[1][0] + o[1][2])]
     boxes = {name: box for name, box in objects}
@@ -118,7 +115,7 @@ def test_answers_follow_from_the_facts(everything):
 def test_the_boxes_show_the_facts(everything):
     for scene in everything:
         if scene.image:
-            for key, value in seen_in(scene.objects, scene.facts).items():
+            for key, value in facts_of_boxes(scene.objects, scene.facts).items():
                 assert scene.facts[key] == value, (scene.facts, scene.objects)
 
 
@@ -134,6 +131,9 @@ def test_solutions_state_the_facts_and_end_in_the_answer(everything):
             assert facts[left][1 if left == "left" else 0] == side[0].upper()
         for g, k in re.findall(r"(\d) rings? with (\d) dots", solution):
             assert (facts["rings"], facts["dots"]) == (int(g), int(k))
+        for left, sign, right, result in re.findall(r"(\d+) ([x+]) (\d+) = (\d+)", solution):
+            operation = int.__mul__ if sign == "x" else int.__add__
+            assert operation(int(left), int(right)) == int(result)
         for food, eater in re.findall(r"from the (\w+) to the (\w+)", solution):
             chain = facts["order"][:: 1 if facts["arrow"] == "right" else -1]
             assert chain.index(eater) == chain.index(food) + 1
@@ -160,7 +160,7 @@ def test_colours_are_drawn_where_the_boxes_are(everything):
     assert set(checked) == {*scenes.COLOURS, "magnet"}
 
 
-# ---- what the text alone is worth --------------------------------------------------------------
+# ---- the text alone is worth chance --------------------------------------------------------------
 
 
 def test_the_gold_choice_is_uniform_over_positions(sample):
@@ -173,7 +173,7 @@ def test_the_gold_choice_is_uniform_over_positions(sample):
             assert abs(where[position] - total / n) < 4 * spread, (n, where)
 
 
-@pytest.mark.parametrize("family", PICTURES)
+@pytest.mark.parametrize("family", WITH_IMAGE)
 def test_question_and_choices_do_not_give_the_answer(sample, family):
     """How often a choice wins when it is offered: at chance, for each kind, wording and hint."""
     offered, won = defaultdict(list), Counter()
@@ -197,9 +197,9 @@ def test_question_and_choices_do_not_give_the_answer(sample, family):
 def test_captions_are_weak(sample):
     wrong = total = 0
     for scene in sample["train", "count"] + sample["train", "chain"]:
-        said = re.findall(r"with a (.+)", scene.caption)
+        details = re.findall(r"with a (.+)", scene.caption)
         shown = {name for name, _ in scene.objects}
-        wrong += sum(detail not in shown for detail in said)
+        wrong += sum(detail not in shown for detail in details)
         total += 1
     assert 0.08 < wrong / total < 0.22
 
@@ -240,15 +240,15 @@ def test_held_out_families_are_refused_outside_test():
     assert scenes.HELD_OUT and set(scenes.HELD_OUT) < set(scenes.FAMILIES)
     for family in scenes.HELD_OUT:
         for split in ("train", "val"):
-            with pytest.raises(ValueError, match=f"'{family}' is held out"):
+            with pytest.raises(ValueError, match=f"'{family}'"):
                 scenes.problem(family, split, 0, 0)
-    with pytest.raises(ValueError, match="No family 'magic'"):
+    with pytest.raises(ValueError, match="'magic'"):
         scenes.problem("magic", "train", 0, 0)
-    with pytest.raises(ValueError, match="split 'dev'"):
+    with pytest.raises(ValueError, match="'dev'"):
         scenes.problem("count", "dev", 0, 0)
 
 
-# ---- pictures and words ------------------------------------------------------------------------
+# ---- images and words ------------------------------------------------------------------------
 
 
 def test_objects_fit_a_small_detector(everything):
@@ -304,9 +304,9 @@ def test_records_have_the_fields_of_scienceqa(everything):
         kinds[bool(r["hint"]), bool(r["image"])] += 1
     assert grades == set(range(1, 13))
     assert set(subjects) == {"natural science", "social science", "language science"}
-    pictures = kinds[True, True] + kinds[False, True]
+    with_image = kinds[True, True] + kinds[False, True]
     assert min(kinds.values()) > 30 and len(kinds) == 4
-    assert 0.2 < kinds[True, True] / pictures < 0.3
+    assert 0.2 < kinds[True, True] / with_image < 0.3
 
 
 # ---- the folder --------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_write_is_repeatable_and_never_overwrites(tmp_path):
     assert len(files) > 60
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match=str(tmp_path / "a")):
         scenes.write(tmp_path / "a", SIZES)
 
 

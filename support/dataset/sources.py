@@ -1,0 +1,359 @@
+"""Where problems come from: ScienceQA, MathVista and your own JSONL, read from disk or downloaded.
+
+ScienceQA in its original layout (Lu et al., arXiv 2209.09513), MathVista's testmini (Lu et al.,
+arXiv 2310.02255). Each reader takes (path, split, skipped) and gives dicts of the fields of
+`data.Problem`, in file order. Files come from strangers: whatever is wrong with one is a sentence
+that names the file and the problem; it is an error or, with a list `skipped`, an entry
+(id, reason) of it.
+
+`python data.py scienceqa` and `python data.py mathvista` download from the authors' hosts. An
+interrupted download resumes, checksums are compared where one is on record, and no archive writes
+outside its folder. ScienceQA's parquet files on the Hub are not used: they have no problem ids, so
+neither captions nor published features can be joined to them.
+"""
+
+import argparse
+import errno
+import functools
+import http.client
+import os
+import stat
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from support import files
+from support.files import field, inside, is_index, json_lines, noted, read_json, unix_newlines
+
+SPLITS = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest", "testmini")
+FIELDS = ("id", "question", "choices", "answer", "hint", "image", "lecture", "solution", "meta")
+MOST_TEXT = 100_000  # characters of one text of a problem; the longest in ScienceQA has 3,076
+
+
+# --- Readers --------------------------------------------------------------------------------------
+
+
+def problem_fields(id: str, record: dict, where: str, image: Path | None, caption: str) -> dict:
+    """{name: value} of a Problem's FIELDS, checked; the record's other keys go to meta. ValueError
+    with `where` and the fault."""
+    choices = tuple(field(record, "choices", list, where, []))
+    if not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f'{where}: "choices" is not a list of texts.')
+    answer = field(record, "answer", str | int | float, where)
+    index = None
+    if choices:
+        index = choices.index(answer) if answer in choices else answer
+        if not isinstance(index, int) or not 0 <= index < len(choices):
+            raise ValueError(
+                f'{where}: "answer" is {answer!r}, but there are {len(choices)} choices: '
+                "it must be one of their texts or an index that counts from 0."
+            )
+        answer = choices[index]
+    others = {key: value for key, value in record.items() if key not in FIELDS}
+    has_image = record.get("image") is not None
+    meta = {"split": "train", "caption": caption, **others}
+    meta |= {"answer_index": index, "has_image": has_image}
+    for key in ("split", "caption"):
+        field(meta, key, str, where)
+    texts = {key: field(record, key, str, where, "") for key in ("hint", "lecture", "solution")}
+    texts |= {"question": field(record, "question", str, where), "answer": str(answer)}
+    longest = max(map(len, [*texts.values(), *choices]))
+    if longest > MOST_TEXT:
+        raise ValueError(f"{where}: a text has {longest} characters; at most {MOST_TEXT} are read.")
+    path = None if image is None else str(image)
+    return {"id": id, "choices": choices, "image": path, "meta": meta} | texts
+
+
+def not_empty(problems: list, skipped: list | None, message: str) -> list:
+    """The problems; without any, ValueError with the first reason in `skipped`, or the message."""
+    if not problems:
+        raise ValueError(skipped[0][1] if skipped else message)
+    return problems
+
+
+def scienceqa(folder: Path, split: str, skipped: list | None = None) -> list[dict]:
+    """problems.json, pid_splits.json and, if it exists, captions.json. The image is the question's,
+    images/{split}/{pid}/image.png, else the first choice's, if it has one."""
+    file = folder / "problems.json"
+    splits = folder / "pid_splits.json"
+    records = field({"problems": read_json(file)}, "problems", dict, file)
+    pids = field(read_json(splits), split, list, splits)
+    if not all(isinstance(pid, str) for pid in pids) or len(set(pids)) < len(pids):
+        raise ValueError(f"{splits}: {split} is not a list of different problem ids.")
+    caption_file = folder / "captions.json"
+    captions = {}
+    if caption_file.is_file():
+        captions = field(read_json(caption_file), "captions", dict, caption_file)
+    known = [pid for pid in pids if pid in records]
+    problems = []
+    for pid in known:
+        with noted(skipped, pid):
+            record = records[pid]
+            where = f"{file}, problem {pid:.60}"
+            for key in ("choices", "hint", "image", "lecture", "solution", "subject", "grade"):
+                field(record, key, object, where)  # null is for problem_fields to judge
+            image_folder = f"images/{field(record, 'split', str, where)}/{pid}"
+            image = inside(folder, image_folder, where) / "image.png"
+            if record["image"] is None:  # the choices may still have images
+                image = image.with_name("choice_0.png")
+                image = image if os.path.isfile(image) else None
+            caption = field(captions, pid, str, caption_file, "")
+            problems.append(problem_fields(pid, record, where, image, caption))
+    missing = len(pids) - len(known)
+    message = f"{file} has none of the {missing} problems of the split {split}."
+    not_empty(problems, skipped, message)
+    if missing:
+        print(f"{file} lacks {missing} of the {len(pids)} problems of {split}.", file=sys.stderr)
+    return problems
+
+
+MATHVISTA = {  # split: positions in testmini. pali_reason trained on 0..349, tested on 351..999
+    "train": range(300),
+    "val": range(300, 350),
+    "trainval": range(350),
+    "test": range(351, 1000),
+    "testmini": range(1000),
+}
+
+
+def mathvista(folder: Path, split: str, skipped: list | None = None) -> list[dict]:
+    """annot_testmini.json: the 1,000 problems of MathVista whose answers are public.
+
+    hint is the first line of `query`: the form the answer should have. The image is the file the
+    annotation names, or else images/{pid}.jpg or .png; if none exists, opening it is the error.
+    """
+    file = folder / "annot_testmini.json"
+    if split not in MATHVISTA:
+        raise ValueError(f"{file} has no split {split}, only {', '.join(MATHVISTA)}.")
+    records = field({"pids": read_json(file)}, "pids", dict, file)
+    problems = []
+    for pid, annotation in records.items():
+        where = f"{file}, problem {pid:.60}"
+        with noted(skipped, pid):
+            if not is_index(pid):
+                raise ValueError(f"{where}: the id is not a number that counts from 1.")
+            if int(pid) - 1 not in MATHVISTA[split]:
+                continue
+            image = inside(folder, field(annotation, "image", str, where), where)
+            others = [folder / "images" / f"{pid}{ending}" for ending in (".jpg", ".png")]
+            image = next((path for path in (image, *others) if os.path.isfile(path)), image)
+            record = {key: unix_newlines(value) for key, value in annotation.items()}
+            hint = field(record, "query", str, where).partition("\n")[0]
+            record |= field(record, "metadata", dict, where)
+            del record["metadata"]
+            record["choices"] = record.get("choices") or []
+            record["hint"] = hint.removeprefix("Hint: ") if hint.startswith("Hint: ") else ""
+            known = {key: value for key, value in record.items() if value is not None}
+            if not 0 <= field(known, "precision", int | float, where, 0) < 9:
+                raise ValueError(f'{where}: "precision" is not a number of decimals.')
+            problems.append(problem_fields(pid, record, where, image, ""))
+    message = f"{file} has none of the problems of the split {split}."
+    return not_empty(problems, skipped, message)
+
+
+def own_jsonl(file: Path, split: str, skipped: list | None = None) -> list[dict]:
+    """Your own data, one JSON object a line.
+
+        {"id": "a1", "question": "Which is longer?", "choices": ["rope", "belt"], "answer": 0,
+         "image": "images/a1.jpg", "hint": "", "lecture": "", "solution": "", "split": "test"}
+
+    Required: id, question, answer. `answer` is one of the choices' texts or an index; without
+    choices, any text. `image` is relative to the file and below its folder. Without `split` a
+    record is training data. Other keys (caption, subject, grade) go to meta.
+    """
+    wanted = ("train", "val") if split == "trainval" else (split,)
+    unwanted = [name for name in SPLITS if name not in wanted]
+    problems = []
+    ids = set()
+    for where, record in json_lines(file, skipped=skipped):
+        keys = record if isinstance(record, dict) else {}
+        elsewhere = keys.get("split", "train") in unwanted
+        # A bad record of another split is noted when that split is read, not here as well.
+        bad = [] if elsewhere and skipped is not None else skipped
+        with noted(bad, str(keys.get("id") or where.rpartition(", ")[2])):
+            id = str(field(record, "id", str | int, where))
+            if id in ids:
+                raise ValueError(f"{where}: the id {id[:60]!r} was used before.")
+            ids.add(id)
+            image = record.get("image")
+            if image is not None:
+                image = inside(file.parent, field(record, "image", str, where), where)
+            problems.append(problem_fields(id, record, f"{where} (id {id:.60})", image, ""))
+    problems = [problem for problem in problems if problem["meta"]["split"] in wanted]
+    message = f'{file} has no record with "split": "{split}" (the default is "train").'
+    return not_empty(problems, skipped, message)
+
+
+def reader_of(path: Path) -> Callable | None:
+    """The reader of the layout that a file or folder has; None if it has none of them."""
+    if path.suffix == ".jsonl":
+        return own_jsonl
+    if os.path.isfile(path / "problems.json"):
+        return scienceqa
+    return mathvista if os.path.isfile(path / "annot_testmini.json") else None
+
+
+# --- Downloads ------------------------------------------------------------------------------------
+
+COMMIT = "2cbf8318e07b9ece895bb2ae605e71e38d623264"
+DATA = f"https://raw.githubusercontent.com/lupantech/ScienceQA/{COMMIT}/data"
+BUCKET = "https://scienceqa.s3.us-west-1.amazonaws.com/images"
+PROBLEMS_ID = "3920b762556abfbfa001f298c9740c36d4e041e1"
+SPLITS_ID = "bde005092576ebebfed08087879ff774fcd75b62"
+CAPTIONS_ID = "38726c2097b97e73b95582857c95de225f6682a8"
+SCIENCEQA = {  # file: address, checksum (a git blob id or a sha256; None: nobody recorded one yet)
+    "problems.json": (f"{DATA}/scienceqa/problems.json", PROBLEMS_ID),
+    "pid_splits.json": (f"{DATA}/scienceqa/pid_splits.json", SPLITS_ID),
+    "captions.json": (f"{DATA}/captions.json", CAPTIONS_ID),
+    "train.zip": (f"{BUCKET}/train.zip", None),
+    "val.zip": (f"{BUCKET}/val.zip", None),
+    "test.zip": (f"{BUCKET}/test.zip", None),
+}
+MATHVISTA_COMMIT = "2b6ad69445fbb5695c9b165475e8decdbeb97747"
+MOST_EXPANSION = 100  # images hardly shrink in a zip file; a bomb shrinks a thousandfold
+
+
+def download(url: str, path: Path, checksum: str | None = None, attempts: int = 5) -> None:
+    """Fetch url into path by way of path.part, which a later call continues (HTTP Range).
+
+    Raises ConnectionError, or ValueError for a wrong checksum. path appears only when complete.
+    """
+    part = Path(f"{path}.part")
+    for attempt in range(1, attempts + 1):
+        try:
+            fetch_rest(url, part)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            code = getattr(error, "code", 0)
+            if attempt == attempts or (400 <= code < 500 and code != 416):
+                advice = "Try again later, or give another address with --addresses."
+                raise ConnectionError(f"{url} could not be fetched ({error}). {advice}") from None
+            if code == 416:  # the part is longer than the file, or already complete: start again
+                part.unlink(missing_ok=True)
+            time.sleep(attempt / 2)
+    found = files.checksum(part, checksum)
+    if checksum is None:
+        print(f"{path.name} has sha256 {found}; there is none on record to compare it with.")
+    elif found != checksum:
+        part.unlink()
+        raise ValueError(f"{url} has checksum {found}, not {checksum}; the download was deleted.")
+    os.replace(part, path)
+
+
+def fetch_rest(url: str, part: Path) -> None:
+    """One attempt to append to `part` whatever it lacks of the file at url."""
+    have = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        if not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0  # the server ignores Range and sends the whole file
+        length = reply.headers.get("Content-Length", "0")
+        total = have + (int(length) if length.isdecimal() else 0)
+        first = have
+        start = time.monotonic()
+        with open(part, "ab" if have else "wb") as file:
+            while block := reply.read(1 << 20):
+                have += file.write(block)
+                files.progress(
+                    f"{part.stem}, MB", (have - first) / 1e6, (total - first) / 1e6, start
+                )
+    if have < total:  # http.client does not report it
+        raise ConnectionError(f"the connection was lost after {have} of {total} bytes")
+
+
+def unpack(archive: Path, folder: Path, top: str) -> None:
+    """Unzip the archive's folder `top` as folder/top.
+
+    Nothing is unpacked, and ValueError says why, if an entry would leave the folder (an absolute
+    path, a drive, "..", a symbolic link), or if all entries together state over MOST_EXPANSION
+    times the archive's size; zipfile gives no entry more than it states.
+    """
+    size = os.path.getsize(files.regular_file(archive))
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        try:
+            with zipfile.ZipFile(archive) as file:
+                for entry in file.infolist():
+                    name = PurePosixPath(entry.filename.replace("\\", "/"))
+                    leaves = name.is_absolute() or ".." in name.parts or ":" in entry.filename
+                    if leaves or stat.S_ISLNK(entry.external_attr >> 16):
+                        raise ValueError(f"{entry.filename!r:.60} would leave the folder")
+                if sum(entry.file_size for entry in file.infolist()) > MOST_EXPANSION * size:
+                    raise ValueError(f"it would unpack to over {MOST_EXPANSION} times its size")
+                file.extractall(temporary)
+        except Exception as error:  # zipfile's, the decompressors', RuntimeError if encrypted
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EIO):
+                raise  # not the archive's fault
+            raise ValueError(f"{archive} is not a whole zip file ({error}); delete it.") from None
+        if not Path(temporary, top).is_dir():
+            raise ValueError(f"{archive} has no folder {top}.")
+        os.replace(Path(temporary, top), Path(folder, top))
+
+
+def download_mathvista(folder: Path) -> None:
+    """MathVista's testmini and all 6,141 images (0.9 GB) from the Hub into `folder`."""
+    from huggingface_hub import hf_hub_download
+
+    fetch = functools.partial(
+        hf_hub_download,
+        "AI4Math/MathVista",
+        repo_type="dataset",
+        revision=MATHVISTA_COMMIT,
+        local_dir=folder,
+    )
+    try:
+        if not (folder / "images").is_dir():
+            unpack(fetch("images.zip"), folder, "images")
+            (folder / "images.zip").unlink()
+        fetch("annot_testmini.json")  # last: with it the folder counts as MathVista
+    except ValueError:
+        raise  # unpack's sentence about a broken archive
+    except Exception as error:  # the client raises its HTTP library's own errors when offline
+        raise ConnectionError(f"AI4Math/MathVista could not be fetched ({error}).") from None
+
+
+def download_scienceqa(folder: Path, addresses: dict[str, tuple[str, str | None]]) -> None:
+    """ScienceQA into `folder`, as data.load reads it; addresses is a table like SCIENCEQA."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name, (url, checksum) in addresses.items():
+        path = folder / name
+        images = folder / "images" / path.stem
+        if images.is_dir():
+            continue
+        if not path.is_file():
+            download(url, path, checksum)
+        if path.suffix == ".zip":
+            unpack(path, images.parent, images.name)
+            path.unlink()
+
+
+def download_command(argv: list[str] | None = None) -> Path:
+    """Download the data set a command line asks for; returns its folder."""
+    parser = argparse.ArgumentParser(description="Download a data set from its authors' hosts.")
+    parser.add_argument("name", choices=["scienceqa", "mathvista"], help="the data set")
+    parser.add_argument("--to", metavar="DIR", help="folder (default: where --data NAME looks)")
+    table = 'JSON {"train.zip": [address, checksum or null], ...} that replaces built-in addresses'
+    parser.add_argument("--addresses", metavar="FILE", help=f"scienceqa: {table}")
+    args = parser.parse_args(argv)
+    folder = Path(args.to) if args.to else files.cache_folder() / args.name
+    changed = read_addresses(args.addresses) if args.addresses else {}
+    if args.name == "mathvista":
+        download_mathvista(folder)
+    else:
+        download_scienceqa(folder, SCIENCEQA | changed)
+    return folder
+
+
+def read_addresses(file: str) -> dict[str, list]:
+    """A table of other addresses for some of SCIENCEQA's files, checked."""
+    changed = field({"table": read_json(file)}, "table", dict, file)
+    for name, entry in changed.items():
+        if name not in SCIENCEQA:
+            raise ValueError(f"{file}: {name:.60} is none of {', '.join(SCIENCEQA)}.")
+        url, checksum = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if not isinstance(url, str) or not isinstance(checksum, str | None):
+            raise ValueError(f"{file}: {name} is not [address, checksum or null].")
+    return changed

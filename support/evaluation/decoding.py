@@ -1,0 +1,254 @@
+"""Decoding the prompts of a run: in batches, resumed where it was interrupted, shown as it goes.
+
+Of mmcot each stage is decoded; PaliGemma writes rationale and answer in one text, with a budget for
+the rationale, a stop for loops and a forced "Answer:"; `majority` takes the vote of several samples
+(self-consistency, Wang et al. 2022, arXiv 2203.11171).
+
+Left out: the step from logits to a token (`model.decode`) and the file of decoded batches
+(decode_cache.py).
+"""
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from tokenizers import Tokenizer
+
+import data
+from data import Problem
+from fusion import MultimodalT5, generate_texts, teacher_forced_texts
+from model import PaliGemma, stop_reason
+from support import files
+from support.dataset.tokenizers import plain_ids
+from support.distributed import gather_dicts, rank, world
+from support.evaluation.decode_cache import DecodeCache
+from support.evaluation.errors import before_loop
+from support.evaluation.grading import CUE, grade
+from support.evaluation.models import paligemma_inputs
+
+OnToken = Callable[[int, torch.Tensor], None]  # as in `model.decode`
+
+
+def in_batches(
+    examples: list[dict], batch_size: int, label: str, collate: Callable = data.collate
+) -> Iterator[dict]:
+    """Collated batches of like lengths, under torchrun every n-th of them for each of n processes,
+    with progress on a terminal as they are used up."""
+    start = time.monotonic()
+    done = 0
+    order = data.batches([len(e["input_ids"]) for e in examples], batch_size)[rank() :: world()]
+    total = sum(map(len, order))
+    for rows in order:
+        yield collate([examples[i] for i in rows])
+        done += len(rows)
+        if total > 1:
+            files.progress(label, done, total, start)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Writes texts with one model of a run; all results include those of other processes.
+
+    temperature  of sampled texts, which `seed` makes repeatable; 0 is greedy
+    on_token     as in `model.decode`
+    cache        the batches in it are not decoded again
+    """
+
+    model: MultimodalT5 | PaliGemma
+    tokenizer: Tokenizer
+    batch_size: int
+    cache: DecodeCache | None = None
+    on_token: OnToken | None = None
+    temperature: float = 0.0
+    seed: int = 0
+
+    def decode(
+        self, examples: list[dict], collate: Callable, options: list, decode_batch: Callable
+    ) -> dict[str, dict]:
+        """{id: result} of `decode_batch(batch, key)` for each batch. The key is what the texts
+        depend on, apart from the weights."""
+        results = []
+        for batch in in_batches(examples, self.batch_size, "decoded", collate):
+            key = [*options, batch["ids"], batch["input_ids"].tolist()]
+            compute = partial(decode_batch, batch, key)
+            results.append(self.cache.get_or_compute(key, compute) if self.cache else compute())
+        return gather_dicts(results)
+
+    def t5_texts(self, examples: list[dict], max_new_tokens: int) -> dict[str, dict]:
+        """{id: {"text", "stop", "tokens"}}: `fusion.generate_texts` of all examples."""
+
+        def decode_batch(batch, key):
+            budget = max_new_tokens
+            return generate_texts(self.model, batch, self.tokenizer, budget, self.on_token)
+
+        return self.decode(examples, data.collate, [max_new_tokens], decode_batch)
+
+    def paligemma_texts(
+        self,
+        examples: list[dict],
+        rationale_budget: int | None,
+        answer_budget: int,
+        loop_stop: bool,
+        force_answer: bool,
+    ) -> dict[str, dict]:
+        """{id: {"response", "ids", "rationale"?, "stop", "tokens"}} of the prompts.
+
+        A reasoning run has a `rationale_budget`, None in one that only answers, and a detector for
+        a rationale that repeats itself; see `forced_answers` for a text that does not get to its
+        answer. The rationale is what stands before the last "Answer:". "ids" are what the model
+        wrote, without <eos>.
+        """
+        if rationale_budget is None:
+            return self.continued(examples, answer_budget)
+        results = self.continued(examples, rationale_budget, stop_loops=loop_stop)
+        if force_answer:
+            cut = {i: x for i, x in results.items() if CUE not in x["response"]}
+            results |= self.forced_answers(cut, examples, answer_budget)
+        for result in results.values():
+            before, cue, rest = result["response"].rpartition(CUE)
+            result["rationale"] = (before if cue else rest).strip()
+        return results
+
+    def forced_answers(
+        self, cut: dict[str, dict], examples: list[dict], answer_budget: int
+    ) -> dict[str, dict]:
+        """The results `cut` that did not get to their "Answer:", continued: each is given that word
+        and writes its answer after it. Its stop is "forced", "forced_after" says what came before,
+        and "ids" are those the answer was written after (of a loop, one round) and the answer's."""
+        cue = plain_ids(self.tokenizer, f"\n{CUE}")
+        begun = {}
+        for problem_id, result in cut.items():
+            # No image belongs to an <image> token that the model wrote.
+            image_id = self.model.config.image_token_index
+            begun[problem_id] = [i for i in before_loop(result["ids"]) if i != image_id] + cue
+        by_id = {example["id"]: example for example in examples}
+        prompts = [with_suffix(by_id[i], ids) for i, ids in begun.items()]
+        results = {}
+        for problem_id, answer in self.continued(prompts, answer_budget).items():
+            before = cut[problem_id]
+            results[problem_id] = before | {
+                "response": f"{before['response'].rstrip()}\n{CUE}{answer['response']}",
+                "ids": begun[problem_id] + answer["ids"],
+                "stop": "forced",
+                "tokens": before["tokens"] + answer["tokens"],
+                "forced_after": before["stop"],
+            }
+        return results
+
+    def continued(
+        self, examples: list[dict], max_new_tokens: int, stop_loops: bool = False
+    ) -> dict[str, dict]:
+        """{id: {"response", "ids", "stop", "tokens"}}: what PaliGemma writes after each example,
+        with `stop_loops` until it repeats itself."""
+        options = [max_new_tokens, stop_loops, self.temperature, self.seed]
+        return self.decode(examples, data.pali_collate, options, self.continue_batch)
+
+    @torch.inference_mode()
+    def continue_batch(self, batch: dict, key: list) -> dict[str, dict]:
+        """`continued` of one batch, with the options its key begins with."""
+        max_new_tokens, stop_loops, temperature, *_ = key
+        config = self.model.config
+        device = self.model.language_model.embed_tokens.weight.device
+        tensors = {name: x.to(device) for name, x in batch.items() if name != "ids"}
+        # Seeded by what the batch is: a sample is the same whatever was decoded before it.
+        seed = int(files.digest(key)[:12], 16)
+        new_ids = self.model.generate(
+            **paligemma_inputs(self.model, tensors),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=torch.Generator(device).manual_seed(seed),
+            stop_loops=stop_loops,
+            on_token=self.on_token,
+        )  # (B, U)
+        ends = (config.eos_token_id, config.pad_token_id)
+        results = {}
+        for problem_id, row in zip(batch["ids"], new_ids.cpu(), strict=True):
+            stop = stop_reason(row, *ends, stop_loops)
+            ids = list(itertools.takewhile(lambda i: i not in ends, row.tolist()))
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            tokens = len(ids) + (stop == "eos")
+            results[problem_id] = {"response": text, "ids": ids, "stop": stop, "tokens": tokens}
+        return results
+
+
+def with_suffix(example: dict, ids: list[int]) -> dict:
+    """A prompt with some ids of its suffix."""
+    types = example["token_type_ids"] + [1] * len(ids)
+    return example | {"input_ids": example["input_ids"] + ids, "token_type_ids": types}
+
+
+def teacher_forced(
+    model: MultimodalT5, examples: list[dict], tokenizer: Tokenizer, batch_size: int
+) -> dict[str, str]:
+    """`fusion.teacher_forced_texts` of all examples: what the first published commands scored, and
+    stage 2 then read. Shown to be compared with; nothing here uses these texts."""
+    batches = in_batches(examples, batch_size, "teacher-forced")
+    return gather_dicts([teacher_forced_texts(model, b, tokenizer) for b in batches])
+
+
+def majority(problems: list[Problem], runs: list[dict[str, dict]]) -> dict[str, dict]:
+    """Of each problem the first of several sampled texts that gives the answer most of them give;
+    "votes" has all, "tokens" counts those of all texts. A text without a readable answer has no
+    vote."""
+    results = {}
+    for p in problems:
+        texts = [run[p.id] for run in runs]
+        parsed = [grade(p, text["response"]).parsed for text in texts]
+        votes = Counter(x for x in parsed if x is not None)
+        best = votes.most_common(1)[0][0] if votes else None
+        tokens = sum(text["tokens"] for text in texts)
+        results[p.id] = texts[parsed.index(best)] | {"tokens": tokens, "votes": dict(votes)}
+    return results
+
+
+# --- ids as text
+def incremental_decoder(
+    tokenizer: Tokenizer, skip_special_tokens: bool = True
+) -> Callable[[int], str]:
+    """A function that takes ids one by one and gives the text each adds: whole characters, "" while
+    one is incomplete. (tokenizers.decoders.DecodeStream raises on bytes that are no UTF-8.)"""
+    ids = []
+    length = 0
+
+    def decode(token_id):
+        nonlocal length
+        ids.append(token_id)
+        text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        if text.endswith("\ufffd"):  # the first bytes of a character
+            return ""
+        added = text[length:]
+        length = len(text)
+        return added
+
+    return decode
+
+
+def token_texts(
+    tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True
+) -> list[str]:
+    """The text that each id adds, a list as long as `ids`; "" inside of a character."""
+    decode = incremental_decoder(tokenizer, skip_special_tokens)
+    return [decode(token_id) for token_id in ids]
+
+
+def token_printer(tokenizer: Tokenizer, between: str) -> OnToken:
+    """An `on_token` for one row: prints each text as it is written, and `between` before the next.
+    White space at the end of a text is not printed."""
+    decode = None
+    held = ""
+
+    def on_token(t, ids):
+        nonlocal decode, held
+        if t == 0:
+            print(between if decode else "", end="")
+            decode = incremental_decoder(tokenizer)
+            held = ""
+        text = held + decode(ids.item())
+        held = text[len(text.rstrip()) :]
+        print(text.rstrip(), end="", flush=True)
+
+    return on_token
