@@ -33,6 +33,7 @@ from support.dataset.choices import LETTERS
 from support.evaluation.reading import (
     CONCLUDED,
     DENIES,
+    LETTER,
     LITTLE,
     MENTIONED,
     SENTENCE,
@@ -90,7 +91,7 @@ SAYS = re.compile(
         (?:\s(?:letter|value|choice|option))? (?:\s(?:to|for|of)\b[^.:\n()]{0,90}?)? \s*
         (?:\b(?:is|was|(?:would|should|must|will|may|might|could)\sbe)\b(?!n't)
              (?:\s(?:therefore|thus|then|that))?[\s:]*             # The answer is B
-         | [:=]+ | -(?=\s) | (?<=answer)\n)                        # Final answer: B
+         | [:=→]+ | -(?=\s) | (?<=answer)\n)                        # Final answer: B
       | \bI(?:'ll|'d|\swould|\swill)?\s(?:choose|pick|select|go\swith|opt\sfor)\s   # I choose B
       | (?:答案|正确选项|[故应]?[选選][项择項擇]?|答え|정답|답) \s*(?:应该是|是|为|は|은)? \s*:?
       | (?:پاسخ|جواب|گزینه) (?:\s(?:نهایی|صحیح|درست))? \s*:?
@@ -205,6 +206,8 @@ def lined(problem, reply: Reply) -> tuple[str | None, str]:
     for line in lines:
         if bare_line(problem, line) and reply.text.rfind(line) > reply.refused:
             parsed, how = read(problem, line)
+            if how == "letter" and reply.sentences[1:] and not LETTER.match(line.strip(" \t*\"'⟦")):
+                continue  # the last words of a text: "... shows B"
             if parsed is not None:
                 return parsed, f"{how} as a line"
             failure = how if failure == NOTHING_READ else failure

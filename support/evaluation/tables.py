@@ -18,7 +18,8 @@ from support.evaluation.metrics import DETAILS, compare, grade_all, percent
 from support.evaluation.predictions import read_predictions
 
 OTHER_ROWS = {  # key of the metrics, or the path to it: the label of its row
-    "parse_failures": "parse failures %", "rougeL": "ROUGE-L", "bleu1": "BLEU-1", "bleu4": "BLEU-4",
+    "parse_failures": "parse failures %", "inconclusive": "not conclusive %",
+    "rougeL": "ROUGE-L", "bleu1": "BLEU-1", "bleu4": "BLEU-4",
     "consistency": "rationale agrees %", "rationale_words mean": "rationale words",
     "loop_share": "words in loops %", "hallucination false_rationales": "false rationales %",
     "hallucination false_facts": "false facts %",
@@ -42,7 +43,11 @@ def write_graded(folder: str | Path, graded: list[Graded], scores: dict) -> None
 
 
 def graded_folder(
-    folder: str | Path, problems: list[Problem], faithful: bool = False, limit: int | None = None
+    folder: str | Path,
+    problems: list[Problem],
+    faithful: bool = False,
+    limit: int | None = None,
+    strict: bool = False,
 ) -> list[Graded]:
     """`grade_all` of a folder's predictions.jsonl; with `limit`, of these problems only."""
     path = Path(folder) / "predictions.jsonl"
@@ -53,7 +58,7 @@ def graded_folder(
         ids = {p.id for p in problems}
         predictions = [x for x in predictions if x["id"] in ids]
     try:
-        return grade_all(problems, predictions, faithful, partial=True)
+        return grade_all(problems, predictions, faithful, partial=True, strict=strict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -120,7 +125,8 @@ NEEDED = {  # what the tables show of metrics.json, and a check of each value
     "ci95_by": each(is_interval, or_none=True),
 }  # fmt: skip
 OPTIONAL = {  # the same where it is there
-    "families": each(is_number), "axes": each(is_names), "stop": each(is_count),
+    "inconclusive": is_number, "families": each(is_number), "axes": each(is_names),
+    "stop": each(is_count),
     "failure_modes": each(is_count), "skipped": each(is_count), "rationale_words": each(is_number),
     "hallucination": is_hallucination,
 } | dict.fromkeys(
@@ -133,8 +139,10 @@ def heading(m: dict) -> str:
     """Data set and split in words, "" where they are not known."""
     if not {"data", "split"} <= m.keys():
         return ""
-    guessed = ", guessing where no answer was found" if m.get("faithful_parse") else ""
-    return f"{Path(m['data']).name or m['data']}, {m['split']}{guessed}"
+    rule = ", by the published rule" if m.get("strict_parse") else ""
+    if m.get("faithful_parse"):
+        rule = ", guessing where no answer was found"
+    return f"{Path(m['data']).name or m['data']}, {m['split']}{rule}"
 
 
 def table(columns: dict[str, dict], markdown: bool = False, all_rows: bool = False) -> str:
