@@ -2,11 +2,9 @@
 
     python tools/disagree.py A B --data DIR [--split S] [--labels FILE] [--ask]
 
-A and B: graded predictions.jsonl of eval.py, or any JSON or JSONL of records with an id (or pid)
-and "correct", "true_false" or "verdict". Each disagreement is printed with the question, the gold
-answer, the end of the reply and both verdicts. --ask reads one key for each: r and w, the reply is
-right or wrong; s, skip; q, quit. Labels are {"id", "correct"} lines; what has one is not asked
-again, and at the end each file's agreement with the labels is printed.
+A and B: eval.py's graded predictions.jsonl, or any JSON or JSONL of records with an id (or pid) and
+"correct", "true_false" or "verdict". --ask takes a key for each disagreement: r and w, the reply is
+right or wrong; s, skip; q, quit. What has a label ({"id", "correct"} lines) is not asked again.
 """
 
 import argparse
@@ -19,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 from support import files  # noqa: E402
+from support.dataset.choices import lettered  # noqa: E402
 
 VERDICTS = ("correct", "true_false", "verdict")
 
@@ -28,16 +27,12 @@ def read_verdicts(path: str | Path) -> dict[str, dict]:
     content = files.regular_file(path).read_bytes()
     try:
         whole = files.parsed(content)
-    except ValueError:  # several lines
-        whole = None
-    if isinstance(whole, list):
-        records = whole
-    elif isinstance(whole, dict) and all(isinstance(x, dict) for x in whole.values()):
-        records = [{"id": i} | x for i, x in whole.items()]
-    else:
-        records = [record for _, record in files.json_lines(path)]
+    except ValueError:
+        whole = [record for _, record in files.json_lines(path)]
+    if isinstance(whole, dict):
+        whole = [x | {"id": i} if isinstance(x, dict) else {} for i, x in whole.items()]
     found = {}
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(whole, 1):
         verdict = next((record[key] for key in VERDICTS if key in record), None)
         if isinstance(verdict, dict):  # a trace's
             verdict = verdict.get("correct")
@@ -52,12 +47,16 @@ def read_verdicts(path: str | Path) -> dict[str, dict]:
 
 def shown(problem: data.Problem, a: dict, b: dict, width: int = 300) -> str:
     """One disagreement in at most a dozen lines."""
-    choices = " ".join(f"({x}) {c}" for x, c in zip("ABCDEFGHIJ", problem.choices, strict=False))
     reply = a["response"] or b["response"] or a["answer"] or b["answer"] or ""
     end = " ".join(reply.split())
     end = end if len(end) <= 2 * width else f"{end[:width]} [...] {end[-width:]}"
     asked = " ".join(problem.question.split())[-width:]
-    lines = [f"{problem.id}: {asked}", choices, f"gold: {problem.answer}", f"reply: {end}"]
+    lines = [
+        f"{problem.id}: {asked}",
+        lettered(problem),
+        f"gold: {problem.answer}",
+        f"reply: {end}",
+    ]
     for name, x in (("A", a), ("B", b)):
         why = f", read {x['parsed']} ({x['how']})" if x["how"] else ""
         lines.append(f"{name}: {'right' if x['correct'] else 'wrong'}{why}")
@@ -66,9 +65,11 @@ def shown(problem: data.Problem, a: dict, b: dict, width: int = 300) -> str:
 
 def read_labels(path: Path) -> dict[str, bool]:
     """{id: correct} of a labels file; {} where there is none."""
-    if not path.is_file():
-        return {}
-    return {str(x["id"]): x["correct"] for _, x in files.json_lines(path)}
+    return (
+        {}
+        if not path.is_file()
+        else {str(x["id"]): x["correct"] for _, x in files.json_lines(path)}
+    )
 
 
 def ask(path: Path, apart: list[str], texts: dict[str, str], labels: dict[str, bool]) -> None:
@@ -92,8 +93,8 @@ def ask(path: Path, apart: list[str], texts: dict[str, str], labels: dict[str, b
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="disagree.py", description=__doc__.split("\n")[0])
-    parser.add_argument("a", metavar="A", help="a file of verdicts")
-    parser.add_argument("b", metavar="B", help="another one")
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
     parser.add_argument("--data", required=True, metavar="DIR", help="the problems")
     parser.add_argument("--split", default="test")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="JSONL of a person's labels")
@@ -101,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.ask and not args.labels:
         parser.error("--ask writes to --labels FILE, which is missing")
-    first, second = read_verdicts(args.a), read_verdicts(args.b)
+    first = read_verdicts(args.a)
+    second = read_verdicts(args.b)
     problems = {p.id: p for p in data.load(args.data, args.split)}
     common = [i for i in first if i in second and i in problems]
     apart = [i for i in common if first[i]["correct"] != second[i]["correct"]]
@@ -109,14 +111,12 @@ def main(argv: list[str] | None = None) -> None:
     labels = read_labels(args.labels) if args.labels else {}
     if args.ask:
         ask(args.labels, apart, texts, labels)
-    else:
-        print("\n\n".join(texts.values()))
+    print("\n\n".join(() if args.ask else texts.values()))
     print(f"\n{len(apart)} of {len(common)} verdicts differ")
     for name, verdicts in ((args.a, first), (args.b, second)):
-        judged = [i for i in apart if i in labels]
-        same = sum(verdicts[i]["correct"] == labels[i] for i in judged)
-        if judged:
-            print(f"{name}: {same} of {len(judged)} labelled disagreements as the person says")
+        same = [verdicts[i]["correct"] == labels[i] for i in apart if i in labels]
+        if same:
+            print(f"{name}: {sum(same)} of {len(same)} labelled disagreements as the person says")
 
 
 if __name__ == "__main__":

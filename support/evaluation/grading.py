@@ -1,25 +1,20 @@
 r"""One reply: what it answers, and whether that is right.
 
-`commitment` reads a reply as a careful person does. What is not its own answer goes first
-(`own_words`, `without_asides`): thoughts in tags, an invented next question, a line of confidence.
-Then the passes, in this order; the first that finds an answer names it in `Grade.how`:
+`commitment` reads a reply as a careful person does: the last explicit answer, else what the reply
+comes to, else what it mentions. The first pass that finds an answer names it in `Grade.how`:
 
     in a tag          <answer>B</answer>
     in JSON           {"answer": "B"}
-    in a box          \boxed{B}, and in words: the last of these two counts
     in words          The answer is B. Option B is correct. Answer: B
+    in a box          \boxed{B}; of words and boxes the last counts
     as a line         B. 140°     (the last line or the first, with next to nothing beside it)
     in a conclusion   Therefore, the angle is 140°. Or the last numbers, if after "="
     in own words      Teal is not the minimum.     (of a yes-or-no question)
     in prose          The angle at C is 140°, as its sides are equal.
 
-A refusal answers nothing unless an answer is stated all the same; what is denied, asked or said of
-one case among others is no answer. A reply that cannot be read is a failure, counted and shown,
-never a guess. docs/grading.md has examples of every kind.
-
+A reply that cannot be read is a failure, counted and shown, never a guess. See docs/grading.md.
 Implements the answer extraction of ScienceQA (Lu et al. 2022, arXiv 2209.09513) as Multimodal-CoT
-(Zhang et al. 2023, arXiv 2302.00923) calls it (`published`; its guess: `grade`), and the comparison
-of MathVista's official scorer (`right`).
+(Zhang et al. 2023, arXiv 2302.00923) calls it (`published`), and MathVista's comparison (`right`).
 """
 
 import math
