@@ -63,15 +63,6 @@ def shown(problem: data.Problem, a: dict, b: dict, width: int = 300) -> str:
     return "\n".join(filter(None, lines))
 
 
-def read_labels(path: Path) -> dict[str, bool]:
-    """{id: correct} of a labels file; {} where there is none."""
-    return (
-        {}
-        if not path.is_file()
-        else {str(x["id"]): x["correct"] for _, x in files.json_lines(path)}
-    )
-
-
 def ask(path: Path, apart: list[str], texts: dict[str, str], labels: dict[str, bool]) -> None:
     """Ask about each disagreement without a label; each answer is written at once."""
     keys = {"r": True, "w": False}
@@ -108,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     common = [i for i in first if i in second and i in problems]
     apart = [i for i in common if first[i]["correct"] != second[i]["correct"]]
     texts = {i: shown(problems[i], first[i], second[i]) for i in apart}
-    labels = read_labels(args.labels) if args.labels else {}
+    lines = files.json_lines(args.labels) if args.labels and args.labels.is_file() else ()
+    labels = {str(x["id"]): x["correct"] for _, x in lines}
     if args.ask:
         ask(args.labels, apart, texts, labels)
     print("\n\n".join(() if args.ask else texts.values()))
