@@ -26,6 +26,7 @@ from itertools import pairwise
 
 from support.dataset.choices import LETTERS
 from support.evaluation.reading import (
+    ANYTHING,
     CONCLUDED,
     DENIES,
     LETTER,
@@ -118,7 +119,7 @@ VERB = re.compile(r"\b(?:is|are|was|were|has|have|be)\b")
 def said_after(text: str, start: int, end: int | None = None) -> str | None:
     """What stands after a cue, to the end of its sentence; None if the text ends there."""
     rest = text[start : min(start + 1000, end or len(text))].lstrip(" \n\t:⟦")
-    if not squash(rest):
+    if not ANYTHING.search(rest):
         return None
     stop = STOP.search(rest)
     return rest[: stop.end() if stop[0] == "?" else stop.start()] if stop else rest
@@ -176,7 +177,7 @@ def stated(problem, reply: Reply) -> tuple[str | None, str]:
 def broken_off(reply: Reply) -> bool:
     """Does a line of several sentences end in the middle of one? It has not come to its answer."""
     line = reply.lines[-1].rstrip()
-    return len([x for x in SENTENCE.split(line) if squash(x)]) > 1 and line[-1].isalnum()
+    return len([x for x in SENTENCE.split(line) if ANYTHING.search(x)]) > 1 and line[-1].isalnum()
 
 
 def is_choice(problem, line: str) -> bool:
@@ -194,7 +195,8 @@ def bare_line(problem, line: str) -> bool:
 def lined(problem, reply: Reply) -> tuple[str | None, str]:
     """An answer that is all of a line: before an explanation, the last one, the first one. A yes or
     no that a reply begins with is one."""
-    before = [x for x in EXPLAINS.split(reply.text, maxsplit=1)[0].splitlines() if squash(x)]
+    before = EXPLAINS.split(reply.text, maxsplit=1)[0].splitlines()
+    before = [x for x in before if ANYTHING.search(x)]
     lines = before[-1:] if len(before) < len(reply.lines) or EXPLAINS.search(reply.text) else []
     lines += [reply.lines[-1], reply.sentences[-1], reply.lines[0], reply.sentences[0]]
     failure = NOTHING_READ

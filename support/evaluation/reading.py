@@ -46,6 +46,7 @@ MARKDOWN = re.compile(
     re.MULTILINE,
 )
 SIGNS = str.maketrans("", "", "*^{}⟦⟧")
+ANYTHING = re.compile(r"[^\s.()\[\]\"',:;*^{}⟦⟧]")  # what `squash` leaves
 SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=。)|\n")
 
 # --- numbers

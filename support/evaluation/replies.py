@@ -9,12 +9,13 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from support.evaluation.reading import SENTENCE, plain, plain_question, squash, words_of
+from support.evaluation.reading import ANYTHING, SENTENCE, plain, plain_question, words_of
 
 
-def any_of(*patterns: str, flags: int = re.IGNORECASE | re.MULTILINE) -> re.Pattern:
-    """One expression out of several, each beside an example of what it finds."""
-    return re.compile("|".join(patterns), flags)
+def any_of(*patterns: str, start: str = "", flags: int = re.I | re.M) -> re.Pattern:
+    """One expression out of several, each beside an example of what it finds; all begin at
+    `start`, which is tried once."""
+    return re.compile(f"{start}(?:{'|'.join(patterns)})", flags)
 
 
 # --- marks in the raw text
@@ -64,7 +65,7 @@ EXPLAINS = any_of(  # "B\n\nExplanation: ..."
 
 # --- refusals, of lower case
 CANNOT = (
-    r"\b(?:cannot|can't|can not|couldn't|could not|unable to|impossible to|not possible to|"
+    r"(?:cannot|can't|can not|couldn't|could not|unable to|impossible to|not possible to|"
     r"(?:not|n't) able to|no way (?:to|of))(?: \w+)?"
 )
 FIND = (
@@ -75,20 +76,21 @@ FOUND = r"(?:determined|answered|told|known|identified|inferred|calculated|found
 DATA = r"(?:information|context|data|details?)"
 IMAGE = r"(?:image|picture|figure|chart|graph|photo|diagram)s?"
 REFUSES = any_of(
-    r"\b(?:sorry|as an ai)\b",
+    r"(?:sorry|as an ai)\b",
     rf"{CANNOT} {FIND}(?:ing)?\b",  # it is impossible to determine
     rf"{CANNOT} be (?:\w+ )?{FOUND}\b",  # cannot be determined
-    r"\b(?:i|we)(?: \w+)? (?:cannot|can't|can not|am unable to|am not able to)(?: \w+)? "
+    r"(?:i|we)(?: \w+)? (?:cannot|can't|can not|am unable to|am not able to)(?: \w+)? "
     r"(?:see|view|have access)\b",  # I cannot see the image
-    rf"\b(?:i|we) (?:don't|do not)(?: \w+)? (?:know|see|have (?:access|enough|the {IMAGE}))\b",
-    rf"\b(?:not|n't|without|in)\s?(?:\w+ ){{0,3}}(?:enough|sufficient) (?:\w+ )?{DATA}\b",
-    rf"\binsufficient {DATA}\b",
-    rf"\b(?:more|additional) (?:\w+ )?{DATA} (?:(?:is|are|would be) )?(?:needed|required|to)\b",
-    r"\bnot (?:specified|given|mentioned|stated|provided) in the\b",
-    rf"\bno {IMAGE}\b[^.\n]{{0,20}}\b(?:provided|attached|available|shown|given|here)\b",
-    rf"\bi (?:need|(?:see|have|received) no)\b[^.\n]{{0,20}} (?:{IMAGE}|{DATA})\b",
-    r"\b(?:please|could you|can you) (?:\w+ )?(?:provide|describe|upload|share|attach|send)\b",
+    rf"(?:i|we) (?:don't|do not)(?: \w+)? (?:know|see|have (?:access|enough|the {IMAGE}))\b",
+    rf"(?:not|\w+n't|without|in)\s(?:\w+ ){{0,3}}(?:enough|sufficient) (?:\w+ )?{DATA}\b",
+    rf"insufficient {DATA}\b",
+    rf"(?:more|additional) (?:\w+ )?{DATA} (?:(?:is|are|would be) )?(?:needed|required|to)\b",
+    r"not (?:specified|given|mentioned|stated|provided) in the\b",
+    rf"no {IMAGE}\b[^.\n]{{0,20}}\b(?:provided|attached|available|shown|given|here)\b",
+    rf"i (?:need|(?:see|have|received) no)\b[^.\n]{{0,20}} (?:{IMAGE}|{DATA})\b",
+    r"(?:please|could you|can you) (?:\w+ )?(?:provide|describe|upload|share|attach|send)\b",
     r"无法(?:确定|判断|回答)",
+    start=r"(?:\b|(?=无法))",
     flags=0,
 )
 NONE_FITS = any_of(
@@ -163,11 +165,11 @@ class Reply:
 
     @cached_property
     def lines(self) -> list[str]:
-        return [x for x in self.text.splitlines() if squash(x)]
+        return [x for x in self.text.splitlines() if ANYTHING.search(x)]
 
     @cached_property
     def sentences(self) -> list[str]:
-        return [x for x in SENTENCE.split(self.text) if squash(x)]
+        return [x for x in SENTENCE.split(self.text) if ANYTHING.search(x)]
 
     @cached_property
     def refused(self) -> int:
