@@ -9,8 +9,6 @@ answers), tables.py, report.py (the page and attention maps).
 Two rules. A response that cannot be read is a failure, counted and shown, never a guess (the
 original's guess is there to be compared with: `--faithful-parse`). A score is about a named set of
 problems: missing, unknown and repeated predictions are errors.
-
-Left out: beams, as both systems decode greedily or sample; an answer by the likelihood of choices.
 """
 
 import argparse
@@ -104,11 +102,12 @@ def predict(
 
 # --- scoring
 def about(
-    where: str | Path, split: str, rationale_format: str | None, faithful: bool = False
+    where: str | Path, split: str, fmt: str | None, faithful: bool = False, strict: bool = False
 ) -> dict[str, str | bool | None]:
     """What metrics are about: they say so in metrics.json and at the head of the table."""
-    subject = {"data": str(where), "split": split, "rationale_format": rationale_format}
-    return subject | {"faithful_parse": True} if faithful else subject
+    subject = {"data": str(where), "split": split, "rationale_format": fmt}
+    rules = {"faithful_parse": faithful, "strict_parse": strict}
+    return subject | {key: True for key in rules if rules[key]}
 
 
 def assess(
@@ -272,9 +271,10 @@ def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
             report=False,  # `main` writes one report, of all columns
             skipped=skipped,
         )
-    store = decodes or not (args.limit or args.faithful_parse)
+    store = decodes or not (args.limit or args.faithful_parse or args.strict_parse)
+    faithful = args.faithful_parse
     judge = judge_of(args.judge, out)
-    return regrade(out, split, config, args.faithful_parse, args.limit, judge, store)
+    return regrade(out, split, config, faithful, args.strict_parse, args.limit, judge, store)
 
 
 def load_problems(
@@ -298,6 +298,7 @@ def regrade(
     split: str,
     config: dict,
     faithful: bool,
+    strict: bool,
     limit: int | None,
     judge: Callable | None,
     store: bool,
@@ -310,9 +311,10 @@ def regrade(
     where = config.get("data") or stored.get("data", "(no data named)")
     fmt = target_format(config["model"]) if config else stored.get("rationale_format")
     faithful = faithful or not config and stored.get("faithful_parse", False)
+    strict = strict or not config and stored.get("strict_parse", False)
     try:
         problems = data.load(where, split, [] if config.get("on_error") == "skip" else None)
-        graded = tables.graded_folder(folder, problems[:limit], faithful, limit)
+        graded = tables.graded_folder(folder, problems[:limit], faithful, limit, strict)
     except FileNotFoundError as error:
         if not (store and complete):
             raise
@@ -321,7 +323,7 @@ def regrade(
     if not limit and len(graded) < len(problems):
         some = f"{len(graded)} of the {len(problems)} problems of {split}"
         print(f"{folder} has predictions of {some}.", file=sys.stderr)
-    scores, graded = assess(graded, about(where, split, fmt, faithful), config, judge)
+    scores, graded = assess(graded, about(where, split, fmt, faithful, strict), config, judge)
     if complete.get("n") == scores["n"]:
         # Predictions do not have these two.
         kept = ("rougeL_teacher_forced", "skipped")
@@ -375,8 +377,9 @@ def score_file(args: argparse.Namespace) -> Column:
         problems = problems[: args.limit]
         ids = {p.id for p in problems}
         predictions = [x for x in predictions if x["id"] in ids]
-    graded = grade_all(problems, predictions, args.faithful_parse, args.partial)
-    subject = about(args.data, split, args.rationale_format, args.faithful_parse)
+    faithful = args.faithful_parse
+    graded = grade_all(problems, predictions, faithful, args.partial, args.strict_parse)
+    subject = about(args.data, split, args.rationale_format, faithful, args.strict_parse)
     judge = judge_of(args.judge, args.out or Path(args.predictions).parent)
     scores, graded = assess(graded, subject, judge=judge)
     if args.out:
@@ -409,7 +412,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image", metavar="FILE", help="the image it is about")
     add("--choices", nargs="+", metavar="TEXT", help="the answers to choose from")
     add = parser.add_argument_group("predictions of any model, instead of runs").add_argument
-    lines = "JSONL with id and response, MathVista's {pid: {response}} or mm-cot's own file"
+    lines = "JSON, JSONL, csv or tsv in one of the layouts of docs/grading.md"
     add("--predictions", metavar="FILE", help=lines)
     add("--data", metavar="DIR", help="the problems they answer: a folder or a name")
     add("--split", help="split to score (a run's own, else test)")
@@ -418,6 +421,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("how answers are graded and shown").add_argument
     guess = "guess among A-E what cannot be read, as the original did"
     add("--faithful-parse", action="store_true", help=guess)
+    add("--strict-parse", action="store_true", help="read ScienceQA by its published rule")
     gold = "prompt format whose target rationales are compared with (%(default)s)"
     add("--rationale-format", default="QCM-LE", metavar="FORMAT", help=gold)
     judge = "model that judges why answers are right or wrong (as teacher.py --judge), or demo"
