@@ -31,7 +31,7 @@ import eval as evaluation
 import fusion
 import lora
 from model import PaliGemma
-from support import distributed, files
+from support import distributed, files, kernels
 from support.checkpoints.hub import resolve
 from support.dataset.images import LazyImages
 from support.dataset.tokenizers import load_tokenizer
@@ -137,6 +137,7 @@ def make_plan(
         validate=validate,
         weight_decay=s.weight_decay,
         shard=s.model == "paligemma" and s.full,
+        plain=s.plain,
         seed=s.seed,
     )
 
@@ -148,12 +149,17 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     is an error: see support/training/checks.py."""
     loss_of = plan.loss_of
     model = loss_of.model.to(loss_of.device)
+    # Before DDP and FSDP, which wrap what they find.
+    verdicts = [] if plan.plain else kernels.enable(model)
     if plan.windows:
         checks.stop_if_it_leaks(loss_of, plan.windows[0][0], plan.stage)
     forward = distributed.on_devices(loss_of, plan.shard)
     # After that, as FSDP replaces the parameters by its shards of them.
     optimizer = optim.make_optimizer(model, plan.weight_decay)
     progress = checkpoints.begin(plan.stage, model, optimizer, plan.rows)
+    if progress.step == 0:
+        for verdict in verdicts:
+            checkpoints.log.write({"stage": plan.stage, "step": 0} | verdict)
     distributed.own_dropout(plan.seed, progress.step)
     start = time.monotonic() - progress.seconds
     steps = len(plan.windows)
@@ -262,6 +268,8 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
                     tokenizer.save(str(out / name / "tokenizer.json"))
             else:
                 model = fusion.MultimodalT5.from_pretrained(out / name).to(settings.device)
+                if not settings.plain:
+                    kernels.enable(model)
             stages.append(model)
             if settings.stage == name != names[-1]:
                 return runs.complete(out)  # nothing to score yet
@@ -344,6 +352,8 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
     counts = examples.write_skipped_report(out, skipped)
     if rows and settings.data != "demo":  # its splits are disjoint by construction
         examples.warn_of_overlap([row.problem for row in rows], splits[settings.test_split])
+    if not epochs and not settings.plain:
+        kernels.enable(model)
     if epochs:
         with runs.opened_checkpoints(settings, stop) as checkpoints:
             model = fit(plan_tuning(settings, model, rows, inputs), checkpoints)

@@ -125,7 +125,8 @@ class Decoder:
             # No image belongs to an <image> token that the model wrote.
             image_id = self.model.config.image_token_index
             begun[problem_id] = [i for i in before_loop(result["ids"]) if i != image_id] + cue
-        prompts = [with_suffix(x, begun[x["id"]]) for x in examples if x["id"] in begun]
+        by_id = {example["id"]: example for example in examples}
+        prompts = [with_suffix(by_id[i], ids) for i, ids in begun.items()]
         results = {}
         for problem_id, answer in self.continued(prompts, answer_budget).items():
             before = cut[problem_id]

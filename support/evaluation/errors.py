@@ -217,7 +217,7 @@ def scene_statements(rationale: str, facts: dict | None) -> list[tuple[str, bool
     """[(sentence, does it hold)] of a rationale about the demo's scene, no sentence twice."""
     if not facts or not rationale:
         return []
-    from demo.teacher import claims
+    from demo.judge import claims
 
     unique = dict(claims(rationale, facts))
     return [(text, holds) for text, holds in unique.items() if holds is not None]
@@ -295,7 +295,7 @@ def classify_all(
 def refine(graded: list[Graded], judge: Callable[[list], list[dict]]) -> list[Graded]:
     """Answers of `classify_all`, their kinds corrected by a judge who is shown the image: a
     function of (problem, rationale, answer) items that returns a verdict of each, as
-    `judging.judge_many` does. It is asked about rationales that came to an end."""
+    `filters.judge_many` does. It is asked about rationales that came to an end."""
     graded = list(graded)
     rows = []
     items = []

@@ -60,10 +60,7 @@ def wilson(hits: int, n: int, z: float = 1.959963984540054) -> list[float]:
 
 
 def grade_all(
-    problems: list[Problem],
-    predictions: list[dict],
-    faithful: bool = False,
-    partial: bool = False,
+    problems: list[Problem], predictions: list[dict], faithful: bool = False, partial: bool = False
 ) -> list[Graded]:
     """[(problem, prediction, Grade)] in prediction order. Raises ValueError on repeated, unknown
     and (unless `partial`) missing ids. `faithful`: with the original's guesses."""
