@@ -301,7 +301,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_flag(group, name: str, hint: Any, text: str) -> None:
+def add_flag(group: Any, name: str, hint: Any, text: str) -> None:
     """A field's flag, made from its type."""
     if name in OFF:
         group.add_argument(OFF[name], dest=name, action="store_false", help=text)
