@@ -70,7 +70,8 @@ SPELLED = re.compile(  # twenty-five, one hundred and five, two million three hu
     re.IGNORECASE)  # fmt: skip
 PRONOUN = re.compile(  # the one, the largest one, one of them, one can see: no numbers
     r"(?:\b(?:the|this|that|each|every|no|any|which|other|another)"
-    r"|\w(?:er|ed|st|nd|rd|th)) one\b|\bone (?:of|another|can|could|has to|must|should)\b", re.IGNORECASE)  # fmt: skip
+    r"|\w(?:er|ed|st|nd|rd|th)) one\b|\bone (?:of|another|can|could|has to|must|should)\b",
+    re.IGNORECASE)  # fmt: skip
 SIGN = re.compile(r"(?<![\d)] )\b(?:minus|negative) (?=\d)", re.IGNORECASE)
 NOTHING = re.compile(r"\b(?:is|are|was|were|has|have) no\b|\bnone of\b", re.IGNORECASE)
 RANGE = re.compile(  # 5-10, 5 to 10, between 5 and 10, 3:15: not one number
