@@ -26,6 +26,7 @@ import data
 import fusion
 from data import ImageSource, Problem
 from model import DETR
+from support import kernels
 from support.checkpoints.hub import resolve
 from support.dataset import images
 from support.dataset.choices import LETTERS
@@ -47,8 +48,8 @@ from support.evaluation.models import (
 )
 from support.evaluation.report import detected_objects, fusion_maps, paligemma_maps, write_report
 from support.evaluation.tables import Column
-from support.teachers import judging
-from support.training.folders import run_config
+from support.teachers import filters
+from support.training.settings import read_config, read_settings
 
 ATTENTION_MAPS = 24  # problems whose attention maps are kept
 
@@ -129,7 +130,7 @@ def assess(
 def judge_of(spec: str | None, folder: str | Path) -> Callable | None:
     """The judge of --judge SPEC, its verdicts kept in the folder's judge.jsonl; None without."""
     cache = Path(folder) / "judge.jsonl"
-    return partial(judging.judge_many, spec=spec, cache=cache) if spec else None
+    return partial(filters.judge_many, spec=spec, cache=cache) if spec else None
 
 
 def target_format(model: str) -> str | None:
@@ -193,11 +194,13 @@ def attention_maps_of(
     features: ImageSource | None,
 ) -> dict:
     """{id: `fusion_maps` or `paligemma_map`} of these problems and the predictions `predict`
-    returned for them; {} for models that read no images."""
+    returned for them; {} for models that read no images. Kernels are off: they do not call what
+    the hooks listen to."""
     if settings.model == "paligemma":
         examples = prompt_examples(settings, problems, tokenizer, features)
         ids = {x["id"]: x["ids"] for x in predictions}
-        return paligemma_maps(models[0], examples, ids, tokenizer)
+        with kernels.plain_formulas(models[0]):
+            return paligemma_maps(models[0], examples, ids, tokenizer)
     if features is None:
         return {}
     rationales = {x["id"]: x.get("rationale") for x in predictions}
@@ -214,39 +217,46 @@ def attention_maps_of(
 
 # --- run folders
 def load_run(
-    folder: str | Path, device: str | None = None, split: str | None = None
+    folder: str | Path,
+    device: str | None = None,
+    split: str | None = None,
+    plain: bool | None = None,
 ) -> tuple[Settings, list[torch.nn.Module], Tokenizer]:
     """(settings, models, tokenizer) of a run folder; `device` and `split` replace the run's own."""
     folder = Path(folder)
-    config = run_config(folder)
-    if not config:
-        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json.")
-    if missing := sorted({"recipe", "data", "device", "weights"} - config.keys()):
-        raise ValueError(f"{folder}/config.json has no {', '.join(missing)}: it cannot decode.")
-    defaults = {"on_error": "stop", "samples": 1, "layout": "paligemma"}  # of older versions
-    own = {"device": device or config["device"], "test_split": split or config.get("test_split")}
-    settings = argparse.Namespace(**defaults | config | own)
+    own = read_settings(folder)
+    settings = replace(
+        own,
+        device=device or own.device,
+        test_split=split or own.test_split,
+        plain=own.plain if plain is None else plain,
+    )
     check_device(settings.device)
     if settings.model == "paligemma":
+        models = [load_paligemma(settings, folder)]
         tokenizer = load_tokenizer(resolve(settings.weights[0]))
-        return settings, [load_paligemma(settings, folder)], tokenizer
-    stages = [folder / name for name in fusion.stage_names(settings.recipe)]
-    models = [fusion.MultimodalT5.from_pretrained(s).to(settings.device) for s in stages]
-    return settings, models, load_tokenizer(stages[0])
+    else:
+        stages = [folder / name for name in fusion.stage_names(settings.recipe)]
+        models = [fusion.MultimodalT5.from_pretrained(s).to(settings.device) for s in stages]
+        tokenizer = load_tokenizer(stages[0])
+    if not settings.plain:
+        for model in models:
+            kernels.enable(model)
+    return settings, models, tokenizer
 
 
 def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
     """The `Column` of a run folder on --split (by default the run's own). Another split gets a
     folder in the run's. The run's models decode if they have not, or with --decode."""
     folder = Path(folder)
-    config = run_config(folder)
+    config = read_config(folder)
     own = config.get("test_split") or tables.stored_metrics(folder).get("split", "test")
     split = args.split or own
     out = folder if split == own else folder / split
     scored = (out / "predictions.jsonl").is_file() or tables.read_metrics(out)
     decodes = args.decode or args.teacher_forced or not scored
     if decodes:
-        settings, models, tokenizer = load_run(folder, args.device, split)
+        settings, models, tokenizer = load_run(folder, args.device, split, args.plain)
         problems, features, skipped = load_problems(settings, models, args.limit)
         evaluate(
             out,
@@ -330,13 +340,14 @@ def ask(
     choices: list[str],
     image_file: str | None,
     device: str | None,
+    plain: bool | None = None,
 ) -> None:
     """One question about one image (or none) in the terminal, the text as it is written. Why it
     stopped is printed on stderr, unless it came to its end by itself."""
     if len(choices) > len(LETTERS):
         raise ValueError(f"{len(choices)} choices are too many: the letters are {LETTERS}.")
     image = images.open_image(image_file) if image_file else None
-    settings, models, tokenizer = load_run(folder, device)
+    settings, models, tokenizer = load_run(folder, device, plain=plain)
     meta = {"answer_index": 0, "caption": ""}  # unknown: only the unused target has it
     problem = Problem("asked", question, tuple(choices), "", "", image_file, "", "", meta)
     features = question_features(settings, models, image)
@@ -345,7 +356,8 @@ def ask(
     between = f"\n{CUE}" if settings.model == "paligemma" else "\n"
     show = decoding.token_printer(tokenizer, between)
     [result] = predict(models, [problem], settings, tokenizer, features, show)
-    if settings.samples > 1:  # several texts with a vote each, of which this one was chosen
+    votes = settings.model == "paligemma" and settings.samples > 1
+    if votes:  # several texts with a vote each, of which this one was chosen
         print(result["response"], end="")
     parsed = grade(problem, result["response"]).parsed if choices else None
     print(f"  ({choices[LETTERS.index(parsed)]})" if parsed else "", flush=True)
@@ -393,6 +405,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     maps = "keep attention maps of the first N decoded problems (%(default)s; 0: off)"
     add("--looks", type=int, default=ATTENTION_MAPS, metavar="N", help=maps)
     add("--device", help="cpu or cuda; the run's own by default")
+    keep = "keep every layer's plain class: no kernels (support/kernels.py)"
+    add("--plain", action="store_true", default=None, help=keep)
     add = parser.add_argument_group("one question to one run").add_argument
     add("--question", metavar="TEXT", help="ask this instead of scoring")
     add("--image", metavar="FILE", help="the image it is about")
@@ -428,7 +442,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.question:
-        return ask(args.runs[0], args.question, args.choices or [], args.image, args.device)
+        return ask(
+            args.runs[0], args.question, args.choices or [], args.image, args.device, args.plain
+        )
     columns = {run: score_run(run, args) for run in args.runs}
     if args.predictions:
         columns[args.predictions] = score_file(args)

@@ -4,16 +4,12 @@ LoRA    Hu et al. 2021, arXiv 2106.09685      h = W0 x + s B A x,  s = alpha / r
 rsLoRA  Kalajdzievski 2023, arXiv 2312.03732  s = alpha / sqrt(r)
 DoRA    Liu et al. 2024, arXiv 2402.09353     W' = m (W0 + s B A) / ||W0 + s B A||        Eq. 5
 
-What is worth knowing before reading:
-  * A is (r, I) and B is (O, r), as in PEFT. B starts at zero, so an adapted model starts as its
-    base. DoRA's m and norm are one number per output, as in its authors' code and PEFT.
-  * Adapters are fp32 whatever the base is: in bf16 a small learning rate rounds to no step.
-  * SigLIP has q_proj, k_proj and v_proj too. Names reach only into the language model here; a
-    whole path or a regular expression may reach anywhere.
+A is (r, I) and B is (O, r), as in PEFT. B starts at zero, so an adapted model starts as its base.
+DoRA's m and norm are one number per output. Adapters are fp32 whatever the base is: in bf16 a small
+learning rate rounds to no step.
 
-Left out on purpose: several adapters in one model, adapters on embeddings and on the output layer
-(our models multiply by its weight without calling it), trained biases, quantised bases, and
-initialisations that change the base (PiSSA, OLoRA, CorDA, LoftQ): all refused with a sentence.
+Not supported, and refused: several adapters in one model, adapters on embeddings and on the output
+layer, trained biases, quantised bases, and initialisations that change the base (PiSSA, OLoRA ...).
 
 Axes: I input width, O output width, r rank; `...` any axes before the last, n all of them in one.
 """
@@ -21,15 +17,14 @@ Axes: I input width, O output width, r rank; `...` any axes before the last, n a
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-# ----------------------------------------------------------------------------------------------
-# One layer
-# ----------------------------------------------------------------------------------------------
+# ---- One layer -----------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
@@ -41,37 +36,49 @@ class LoRALinear(nn.Linear):
     base's input as well; without dropout, and in eval mode, the two are equal.)
     """
 
-    def __init__(self, base, r, alpha, dropout=0.0, rslora=False, dora=False):
+    def __init__(
+        self,
+        base: nn.Linear,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
+    ):
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"The rank r is {r!r}; it must be a whole number of at least 1.")
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.rslora = rslora
         # Eq. scaling (rsLoRA)
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r  # s
         self.original = None  # while merged: the base's own weight
-        kind = dict(bias=False, device=base.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Linear(self.in_features, r, **kind)  # inits to kaiming_uniform(a=sqrt(5))
-        self.lora_B = nn.Linear(r, self.out_features, **kind)
+        device = base.weight.device
+        # nn.Linear draws A from kaiming_uniform(a=sqrt(5)), as PEFT does.
+        self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device).float()
+        self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device).float()
         nn.init.zeros_(self.lora_B.weight)
         norm = base.weight.detach().float().norm(dim=1) if dora else None  # (O,), as B is zero
         self.lora_magnitude_vector = nn.Parameter(norm) if dora else None
         adopt(self, base)
 
-    def adapter(self):
+    def adapter(self) -> dict[str, nn.Parameter]:
         """{name: parameter} of what was added, by PEFT's names."""
         return {n: p for n, p in self.named_parameters() if n.startswith("lora_")}
 
-    def delta(self):
+    def delta(self) -> Tensor:
         """s B A: (O, I), fp32."""
         return self.scaling * (self.lora_B.weight @ self.lora_A.weight)
 
-    def gain(self):
+    def gain(self) -> Tensor:
         """DoRA's m / ||W0 + s B A||, (O,). The norm is a constant to autograd (section 4.3)."""
         with torch.no_grad():
             norm = (self.weight + self.delta()).norm(dim=1)  # (O,)
         return self.lora_magnitude_vector / norm
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype the base gives."""
         out = F.linear(x, self.weight, self.bias)  # (..., O)
         if self.original is not None:  # merged: the adapter is in `weight`
@@ -86,43 +93,52 @@ class LoRALinear(nn.Linear):
         return (self.gain() * (out - bias + low) + bias).to(out.dtype)  # (..., O)
 
     @torch.no_grad()
-    def merge(self):
+    def merge(self) -> None:
         """Put the adapter into `weight`, summed in fp32 and rounded once to the base's dtype."""
         merged = self.weight + self.delta()  # (O, I), fp32
         if self.lora_magnitude_vector is not None:
             merged = self.gain()[:, None] * merged
-        self.original, self.weight.data = self.weight.data, merged.to(self.weight.dtype)
+        self.original = self.weight.data
+        self.weight.data = merged.to(self.weight.dtype)
 
-    def unmerge(self):
-        self.weight.data, self.original = self.original.to(self.weight), None
+    def unmerge(self) -> None:
+        self.weight.data = self.original.to(self.weight)
+        self.original = None
 
 
-def adopt(new, old):
+def adopt(new: nn.Linear, old: nn.Linear) -> nn.Linear:
     """Give the Linear `new` the parameters of `old`, the same tensors, and its mode; `new`."""
-    new.weight, new.bias = old.weight, old.bias
+    new.weight = old.weight
+    new.bias = old.bias
     return new.train(old.training)
 
 
-def swap(model, path, new):
+def swap(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put the module `new` at this path of the model."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
 
 
-# ----------------------------------------------------------------------------------------------
-# A whole model
-# ----------------------------------------------------------------------------------------------
+# ---- A whole model -------------------------------------------------------------------------------
 
 GEMMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 T5_TARGETS = ("q_proj", "v_proj")  # of every attention block; PEFT's choice for T5
 
 
-def adapters(model):
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """{path: LoRALinear} of a model, in its own order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def inject(model, r=8, alpha=16, targets=None, dropout=0.0, rslora=False, dora=False):
+def inject(
+    model: nn.Module,
+    r: int = 8,
+    alpha: float = 16,
+    targets: str | Sequence[str] | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    dora: bool = False,
+) -> list[str]:
     """Adapt the Linear layers that `targets` names; returns their paths, in the model's order.
 
     targets  None: q, k, v, o, gate, up and down of PaliGemma's language model, every q and v of a
@@ -130,7 +146,7 @@ def inject(model, r=8, alpha=16, targets=None, dropout=0.0, rslora=False, dora=F
              shorter name every layer whose path ends in it, in the language model. A string: a
              regular expression for whole paths, anywhere. Paths are ours or transformers' (T5: "q"
              is "q_proj").
-    All else is frozen, the fusion of a MultimodalT5 too: to train it beside the adapters, set
+    All else is frozen, the fusion of a MultimodalT5 too: to train it with the adapters, set
     `model.fusion.requires_grad_(True)` afterwards.
     Raises ValueError if the model has adapters already or a target names no layer.
     """
@@ -141,7 +157,7 @@ def inject(model, r=8, alpha=16, targets=None, dropout=0.0, rslora=False, dora=F
     return install(model, layers)
 
 
-def install(model, layers):
+def install(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
     """Put {path: LoRALinear} in place and freeze all but the adapters; returns the paths."""
     model.requires_grad_(False)
     for path, layer in layers.items():
@@ -149,31 +165,34 @@ def install(model, layers):
     return list(layers)
 
 
-def linears(model):
+def linears(model: nn.Module) -> list[str]:
     """Paths of what can be adapted: each Linear but the output layer; ValueError if any was."""
     if adapters(model):
         raise ValueError(
-            f"This {type(model).__name__} already has adapters. Build it anew, or put them into "
-            "its weights for good with merge(model, remove=True)."
+            f"This {type(model).__name__} already has adapters. Load it again, or put them "
+            "into its weights for good with merge(model, remove=True)."
         )
     paths = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
     return [path for path in paths if path.rpartition(".")[2] != "lm_head"]
 
 
-def home(model):
+def home(model: nn.Module) -> str:
     """Where the language model is: "language_model." in PaliGemma, "t5." in MultimodalT5."""
     return next((f"{n}." for n, _ in model.named_children() if n in ("language_model", "t5")), "")
 
 
-def select(model, targets):
+def select(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
     """The paths that `targets` means, see `inject`; each target must name something."""
     from support.checkpoints.keys import transformers_path
 
-    paths, inside = linears(model), home(model)
+    paths = linears(model)
+    # Only in the language model: SigLIP has q_proj, k_proj and v_proj too, and a frozen tower can
+    # have its features cached.
+    inside = home(model)
     if targets is None:
         targets = GEMMA_TARGETS if inside == "language_model." else T5_TARGETS
 
-    def fits(path, target):
+    def fits(path: str, target: str) -> bool:
         names = {path, transformers_path(type(model), path)}
         if isinstance(targets, str):
             return any(re.fullmatch(target, name) for name in names)
@@ -193,7 +212,7 @@ def select(model, targets):
     return [path for path in paths if any(fits(path, target) for target in each)]
 
 
-def describe(model):
+def describe(model: nn.Module) -> str:
     """What was adapted, a line for each kind of layer, and how many parameters train."""
     layers = in_state(model)
     kinds = Counter(re.sub(r"\.\d+\.", ".{}.", path) for path in layers)
@@ -206,7 +225,7 @@ def describe(model):
     return "\n".join(lines)
 
 
-def merge(model, remove=False):
+def merge(model: nn.Module, remove: bool = False) -> None:
     """Put every adapter into its layer's weight: same outputs, at the base's speed.
 
     The base's weights are kept until `unmerge`, which is exact in every dtype for that; while
@@ -217,18 +236,19 @@ def merge(model, remove=False):
     for path, layer in in_state(model, merged=False).items():
         layer.merge()
         if remove:
-            sizes = layer.in_features, layer.out_features, layer.bias is not None
-            swap(model, path, adopt(nn.Linear(*sizes, device="meta"), layer))
+            bias = layer.bias is not None
+            bare = nn.Linear(layer.in_features, layer.out_features, bias, device="meta")
+            swap(model, path, adopt(bare, layer))
             layer.original = None  # or all of them would stay until the last is done
 
 
-def unmerge(model):
+def unmerge(model: nn.Module) -> None:
     """Give every layer the weight it had before `merge`; ValueError if nothing is merged."""
     for layer in in_state(model, merged=True).values():
         layer.unmerge()
 
 
-def in_state(model, merged=None):
+def in_state(model: nn.Module, merged: bool | None = None) -> dict[str, LoRALinear]:
     """The model's adapters; ValueError if there are none, or they are not (un)merged as asked."""
     layers = adapters(model)
     if not layers:
@@ -240,9 +260,7 @@ def in_state(model, merged=None):
     return layers
 
 
-# ----------------------------------------------------------------------------------------------
-# Files; support/checkpoints/peft.py knows their format
-# ----------------------------------------------------------------------------------------------
+# ---- Files; support/checkpoints/peft.py knows their format ---------------------------------------
 
 
 def save(model: nn.Module, folder: str | Path, base: str | Path | None = None) -> None:

@@ -1,96 +1,90 @@
 """Training: `python train.py --model mmcot` or `--model paligemma`; each ends in a table.
 
-mmcot (Zhang et al., arXiv 2302.00923). Stage 1 learns QCM-LE, question to rationale; stage 2 learns
-QCMG-A, question and rationale to answer. Both start from the same T5, both read the same image
-features, and at test time stage 2 reads what stage 1 really wrote.
+mmcot (Zhang et al., arXiv 2302.00923): stage 1 learns QCM-LE, question to rationale; stage 2 learns
+QCMG-A, question and rationale to answer. At test time stage 2 reads what stage 1 really wrote. Not
+as published: pads are never in the loss (there they were most of it), and a window of accumulated
+batches is averaged over its tokens, not over its batches.
 
-As published by default: AdamW (0.9, 0.999, 1e-8), weight decay 0.01 except on norms and on every
-parameter with "bias" in its name, linear decay without warm-up, gradients clipped at 1, stage 2
-trained on gold rationales. Not as published: pads are never in the loss (there they were most of
-it), and a window of accumulated batches is averaged over its tokens, not over its batches.
+paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555): a teacher's traces, judged
+right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them.
+What is trained is fp32, without autocast. What a first reading may skip is in support/training/.
 
-paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555). A teacher's traces, judged
-right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them. The
-table has what that must be compared with: chance, the model as it was, and the same model trained
-as long on the same answers without the thoughts.
-
-Here are the loss, the loop and a run of each system. What a first reading may skip is in support/:
-flags.py (flags and defaults), ablations.py (tables of many runs), records.py (which problems and
-traces), optimizing.py (the loss in chunks, AdamW), guards.py (what stops a training that goes wrong
-without a word), journal.py and folders.py (a run that was killed goes on with --resume, on a CPU to
-the same bits), devices.py (`torchrun --nproc-per-node N train.py ...` takes N devices), dry_run.py
-(what a training would take).
-
-Left out on purpose: trainer classes, callbacks, autocast (weights that are trained are fp32, frozen
-ones bf16 where the device is good at it), loggers other than log.jsonl.
-
-Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss.
-In the loop a row is one example, a batch is a list of rows until `LossOf.batch` collates it, and a
-window is the list of batches of one optimizer step.
+Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss. A row
+is one example, a window the list of batches, lists of rows, of one optimizer step.
 """
 
-import argparse
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import nn
 
 import data
 import eval as evaluation
 import fusion
 import lora
-from support import distributed as devices
-from support import files
+from model import PaliGemma
+from support import distributed, files, kernels
 from support.checkpoints.hub import resolve
-from support.checkpoints.weights import in_file_names
-from support.dataset import images as pictures
+from support.dataset.images import LazyImages
 from support.dataset.tokenizers import load_tokenizer
 from support.distributed import rank, world
-from support.evaluation import metrics, tables
+from support.evaluation import metrics, models, tables
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.decoding import Decoder
-from support.evaluation.models import load_paligemma, paligemma_inputs
-from support.training import ablations, folders
-from support.training import checks as guards
-from support.training import examples as records
-from support.training import settings as flags
+from support.training import ablations, checks, examples, optim, runs
 from support.training.dry_run import blank_features, dry_step
-from support.training.journal import Stopped, in_use
-from support.training.optim import in_chunks, make_optimizer, trained
+from support.training.examples import Inputs, Rows, Splits
+from support.training.optim import LossOf, Plan
+from support.training.runs import Checkpoints, StopRequest
+from support.training.settings import MultimodalSettings, PaliGemmaSettings, Settings, parse_args
 
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def cross_entropy(head, weight, states, labels, args):
+def cross_entropy(
+    head: Callable,
+    weight: torch.Tensor,
+    states: torch.Tensor,
+    labels: torch.Tensor,
+    weighting: str = "token",
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy of the supervised tokens, and what to divide it by.
 
     states (B, T, D), labels (B, T), -100 where nothing is learned. The vocabulary layer `head`,
     which multiplies by `weight` (V, D), sees only the supervised positions, some at a time: the
     logits of PaliGemma's 257,216 words are never all there, in neither direction.
-    args.weighting "token" counts tokens; "example" gives each row the same weight, however long.
+    weighting "token" counts tokens; "example" gives each row the same weight, however long.
     """
     supervised = labels != -100  # (B, T)
-    rows, lengths = supervised.nonzero()[:, 0], supervised.sum(1)  # (tokens,), (B,)
-    states, labels = states[supervised], labels[supervised]  # (tokens, D), (tokens,)
-    by_row = args.weighting == "example"
-    smoothing = args.label_smoothing
+    rows = supervised.nonzero()[:, 0]  # (tokens,)
+    lengths = supervised.sum(1)  # (B,)
+    by_token = weighting == "token"
+    reduction = "sum" if by_token else "none"
 
     def chunk_loss(states, labels, rows):
         logits = head(states).float()  # (tokens, V)
         # Eq. cross-entropy (training): -log p(Y_i | X, Y_<i), summed
-        if not by_row:
-            return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-        each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        return (each / lengths[rows]).sum()
+        loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
+        return loss if by_token else (loss / lengths[rows]).sum()
 
-    loss = in_chunks(chunk_loss, weight, states, labels, rows)
-    return loss, int((lengths > 0).sum()) if by_row else len(labels)
+    states = states[supervised]  # (tokens, D)
+    labels = labels[supervised]  # (tokens,)
+    loss = optim.in_chunks(chunk_loss, weight, states, labels, rows)
+    return loss, len(rows) if by_token else int((lengths > 0).sum())
 
 
-def t5_loss(model, batch, args):
+def t5_loss(
+    model: fusion.MultimodalT5, batch: dict, weighting: str = "token", label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, int]:
     """As `cross_entropy`: the loss of p(Y | X), the decoder having read the gold Y_<i."""
     states = model.states(
         batch["input_ids"],
@@ -99,469 +93,418 @@ def t5_loss(model, batch, args):
         batch["decoder_input_ids"],
     )  # (B, U, D)
     t5 = model.t5
-    weight = (t5.lm_head or t5.shared).weight
-    return cross_entropy(t5.head, weight, states, batch["labels"], args)
+    head = t5.shared if t5.lm_head is None else t5.lm_head
+    return cross_entropy(t5.head, head.weight, states, batch["labels"], weighting, label_smoothing)
 
 
-def paligemma_loss(model, batch, args):
+def paligemma_loss(
+    model: PaliGemma, batch: dict, weighting: str = "token", label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, int]:
     """As `cross_entropy`; token t is predicted by the state at t - 1."""
-    inputs = paligemma_inputs(model, batch)
-    states = model.states(**inputs)[:, :-1]  # (B, T-1, D)
+    states = model.states(**models.paligemma_inputs(model, batch))[:, :-1]  # (B, T-1, D)
+    labels = batch["labels"][:, 1:]  # (B, T-1)
     weight = model.language_model.embed_tokens.weight
-    return cross_entropy(model.head, weight, states, batch["labels"][:, 1:], args)
+    return cross_entropy(model.head, weight, states, labels, weighting, label_smoothing)
 
 
 LOSS = {"mmcot": t5_loss, "paligemma": paligemma_loss}
 COLLATE = {"mmcot": data.collate, "paligemma": data.pali_collate}
 
-
-def to_device(batch, device):
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-class LossOf(torch.nn.Module):
-    """A model and its loss as one module, which is what DDP and FSDP take; the guards and --dry-run
-    get it too."""
-
-    def __init__(self, model, args):
-        super().__init__()
-        self.model, self.args = model, args
-
-    def batch(self, rows):
-        """The rows as a batch on the device."""
-        return to_device(COLLATE[self.args.model](rows), self.args.device)
-
-    def forward(self, batch):
-        """Summed loss of a batch, and what to divide it by."""
-        return LOSS[self.args.model](self.model, batch, self.args)
-
-
-def units(window, args):
-    """What a window's summed loss is divided by: its supervised tokens, or its rows."""
-    counts = [len(e["labels"]) - e["labels"].count(-100) for rows in window for e in rows]
-    return sum(map(bool, counts)) if args.weighting == "example" else sum(counts)
-
-
-@torch.inference_mode()
-def mean_loss(model, examples, args):
-    """Cross-entropy in nats per supervised token (or of the mean example, see --weighting)."""
-    loss_of, total, count = LossOf(model.eval(), args), 0, 0
-    order = data.batches([len(e["input_ids"]) for e in examples], args.batch_size)
-    for chosen in order[rank() :: world()]:
-        loss, n = loss_of(loss_of.batch([examples[i] for i in chosen]))
-        total, count = total + loss.item(), count + n
-    total, count = devices.summed(torch.tensor([total, count], dtype=torch.float64)).tolist()
-    return total / count
-
-
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def windows(examples, args, epochs, generator):
-    """Windows of `args.accumulate` batches, `epochs` times through the examples, each time freshly
-    shuffled; an epoch's last window may have fewer."""
-    lengths = [len(e["input_ids"]) + len(e["labels"]) for e in examples]
-    left = math.ceil(steps_per_epoch(examples, args) * epochs)
-    while left > 0:
-        order = data.batches(lengths, args.batch_size, generator)
-        made = [[examples[i] for i in chosen] for chosen in order]
-        for start in range(0, len(made), args.accumulate):
-            if left > 0:
-                yield made[start : start + args.accumulate]
-            left -= 1
+def make_plan(
+    settings: Settings, stage: str, epochs: float, model: nn.Module, rows: Rows, validate: Callable
+) -> Plan:
+    """The plan of training a model on these rows."""
+    s = settings
+    windows = optim.windows(rows, s.batch_size, s.accumulate, epochs, s.seed)[: s.max_steps]
+    steps = len(windows)
+    per_epoch = optim.steps_per_epoch(len(rows), s.batch_size, s.accumulate)
+    if s.model == "mmcot":
+        rates = optim.linear_decay(s.lr, steps)
+    else:
+        rates = optim.warmup_cosine(s.lr, steps, s.warmup)
+    return Plan(
+        stage=stage,
+        loss_of=LossOf(
+            model, LOSS[s.model], COLLATE[s.model], s.device, s.weighting, s.label_smoothing
+        ),
+        rows=rows,
+        windows=windows,
+        rates=rates,
+        epoch_ends={n for n in range(1, steps + 1) if n % per_epoch == 0 or n == steps},
+        validate=validate,
+        weight_decay=s.weight_decay,
+        shard=s.model == "paligemma" and s.full,
+        plain=s.plain,
+        seed=s.seed,
+    )
 
 
-def steps_per_epoch(examples, args):
-    return math.ceil(math.ceil(len(examples) / args.batch_size) / args.accumulate)
+def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
+    """Train and return the model, in eval mode; of one that FSDP has sharded, a new full one.
 
-
-def schedule(step, steps, args):
-    """The share of the peak learning rate at a step, counted from 0: linear decay to 0 (mmcot, as
-    published), or linear warm-up and a cosine to 0 (paligemma)."""
-    if args.model == "mmcot":
-        return 1 - step / max(1, steps)
-    warm = max(1, round(args.warmup * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def fit(model, examples, validate, args, stage, epochs, journal):
-    """Train in place (of FSDP's parts it makes a new model) and return the model, in eval mode.
-
-    validate  validate(model) gives what is logged after each epoch. If that has "val_accuracy",
-              the weights of the best epoch are what is left in the end.
-    stage     what this training is called in the log and in errors.
-    journal   a `Journal`, which goes on from the last saved step; None in a dry run.
-    What can go wrong without a word stops it with one: see support/training/checks.py.
-    """
-    model.to(args.device)
-    generator = torch.Generator().manual_seed(args.seed)
-    plan = list(windows(examples, args, epochs, generator))[: args.max_steps]
-    loss_of = LossOf(model, args)
-    if plan and not args.dry_run:
-        guards.stop_if_it_leaks(loss_of, plan[0][0], stage)
-    forward = devices.on_devices(loss_of)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    if args.dry_run:
-        dry_step(loss_of, optimizer, plan)
-        return model
-    per_epoch = steps_per_epoch(examples, args)
-    done, best, seconds = journal.begin(stage, model, optimizer, examples)
-    devices.own_dropout(args, done)
-    start = time.monotonic() - seconds
-    for step, window in enumerate(plan[done:], done + 1):
-        lr = args.lr * schedule(step - 1, len(plan), args)
-        entry = take_step(loss_of, forward, optimizer, window, lr, stage, step)
-        validates = step % per_epoch == 0 or step == len(plan)
+    A run that was stopped resumes after its last saved step. What would go wrong without an error
+    is an error: see support/training/checks.py."""
+    loss_of = plan.loss_of
+    model = loss_of.model.to(loss_of.device)
+    # Before DDP and FSDP, which wrap what they find.
+    verdicts = [] if plan.plain else kernels.enable(model)
+    if plan.windows:
+        checks.stop_if_it_leaks(loss_of, plan.windows[0][0], plan.stage)
+    forward = distributed.on_devices(loss_of, plan.shard)
+    # After that, as FSDP replaces the parameters by its shards of them.
+    optimizer = optim.make_optimizer(model, plan.weight_decay)
+    progress = checkpoints.begin(plan.stage, model, optimizer, plan.rows)
+    if progress.step == 0:
+        for verdict in verdicts:
+            checkpoints.log.write({"stage": plan.stage, "step": 0} | verdict)
+    distributed.own_dropout(plan.seed, progress.step)
+    start = time.monotonic() - progress.seconds
+    steps = len(plan.windows)
+    for step in range(progress.step + 1, steps + 1):
+        window = plan.windows[step - 1]
+        lr = plan.rates[step - 1]
+        entry = take_step(forward, loss_of, optimizer, window, lr, plan.stage, step)
+        validates = step in plan.epoch_ends
         if validates:
-            entry |= journal.validation(validate, devices.whole_model(model))
-            best = better(best, entry, model)
-        seconds = time.monotonic() - start
-        journal.write(entry | {"seconds": round(seconds, 2)})
-        show_step(stage, step, len(plan), entry, seconds)
-        journal.step(step, len(plan), best, seconds, validates)
-    journal.end()
-    if best:
-        model.load_state_dict(best[2], strict=False)
-        print(f"  kept: the weights after step {best[1]}, validation accuracy {best[0]:.2f}")
-    return devices.whole_model(model).eval()
+            full = distributed.full_model(model)
+            with checkpoints.stop.at_once():  # it may take long, and can be repeated
+                entry |= plan.validate(loss_of.of(full))
+            progress.keep_if_best(step, entry.get("val_accuracy"), model)
+        progress.step = step
+        progress.seconds = time.monotonic() - start
+        checkpoints.log.write(entry | {"seconds": round(progress.seconds, 2)})
+        optim.show_step(plan.stage, step, steps, entry, progress.seconds)
+        # After the log: a state counts its lines, and --resume cuts those beyond them.
+        checkpoints.step(progress, steps, validates)
+    checkpoints.end()
+    if best := progress.best:
+        model.load_state_dict(best.weights, strict=False)  # only what is trained
+        accuracy = f"validation accuracy {best.accuracy:.2f}"
+        print(f"  kept: the weights after step {best.step}, {accuracy}")
+    return distributed.full_model(model).eval()
 
 
-def take_step(loss_of, forward, optimizer, window, lr, stage, step):
+def take_step(
+    forward: nn.Module,
+    loss_of: LossOf,
+    optimizer: optim.AdamW,
+    window: list[Rows],
+    lr: float,
+    stage: str,
+    step: int,
+) -> dict:
     """One step of the optimizer on a window of batches; what is logged of it. `forward` is
-    `loss_of` on this device."""
-    model, args = loss_of.model, loss_of.args
-    model.train()
-    guards.stop_unless_supervised(window, stage, step)
-    batches = [loss_of.batch(rows) for rows in devices.dealt(window)]
-    count = units(window, args)
-    total = backward(forward, batches, count)
-    norm = devices.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        plain = LossOf(devices.whole_model(model), args)
-        guards.stop_at_what_is_not_finite(plain, total, norm, window, stage, step)
+    `loss_of` on all devices."""
+    model = loss_of.model
+    model.train()  # validation and the checks leave it in eval mode, without dropout
+    checks.stop_unless_supervised(window, stage, step)
+    # Over the whole window, of all devices: its mean does not depend on how it is cut into batches.
+    count = optim.units(window, loss_of.weighting)
+    batches = [loss_of.batch(rows) for rows in distributed.shard_batches(window)]
+    loss = backward(forward, batches, count).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = distributed.full_tensor(norm).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        plain = loss_of.of(distributed.full_model(model))
+        checks.stop_at_what_is_not_finite(plain, loss, norm, window, stage, step)
     if step == 1:
-        guards.stop_unless_learning(model)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    before = guards.steepest(model) if step <= 2 and lr else {}  # --lr 0 moves none
-    optimizer.step()
-    guards.stop_unless_moved(model, before, lr, window, stage, step)
+        checks.stop_unless_learning(model)
+    # lora_A has a gradient only from the second step on, as B starts at 0.
+    before = checks.steepest(model) if step <= 2 and lr else {}
+    optimizer.step(lr)
+    checks.stop_unless_moved(model, before, lr, window, stage, step)
     optimizer.zero_grad()
-    entry = {"stage": stage, "step": step, "loss": round(total.item(), 6), "lr": lr}
-    return entry | {"grad_norm": round(norm.item(), 4), args.weighting + "s": count}
+    return {
+        "stage": stage,
+        "step": step,
+        "loss": round(loss, 6),
+        "lr": lr,
+        "grad_norm": round(norm, 4),
+        f"{loss_of.weighting}s": count,
+    }
 
 
-def backward(forward, batches, count):
-    """Put the gradients of a window's summed loss over `count` into the weights; that loss."""
+def backward(forward: nn.Module, batches: list[dict], count: int) -> torch.Tensor:
+    """Add the gradients of a window's summed loss over `count` to the weights'; that loss."""
     total = 0.0
     for batch in batches:
-        forward.require_backward_grad_sync = batch is batches[-1]  # DDP: once a step
+        # DDP averages gradients when it has those of the last batch, not after each of them.
+        forward.require_backward_grad_sync = batch is batches[-1]
         loss, _ = forward(batch)
-        (loss * world() / count).backward()  # as the devices' gradients are averaged
+        (loss * world() / count).backward()  # times world(): the average over devices is their sum
         total += loss.detach() / count
-    return devices.summed(total)
-
-
-def better(best, entry, model):
-    """(accuracy, step, trained weights) of the best epoch so far; of equal ones the later."""
-    accuracy = entry.get("val_accuracy")
-    if accuracy is None or (best and accuracy < best[0]):
-        return best
-    return accuracy, entry["step"], {n: p.detach().clone() for n, p in trained(model).items()}
-
-
-def show_step(stage, step, steps, entry, seconds):
-    """A line per validation; on a terminal also a running one with rate and time left."""
-    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
-    if "val_loss" in entry:
-        clear = "\r" if sys.stderr.isatty() else ""
-        right = f"  val accuracy {entry['val_accuracy']:.2f}" if "val_accuracy" in entry else ""
-        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}{right}"
-        print(f"{text}  {seconds:.0f} s", flush=True)
-    elif sys.stderr.isatty():
-        rate = step / seconds
-        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
-        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
+    return distributed.summed(total)
 
 
 # ---- mmcot ---------------------------------------------------------------------------------------
 
 
-def run_mmcot(args):
-    """Train, decode and score one recipe; returns its metrics. Writes the run folder `args.out`."""
-    out = Path(args.out)
-    print(f"{out}: recipe {args.recipe}, vision {args.vision}", flush=True)
-    splits, skipped = records.load_splits(args)
-    tokenizer = load_tokenizer(resolve(args.weights[0]))
-    with devices.in_turn():
-        features, splits = records.with_pictures(args, splits, skipped)
-    folders.begin(args)  # only now: a run that cannot start leaves nothing
-    counts = records.told_skipped(args, skipped)
-    names, models = fusion.stage_names(args.recipe), []
-    with folders.opened_journal(args) as journal:
+def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
+    """Train, decode and score one recipe into the run folder `settings.out`; the metrics, None if
+    only the rationale stage is trained."""
+    out = Path(settings.out)
+    print(f"{out}: recipe {settings.recipe}, vision {settings.vision}", flush=True)
+    splits, skipped = examples.load_splits(settings)
+    tokenizer = load_tokenizer(resolve(settings.weights[0]))
+    with distributed.in_turn():  # the first process fills the cache of features for all
+        features, splits = examples.with_features(settings, splits, skipped)
+    runs.begin(settings)  # only now: a run that cannot start leaves nothing
+    counts = examples.write_skipped_report(out, skipped)
+    inputs = Inputs(splits, tokenizer, features)
+    names = fusion.stage_names(settings.recipe)
+    stages = []
+    with runs.opened_checkpoints(settings, stop) as checkpoints:
         for stage, name in enumerate(names):
-            if args.stage in ("both", name):
-                models.append(run_stage(args, stage, splits, tokenizer, features, journal))
+            if settings.stage in ("both", name):
+                generated = None
+                if stage == 1 and settings.stage2_rationales == "generated":
+                    generated = own_rationales(settings, inputs, checkpoints)
+                model = fit(plan_stage(settings, stage, inputs, generated), checkpoints)
                 if not rank():
-                    models[-1].save_pretrained(out / name)
+                    model.save_pretrained(out / name)
                     tokenizer.save(str(out / name / "tokenizer.json"))
             else:
-                models.append(fusion.MultimodalT5.from_pretrained(out / name).to(args.device))
-            if args.stage == name != names[-1]:
-                return folders.complete(out)  # the rationale stage alone has nothing to score yet
-    return scored(args, models, splits[args.test_split], tokenizer, features, counts)
+                model = fusion.MultimodalT5.from_pretrained(out / name).to(settings.device)
+                if not settings.plain:
+                    kernels.enable(model)
+            stages.append(model)
+            if settings.stage == name != names[-1]:
+                return runs.complete(out)  # nothing to score yet
+    return score(settings, stages, inputs, counts)
 
 
-def run_stage(args, stage, splits, tokenizer, features, journal):
-    """Train stage 0 or 1 of the recipe; returns the model. `journal` as in `fit`."""
-    fmt, name = fusion.RECIPES[args.recipe][stage], fusion.stage_names(args.recipe)[stage]
-    generated = None
-    if stage == 1 and args.stage2_rationales == "generated":
-        generated = own_rationales(args, splits, tokenizer, features, journal)
-    limits = {"max_input": args.max_input, "max_output": args.max_output[-1 if "G" in fmt else 0]}
-    limits |= {"captions": args.vision == "caption", "faithful": args.faithful_text}
-    train = data.examples(splits["train"], fmt, tokenizer, features, generated, **limits)
-    val = data.examples(splits["val"], fmt, tokenizer, features, None, **limits)
-    records.show_example(train[0], tokenizer, fmt)
-    model = start_model(args, features, stage)
-    epochs = args.epochs[min(stage, len(args.epochs) - 1)]
+def plan_stage(
+    settings: MultimodalSettings, stage: int, inputs: Inputs, generated: dict | None = None
+) -> Plan:
+    """The plan of stage 0 or 1 of the recipe, with a fresh model. `generated`, {id: rationale},
+    takes the place of the gold rationales in training."""
+    fmt = fusion.RECIPES[settings.recipe][stage]
+    texts = {"fmt": fmt, "tokenizer": inputs.tokenizer, "features": inputs.features}
+    rows_of = partial(models.stage_examples, settings, **texts)
+    train = rows_of(inputs.splits["train"], generated=generated)
+    val = rows_of(inputs.splits["val"])
+    examples.show_example(train[0], inputs.tokenizer, fmt)
+    weights = settings.weights[min(stage, len(settings.weights) - 1)]
+    model = optim.start_model(weights, inputs.features, settings.no_image, settings.seed)
 
-    def validate(model):
-        return {"val_loss": round(mean_loss(model, val, args), 6)}
+    def validate(loss_of):
+        return {"val_loss": round(optim.mean_loss(loss_of, val, settings.batch_size), 6)}
 
-    return fit(model, train, validate, args, name, epochs, journal)
-
-
-def start_model(args, features, stage):
-    """T5, or a whole released mm-cot checkpoint, with a fusion iff the run looks at pictures."""
-    torch.manual_seed(args.seed)
-    model = fusion.MultimodalT5.from_pretrained(args.weights[min(stage, len(args.weights) - 1)])
-    if features is None:
-        model.fusion = None
-    elif model.fusion is None:
-        width = model.t5.config.d_model
-        model.fusion = fusion.GatedFusion(width, features.shape[1], args.no_image)
-    in_file_names(model)  # what could not be saved is not trained
-    return model
+    name = fusion.stage_names(settings.recipe)[stage]
+    epochs = settings.epochs[min(stage, len(settings.epochs) - 1)]
+    return make_plan(settings, name, epochs, model, train, validate)
 
 
-def own_rationales(args, splits, tokenizer, features, journal):
+def own_rationales(
+    settings: MultimodalSettings, inputs: Inputs, checkpoints: Checkpoints
+) -> dict[str, str]:
     """{id: rationale} of the training problems, each written by a stage-1 model that did not train
     on it. Training stage 2 on these closes the gap to what it reads at test time."""
-    problems, folds, generated = splits["train"], 2, {}
+    problems = inputs.splits["train"]
+    tokenizer = inputs.tokenizer
     # Shuffled: every second problem of a file may be of the same kind (in the demo it is).
-    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(args.seed))
-    for fold in range(folds):
-        held = set(order[fold::folds].tolist())
-        seen = [p for i, p in enumerate(problems) if i not in held]
-        unseen = [p for i, p in enumerate(problems) if i in held]
-        model = run_stage(args, 0, splits | {"train": seen}, tokenizer, features, journal)
-        examples = data.examples(
-            unseen,
-            "QCM-LE",
-            tokenizer,
-            features,
-            max_input=args.max_input,
-            max_output=args.max_output[0],
-            captions=args.vision == "caption",
-            faithful=args.faithful_text,
-        )
-        cache = DecodeCache(args.out, [model])
-        decoder = Decoder(model, tokenizer, args.eval_batch_size, cache)
-        texts = decoder.t5_texts(examples, args.max_output[0])
-        generated |= {problem_id: result["text"] for problem_id, result in texts.items()}
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(problems), generator=generator)
+    generated = {}
+    for fold in (0, 1):
+        held_out = set(order[fold::2].tolist())
+        learned = [p for i, p in enumerate(problems) if i not in held_out]
+        unseen = [p for i, p in enumerate(problems) if i in held_out]
+        fold_inputs = replace(inputs, splits=inputs.splits | {"train": learned})
+        model = fit(plan_stage(settings, 0, fold_inputs), checkpoints)
+        rows = models.stage_examples(settings, unseen, "QCM-LE", tokenizer, inputs.features)
+        cache = DecodeCache(settings.out, [model])
+        decoder = Decoder(model, tokenizer, settings.eval_batch_size, cache)
+        texts = decoder.t5_texts(rows, settings.max_output[0])
+        generated |= {id: text["text"] for id, text in texts.items()}
     return generated
 
 
 # ---- paligemma -----------------------------------------------------------------------------------
 
 
-def run_paligemma(args):
+def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
     """Train (unless --epochs 0), decode and score one recipe; returns its metrics."""
-    print(f"{Path(args.out)}: recipe {args.recipe}, epochs {args.epochs[0]:g}", flush=True)
-    splits, skipped = records.load_splits(args)
-    tokenizer = load_tokenizer(resolve(args.weights[0]))
-    model = load_paligemma(args)
-    if args.epochs[0]:
-        make_trainable(args, model)
-    rows = records.training_rows(args, splits["train"], skipped) if args.epochs[0] else []
-    learned = {row.problem.id: row.problem for row in rows}
-    splits |= {"train": [*learned.values()], "val": splits["val"][: args.eval_problems]}
-    with devices.in_turn():
-        features, splits = records.with_pictures(args, splits, skipped, model)
-    left, test = {p.id for p in splits["train"]}, splits[args.test_split]
-    rows = [row for row in rows if row.problem.id in left]
-    if not isinstance(features, pictures.LazyImages):
-        model.vision_tower = None  # all pictures were looked at: 0.8 GiB of the 3B's 5.7 in bf16
-    folders.begin(args)  # only now: a run that cannot start leaves nothing
-    counts = records.told_skipped(args, skipped)
-    if rows and args.data != "demo":  # its splits are disjoint by construction
-        records.warn_of_overlap([row.problem for row in rows], test)
-    if args.epochs[0]:
-        with folders.opened_journal(args) as journal:
-            model = tune(args, model, rows, splits["val"], tokenizer, features, journal)
+    out = Path(settings.out)
+    epochs = settings.epochs[0]
+    print(f"{out}: recipe {settings.recipe}, epochs {epochs:g}", flush=True)
+    splits, skipped = examples.load_splits(settings)
+    tokenizer = load_tokenizer(resolve(settings.weights[0]))
+    model = models.load_paligemma(settings)
+    rows = []
+    if epochs:
+        make_trainable(settings, model)
+        rows = examples.training_rows(settings, splits["train"], skipped)
+    # Features only of the images that are used.
+    splits["train"] = list({row.problem.id: row.problem for row in rows}.values())
+    splits["val"] = splits["val"][: settings.eval_problems]
+    with distributed.in_turn():
+        features, splits = examples.with_features(settings, splits, skipped, model)
+    usable = {p.id for p in splits["train"]}
+    rows = [row for row in rows if row.problem.id in usable]
+    inputs = Inputs(splits, tokenizer, features)
+    if not isinstance(features, LazyImages):
+        model.vision_tower = None  # all features are there: 0.8 GiB of the 3B's 5.7 in bf16
+    runs.begin(settings)  # only now: a run that cannot start leaves nothing
+    counts = examples.write_skipped_report(out, skipped)
+    if rows and settings.data != "demo":  # its splits are disjoint by construction
+        examples.warn_of_overlap([row.problem for row in rows], splits[settings.test_split])
+    if not epochs and not settings.plain:
+        kernels.enable(model)
+    if epochs:
+        with runs.opened_checkpoints(settings, stop) as checkpoints:
+            model = fit(plan_tuning(settings, model, rows, inputs), checkpoints)
         if not rank():
-            save_paligemma(args, model, tokenizer)
-    return scored(args, [model], test, tokenizer, features, counts)
+            tokenizer.save(str(out / "tokenizer.json"))
+            if settings.full:
+                model.save_pretrained(out)
+                runs.write_config(settings, out, files.read_json(out / "config.json"))
+            else:
+                lora.save(model, out, settings.weights[0])
+    return score(settings, [model], inputs, counts)
 
 
-def make_trainable(args, model):
-    """What shall be trained gets gradients: new adapters, those of --adapter or, with --full, all
-    weights. Comes before the picture features, which are not cached if the image tower is adapted
-    too."""
-    torch.manual_seed(args.seed)
-    if args.full:
+def make_trainable(settings: PaliGemmaSettings, model: PaliGemma) -> None:
+    """New adapters, those of --adapter or, with --full, all weights get gradients. Comes before the
+    image features, which are not cached if the image tower is adapted too."""
+    torch.manual_seed(settings.seed)
+    if settings.full:
         model.requires_grad_(True)
-    elif args.adapter is None:
-        how = ("r", "alpha", "targets", "dropout", "rslora", "dora")
-        lora.inject(model, **{flag: vars(args)[f"lora_{flag}"] for flag in how})
-    if not args.full:
-        print(lora.describe(model))
-    model.language_model.checkpointing = args.checkpointing
-
-
-def tune(args, model, rows, val, tokenizer, features, journal):
-    """Fit what `make_trainable` chose to these rows, as `records.training_rows` gives them,
-    validated on real answers to the problems `val`; returns the model. ValueError if --max-suffix
-    leaves no row to train on. `journal` as in `fit`."""
-    val = val[: args.eval_problems]
-    examples = data.pali_examples(
-        rows,
-        tokenizer,
-        features,
-        max_suffix=args.max_suffix,
-        layout=args.layout,
-        eos_in_loss=args.eos_in_loss,
-        shuffle_choices=args.shuffle_choices,
-        seed=args.seed,
-    )
-    ids = list(dict.fromkeys(example["id"] for example in examples))
-    held_ids = set(ids[:: max(20, len(ids) // 100)])  # for the validation loss: 5 % or 100 problems
-    held_back = [e for e in examples if e["id"] in held_ids]
-    train = [e for e in examples if e["id"] not in held_ids]
-    if not train:
-        raise ValueError(
-            f"{len(examples)} rows are left, {len(held_back)} of them held back for validation: "
-            "none to train on. Look at --max-suffix, --limit-traces and --on-error."
+    elif settings.adapter is None:
+        lora.inject(
+            model,
+            r=settings.lora_r,
+            alpha=settings.lora_alpha,
+            targets=settings.lora_targets,
+            dropout=settings.lora_dropout,
+            rslora=settings.lora_rslora,
+            dora=settings.lora_dora,
         )
-    records.show_example(examples[0], tokenizer, args.recipe)
+    if not settings.full:
+        print(lora.describe(model))
+    model.language_model.checkpointing = settings.checkpointing
 
-    def validate(model):
-        predictions = evaluation.predict([model.eval()], val, args, tokenizer, features)
-        right = sum(g.correct for *_, g in metrics.grade_all(val, predictions))
+
+def plan_tuning(
+    settings: PaliGemmaSettings, model: PaliGemma, rows: list[data.TrainRow], inputs: Inputs
+) -> Plan:
+    """The plan of fitting what `make_trainable` chose to these rows, validated on real answers."""
+    train, held_out = examples.tuning_rows(settings, rows, inputs)
+    val = inputs.splits["val"][: settings.eval_problems]
+
+    def validate(loss_of):
+        model = loss_of.model.eval()
+        predictions = evaluation.predict([model], val, settings, inputs.tokenizer, inputs.features)
+        right = sum(grade.correct for *_, grade in metrics.grade_all(val, predictions))
         accuracy = {"val_accuracy": round(100 * right / len(val), 2)} if val else {}
-        return {"val_loss": round(mean_loss(model, held_back, args), 6)} | accuracy
+        loss = optim.mean_loss(loss_of, held_out, settings.batch_size)
+        return {"val_loss": round(loss, 6)} | accuracy
 
-    return fit(model, train, validate, args, args.recipe, args.epochs[0], journal)
-
-
-def save_paligemma(args, model, tokenizer):
-    out = Path(args.out)
-    if args.full:
-        model.save_pretrained(out)
-        config = files.read_json(out / "config.json") | vars(args)  # one file for both
-        folders.write_config(config, out)
-    else:
-        lora.save(model, out, args.weights[0])
-    tokenizer.save(str(out / "tokenizer.json"))
+    return make_plan(settings, settings.recipe, settings.epochs[0], model, train, validate)
 
 
 # ---- one run, a dry one, and many ----------------------------------------------------------------
 
 
-def run_one(args):
+def run_one(settings: Settings, stop: StopRequest) -> dict | None:
     """The metrics of a run, which is trained and decoded unless it is complete."""
-    if folders.is_complete(args):
-        print(f"{args.out}: complete already", flush=True)
-        return tables.read_metrics(args.out)
-    return {"mmcot": run_mmcot, "paligemma": run_paligemma}[args.model](args)
+    if runs.is_complete(settings):
+        print(f"{settings.out}: complete already", flush=True)
+        return tables.read_metrics(settings.out)
+    return {"mmcot": run_mmcot, "paligemma": run_paligemma}[settings.model](settings, stop)
 
 
-def scored(args, models, problems, tokenizer, features, counts):
-    """The metrics of a run, whose models decode these problems now; it is complete then. `counts`
-    of skipped records by split, or None, go into the table."""
-    forced = args.model == "mmcot" and args.teacher_forced
-    how = {"teacher_forced": forced, "skipped": counts}
-    scores = evaluation.evaluate(args.out, models, problems, args, tokenizer, features, **how)
-    folders.complete(Path(args.out))
+def score(
+    settings: Settings, stages: list[nn.Module], inputs: Inputs, skipped: dict | None
+) -> dict:
+    """The metrics of a run, whose models decode the test split now; it is complete then. Counts of
+    `skipped` records by split go into the table."""
+    scores = evaluation.evaluate(
+        settings.out,
+        stages,
+        inputs.splits[settings.test_split],
+        settings,
+        inputs.tokenizer,
+        inputs.features,
+        teacher_forced=settings.model == "mmcot" and settings.teacher_forced,
+        skipped=skipped,
+    )
+    runs.complete(Path(settings.out))
     return scores
 
 
-def run_many(lines):
-    """{name: metrics} of these lines, {name: flags}; the table is shown as it grows."""
-    rows = {}
-    for name, args in lines.items():
-        rows[name] = run_one(args)
-        print(tables.runs_table(rows), flush=True)
-    return rows
-
-
-def dry_run(args):
-    """Parameters, memory, one step and the time of each training of a run. Nothing is written; the
-    pictures are not looked at: features of zeros stand for them."""
-    print(f"{args.out}: recipe {args.recipe}", flush=True)
-    splits, skipped = records.load_splits(args)
-    if skipped and (bad := [entry for found in skipped.values() for entry in found]):
+def dry_run(settings: Settings) -> None:
+    """Print parameters, memory, one step and the time of each training of a run. Nothing is
+    written; the images are not read: features of zeros stand for them."""
+    print(f"{settings.out}: recipe {settings.recipe}", flush=True)
+    splits, skipped = examples.load_splits(settings)
+    bad = [entry for entries in (skipped or {}).values() for entry in entries]
+    if bad:
         print(f"  {len(set(bad))} bad records would be skipped, the first is {bad[0][0]}")
-    tokenizer = load_tokenizer(resolve(args.weights[0]))
-    if args.model == "paligemma":
-        return dry_paligemma(args, splits, tokenizer)
-    features = blank_features(args, splits["train"] + splits["val"])
-    # Own rationales would have to be decoded first: the gold ones stand for them.
-    args = argparse.Namespace(**vars(args) | {"stage2_rationales": "gold"})
-    models = []  # they stay in memory, as in a run
-    for stage, name in enumerate(fusion.stage_names(args.recipe)):
-        if args.stage in ("both", name):
-            models.append(run_stage(args, stage, splits, tokenizer, features, None))
+    tokenizer = load_tokenizer(resolve(settings.weights[0]))
+    plans = []  # their models stay in memory, as in a run
+    for plan in dry_plans(settings, splits, tokenizer):
+        dry_step(plan, settings.eval_batch_size, max(settings.max_output))
+        plans.append(plan)
+    if not plans:
+        print("  nothing is trained: it only decodes")
 
 
-def dry_paligemma(args, splits, tokenizer):
-    """`dry_run` of a paligemma run, whose splits and tokenizer are loaded."""
-    if not args.epochs[0]:
-        return print("  nothing is trained: it only decodes")
-    model = load_paligemma(args)
-    make_trainable(args, model)
-    rows = records.training_rows(args, splits["train"])
-    features = blank_features(args, [row.problem for row in rows], model)
-    tune(args, model, rows, splits["val"], tokenizer, features, None)
+def dry_plans(settings: Settings, splits: Splits, tokenizer: Tokenizer) -> Iterator[Plan]:
+    if settings.model == "mmcot":
+        features = blank_features(settings, splits["train"] + splits["val"])
+        for stage, name in enumerate(fusion.stage_names(settings.recipe)):
+            if settings.stage in ("both", name):
+                # Own rationales would have to be decoded first: the gold ones stand for them.
+                yield plan_stage(settings, stage, Inputs(splits, tokenizer, features))
+    elif settings.epochs[0]:
+        model = models.load_paligemma(settings)
+        make_trainable(settings, model)
+        rows = examples.training_rows(settings, splits["train"])
+        features = blank_features(settings, [row.problem for row in rows], model)
+        yield plan_tuning(settings, model, rows, Inputs(splits, tokenizer, features))
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    args = flags.parse_args(argv)
-    devices.check_device(args.device)
-    torch.set_num_threads(args.threads)
+def main(argv: list[str] | None = None) -> None:
+    settings = parse_args(argv)
+    distributed.check_device(settings.device)
+    torch.set_num_threads(settings.threads)
     start = time.monotonic()
-    table = ablations.table_of(args)
-    lines = ablations.lines_of(args, table) if table else {args.out: args}
-    if args.dry_run and devices.under_torchrun():
+    table = ablations.table_of(settings)
+    lines = ablations.lines_of(settings, table) if table else {settings.out: settings}
+    if settings.dry_run and distributed.under_torchrun():
         raise ValueError("--dry-run measures a single process: give it without torchrun.")
-    if args.dry_run:
+    if settings.dry_run:
         for line in lines.values():
             dry_run(line)
         return
-    with devices.together(args), in_use(Path(args.out)):
-        folders.check_resume([*lines.values()])
+    with distributed.together(settings.device), runs.in_use(Path(settings.out)) as stop:
+        runs.check_resume([*lines.values()])
         if table:
-            rows = run_many(lines)
-            if not args.ablation:
+            rows = {}
+            for name, line in lines.items():
+                rows[name] = run_one(line, stop)
+                print(tables.runs_table(rows), flush=True)
+            if not settings.ablation:
                 print(f"\n{tables.table(rows)}")
-            ablations.show(args, lines, rows)
-        elif scores := run_one(args):
-            print(f"\n{tables.table({args.out: scores})}")
-        print(f"\n{args.out}: done in {time.monotonic() - start:.0f} s")
+            ablations.show(settings, lines, rows)
+        elif scores := run_one(settings, stop):
+            print(f"\n{tables.table({settings.out: scores})}")
+        print(f"\n{settings.out}: done in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except Stopped:
+    except runs.Stopped:
         if not rank():
-            print("\ntrain.py: stopped; the same command with --resume goes on from here")
+            print("\ntrain.py: stopped; the same command with --resume resumes it")
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        who = f" (process {rank()} of {world()})" if world() > 1 else ""
-        sys.exit(f"train.py{who}: {error}")
+        process = f" (process {rank()} of {world()})" if world() > 1 else ""
+        sys.exit(f"train.py{process}: {error}")

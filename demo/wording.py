@@ -3,7 +3,7 @@
 `TOPICS` has the constant part of a family of demo/scenes.py, `PHRASES` question and solution of
 each kind. All are templates: " | " separates paraphrases, and {words} come from the scene. The
 fields of a topic are those of ScienceQA's records (arXiv 2209.09513), with a description of the
-image. demo/teacher.py can decide every sentence.
+image. demo/judge.py can decide every sentence.
 """
 
 from collections.abc import Iterable

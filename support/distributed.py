@@ -1,14 +1,12 @@
 """Many devices: `torchrun --nproc-per-node N train.py ...` does what one device does, sooner.
 
 Under torchrun every process runs train.py, on a device of its own, and knows the whole plan: what
-differs is which rows it is dealt, and that only the first one (rank 0) writes and is heard. The
-steps are those of one device: N of them change the time, the last bits of sums, and dropout.
+differs is its shard of the rows, and that only the first process (rank 0) writes files and prints.
+The steps are those of one device: N of them change the time, the last bits of sums, and dropout.
 Adapters and mmcot train under DDP, --full under FSDP2 (arXiv 2304.11277).
 
-All must see one disk. Their results are put together by `gather_dicts`.
-
-Left out: tensor and pipeline parallelism, offloading, elastic restarts (--resume goes on with any
-number).
+All must see one disk. No tensor or pipeline parallelism, no offloading, no elastic restarts, but
+--resume takes any number of processes.
 """
 
 import contextlib
@@ -17,12 +15,12 @@ import functools
 import itertools
 import os
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
-from support.dataset import images as pictures
-from support.training.optim import trained
+from support.dataset.images import LazyImage
 
 
 def world() -> int:
@@ -52,29 +50,29 @@ def gather_dicts(results: list[dict]) -> dict:
     return merged
 
 
-def check_device(device):
+def check_device(device: str) -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"There is no device {device!r} that this torch can use: try --device cpu."
         )
 
 
-def under_torchrun():
+def under_torchrun() -> bool:
     """Whether torchrun started this process; its group may not be there yet, see `together`."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 @contextlib.contextmanager
-def together(args):
-    """As one of torchrun's processes, if it started this one."""
+def together(device: str) -> Iterator[None]:
+    """As one of torchrun's processes, if it started this one; `device` is "cpu" or "cuda" then."""
     if not under_torchrun():
         yield
         return
-    if args.device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {args.device} under torchrun: give cpu or cuda, it picks each.")
-    if args.device == "cuda":
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} under torchrun: give cpu or cuda, it picks each.")
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
     try:
         with contextlib.ExitStack() as silence:
@@ -84,72 +82,81 @@ def together(args):
                 silence.enter_context(contextlib.redirect_stderr(null))
             yield
     except Exception:
-        if rank():  # the first one may say the same; then torchrun ends this one meanwhile
+        if rank():  # the first one may print the same; then torchrun ends this one meanwhile
             time.sleep(5)
         raise
     dist.destroy_process_group()
 
 
-def on_devices(loss_of):
-    """train.py's `LossOf` with gradients averaged over all devices: by DDP, which has all of the
-    model on each, or (--full) by FSDP, which leaves each a part of weights, gradients, moments."""
+def on_devices(loss_of: torch.nn.Module, shard: bool) -> torch.nn.Module:
+    """train.py's `LossOf` with gradients averaged over all devices: by DDP, which has the whole
+    model on each, or by FSDP, which leaves each a shard of weights, gradients and moments."""
     if world() == 1:
         return loss_of
-    model, args = loss_of.model, loss_of.args
-    if args.full:
+    on_gpu = loss_of.device == "cuda"
+    if shard:
         from torch.distributed.device_mesh import init_device_mesh  # seconds to import
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(args.device, (world(),))
+        mesh = init_device_mesh(loss_of.device, (world(),))
+        model = loss_of.model
         for layer in (*model.vision_tower.encoder.layers, *model.language_model.layers):
             fully_shard(layer, mesh=mesh)
         return fully_shard(loss_of, mesh=mesh)
-    ids = [torch.cuda.current_device()] if args.device == "cuda" else None
-    # A batch without pictures gives the image tower and the projector no gradient.
-    unseen = any("vision_tower" in n or "projector" in n for n in trained(model))
-    ddp = torch.nn.parallel.DistributedDataParallel
-    return ddp(loss_of, device_ids=ids, find_unused_parameters=unseen)
+    # A batch without images gives the image tower and the projector no gradient.
+    may_be_unused = any(
+        p.requires_grad and ("vision_tower" in name or "projector" in name)
+        for name, p in loss_of.named_parameters()
+    )
+    return torch.nn.parallel.DistributedDataParallel(
+        loss_of,
+        device_ids=[torch.cuda.current_device()] if on_gpu else None,
+        find_unused_parameters=may_be_unused,
+    )
 
 
-def dealt(window):
-    """A window's batches as this process gets them: every `world()` of them become one, and its
-    rows are dealt. So a device never has more than --batch-size at once, and all have as many
-    batches.
+def shard_batches(window: list[list[dict]]) -> list[list[dict]]:
+    """This process's shard of a window: batches of its rows.
 
-    Who gets no row, or no picture where others train the image tower on one (it waits for all
-    devices), gets one more without labels: it is in no loss, and in no gradient."""
-    batches = []
+    DDP and FSDP wait for every device at every backward pass, and for the image tower's gradients
+    if one device has them. So all get equally many batches, and each of them something to compute:
+    every `world()` batches become one, whose rows the processes share (never more than --batch-size
+    each). Where a process has no row, or no image while others train the image tower on one, it
+    gets a row of another's without labels: that adds nothing to loss or gradient."""
+    shards = []
     for start in range(0, len(window), world()):
         rows = [e for batch in window[start : start + world()] for e in batch]
-        mine, seen = rows[rank() :: world()], [e for e in rows if trains_on_picture(e)]
-        if not mine or (seen and not any(map(trains_on_picture, mine))):
-            watched = (seen or rows)[0]
-            mine = [*mine, watched | {"labels": [-100] * len(watched["labels"])}]
-        batches.append(mine)
-    return batches
+        shard = rows[rank() :: world()]
+        images = [e for e in rows if trains_on_image(e)]
+        if not shard or (images and not any(map(trains_on_image, shard))):
+            filler = (images or rows)[0]
+            shard = [*shard, filler | {"labels": [-100] * len(filler["labels"])}]
+        shards.append(shard)
+    return shards
 
 
-def trains_on_picture(example):
-    return isinstance(example.get("image_features"), pictures.LazyImage)
+def trains_on_image(example: dict) -> bool:
+    """Whether the image tower is trained on this row: it has pixels to read, not features."""
+    return isinstance(example.get("image_features"), LazyImage)
 
 
-def own_dropout(args, done):
+def own_dropout(seed: int, steps_done: int) -> None:
     """The first process draws as a single one; each other has a generator of its own."""
     if rank():
-        torch.manual_seed(args.seed + (rank() << 40) + (done << 20))
+        torch.manual_seed(seed + (rank() << 40) + (steps_done << 20))
 
 
 # ---- what all of them know -----------------------------------------------------------------------
 
 
-def summed(tensor):
+def summed(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's sum over all processes, for each of them."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def agreed(*flags):
+def any_rank(*flags: bool) -> tuple | list:
     """The flags, each set if any process has set it."""
     if world() == 1:
         return flags
@@ -157,7 +164,7 @@ def agreed(*flags):
 
 
 @contextlib.contextmanager
-def in_turn():
+def in_turn() -> Iterator[None]:
     """The first process alone, then the others, which find its files."""
     if rank():
         dist.barrier(patient_group())
@@ -167,34 +174,34 @@ def in_turn():
 
 
 @functools.cache
-def patient_group():
-    """The first one may be making features, or a report, for longer than a step may ever take."""
+def patient_group() -> dist.ProcessGroup:
+    """The first one may compute features, or write a report, for longer than any step takes."""
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
 
 
-# ---- of what FSDP gave each device a part --------------------------------------------------------
+# ---- tensors that FSDP has sharded ---------------------------------------------------------------
 
 
-def whole(tensor):
-    """A tensor of which FSDP gave each device a part; any other as it is."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each device has a shard, put together; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def own_part(tensor):
-    """This device's part of a tensor that FSDP dealt; any other as it is."""
+def own_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This device's shard of a tensor; one that is not sharded as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def on_first(tensor):
-    """As `whole`, for a state file: in the memory of the first process; None in all others."""
+def on_first(tensor: torch.Tensor) -> torch.Tensor | None:
+    """As `full_tensor`, for a state file: in the memory of the first process; None in others."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     tensor = tensor.full_tensor()
     return None if rank() else tensor.cpu()
 
 
-def part_like(tensor, other):
-    """This device's part of a whole tensor, if it has only that of `other`."""
+def shard_like(tensor: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    """This device's shard of a full tensor, if `other` is sharded and has its shape."""
     if not hasattr(other, "full_tensor") or tensor.shape != other.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -203,13 +210,13 @@ def part_like(tensor, other):
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def whole_model(model):
-    """A model of which FSDP gave each device a part, put together; any other as it is. Devices
-    decode texts of their own, and none can wait there for the others' layers."""
+def full_model(model: torch.nn.Module) -> torch.nn.Module:
+    """A new model of which each device has all, if FSDP has sharded this one; else this one.
+    Devices decode texts of their own, and none can wait there for the others' layers."""
     if not hasattr(next(model.parameters()), "full_tensor"):
         return model
     with torch.device("meta"):
-        made = type(model)(model.config)
-    tensors = {name: whole(p.detach()) for name, p in model.named_parameters()}
-    made.load_state_dict(tensors, assign=True)
-    return made
+        full = type(model)(model.config)
+    tensors = {name: full_tensor(p.detach()) for name, p in model.named_parameters()}
+    full.load_state_dict(tensors, assign=True)
+    return full

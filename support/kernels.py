@@ -42,7 +42,7 @@ from support.cpu_kernels import (
     laid_out,
     product,
 )
-from support.distributed import agreed
+from support.distributed import any_rank
 
 # ----------------------------------------------------------------------------------------------
 # Leaner in training
@@ -314,7 +314,7 @@ def enable(model: nn.Module) -> list[dict]:
         kernel = kernels[kind]
         with proofs.undisturbed():
             worst = proofs.worst(differences(model, layers, kernel, device))
-        [refused] = agreed(not worst.is_none)
+        [refused] = any_rank(not worst.is_none)
         names = {"layer": kind.__name__, "kernel": kernel.__name__, "count": len(layers)}
         result = {"swapped": not refused, "difference": worst.size, "where": worst.where}
         verdicts.append(names | result)

@@ -98,7 +98,7 @@ def server(running, monkeypatch):
     """The server as new, the SDKs pointed at it, dummy keys, and no back-off beyond 50 ms."""
     from asking import environment
 
-    from support.teachers import providers as clients
+    from support.teachers import providers
 
     server, url = running
     server.reset()
@@ -106,7 +106,7 @@ def server(running, monkeypatch):
         monkeypatch.setenv(name, value)
     for name in ("GEMINI_API_KEY", "ANTHROPIC_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(clients, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(providers, "LONGEST_WAIT", 0.05)
     # Both SDKs read a bundle of certificates for every client, half the time of these tests.
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
     return server

@@ -23,14 +23,13 @@ def side(output, amount=1, target=None):
 def test_rows_have_medians_ratios_and_neighbours(monkeypatch, capsys):
     seconds = {"ours": [1.0, 2.0, 4.0], "slow": [4.0, 4.0, 2.0]}
     monkeypatch.setattr(bench, "take_turns", lambda *_: seconds)
-    given = torch.zeros(2)
-    opponents = {"slow": side(given, 8, 1.5)}
-    given = (side(given, 8), opponents, bench.close(0))
-    [row] = bench.compare(toy(), "toy", "eights", "things/s", *given)
+    ours, slow = (side(torch.zeros(2), 8, target) for target in (None, 1.5))
+    sides = (ours, {"slow": slow}, bench.close(0))
+    [row] = bench.compare(toy(), "toy", "eights", "things/s", *sides)
     assert (row.ours, row.theirs, row.ratio) == (4.0, 2.0, 2.0)
     assert row.spread == (0.5, 4.0)
-    opponents["slow"].amount = given[0].amount = 1
-    [row] = bench.compare(toy(), "toy", "seconds", "s", *given)
+    slow.amount = ours.amount = 1
+    [row] = bench.compare(toy(), "toy", "seconds", "s", *sides)
     assert (row.ours, row.theirs, row.ratio, row.spread) == (2.0, 4.0, 2.0, (0.5, 4.0))
     assert ">= 1.5 " in bench.line(row) and "missed" not in bench.line(row)
     row.at_most = True
@@ -56,7 +55,7 @@ def test_different_outputs_are_not_timed(monkeypatch):
 def test_decoding_that_differs_is_not_timed(monkeypatch):
     """The item itself, with the worst word at every step of ours."""
     pick = bench.nano.pick
-    monkeypatch.setattr(bench.nano, "pick", lambda logits, *how: pick(-logits, *how))
+    monkeypatch.setattr(bench.nano, "pick", lambda logits, *rest: pick(-logits, *rest))
     with pytest.raises(AssertionError, match="wrote different things"):
         bench.main([*QUICK, "--only", "mmcot-decode"])
 
@@ -65,8 +64,8 @@ def test_decoding_that_differs_is_not_timed(monkeypatch):
 def test_training_that_differs_is_not_timed(monkeypatch):
     loss = bench.train.t5_loss
 
-    def scaled(*given):
-        total, count = loss(*given)
+    def scaled(*args):
+        total, count = loss(*args)
         return total * 1.002, count
 
     monkeypatch.setattr(bench.train, "t5_loss", scaled)
@@ -88,7 +87,8 @@ def test_the_json_has_the_rows_of_the_table(tmp_path, capsys):
 
 def test_the_plot_has_every_line_and_its_labels():
     lines = {"a step": ([1, 4, 64], [0.5, 2.0, 90.0], "red"), "flat": ([1, 4], [3.0, 3.0], "blue")}
-    picture = ElementTree.fromstring(bench.svg({("s", "batch"): lines, ("MiB", "batch"): lines}))
+    svg = bench.svg({("s", "batch"): lines, ("MiB", "batch"): lines})
+    picture = ElementTree.fromstring("\n".join(svg))
     drawn = [e.get("points").split() for e in picture.iter() if e.tag.endswith("polyline")]
     assert [len(points) for points in drawn] == [3, 2, 3, 2]
     (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in drawn[1])
@@ -110,9 +110,8 @@ def test_live_bytes_are_exact():
 
     assert bench.live_peak(run, [old]) == 12_004
     x = torch.ones(1000, requires_grad=True)
-    assert (
-        bench.live_peak(lambda: x.exp().exp().exp().sum(), [x]) == 12_004
-    )  # kept for the way back
+    kept = bench.live_peak(lambda: x.exp().exp().exp().sum(), [x])  # for the backward pass
+    assert kept == 12_004
 
 
 @pytest.mark.slow
@@ -127,7 +126,7 @@ def test_our_start_ends_in_a_step():
 @pytest.mark.slow
 def test_memory_is_that_of_one_side_in_its_own_process(tmp_path):
     args = toy("--only", "detr")
-    args.memory, args.folder = True, str(tmp_path)
+    args.no_memory, args.folder = False, str(tmp_path)
     bench.made_once(args, "detr", lambda folder: bench.write_detr(bench.oracle.TINY_DETR, folder))
     peak = bench.peak_memory(args, "detr/batch 1, 64x96/ours")
     assert 100 * 2**20 < peak < 2 * 2**30

@@ -265,14 +265,13 @@ def test_guesses_are_named_in_the_table_and_stay_named(two, capsys):
 
 
 def test_the_lines_of_an_ablation_are_compared_with_the_run_itself(two, capsys):
-    args = SimpleNamespace(
-        out=two.b, data=str(two.folder / "own.jsonl"), test_split="test", limit=8
-    )
+    flags = ["--model", "mmcot", "--out", two.b, "--data", str(two.folder / "own.jsonl")]
+    settings = parse_args([*flags, "--limit", "8"])
     runs = {"base": {"recipe": "answer"}, "not made": {"lr": 1.0}, "itself": {}}
     graded_run(Path(two.b), "base", "ABABABAB", source="../own.jsonl")
     metrics = {name: tables.read_metrics(two.b) for name in runs}
     capsys.readouterr()
-    ablations.show(args, ablations.lines_of(args, runs), metrics)
+    ablations.show(settings, ablations.lines_of(settings, runs), metrics)
     text = capsys.readouterr().out
     assert "own.jsonl, test: n = 8 problems" in text
     assert text.splitlines()[-1].startswith("base - itself: +25.00 points [")

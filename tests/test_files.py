@@ -1,4 +1,4 @@
-"""support/files.py: what is no file, what has no end; files written whole, and locks."""
+"""support/files.py: special files, endless lines, files written whole, locks."""
 
 import errno
 import os
@@ -10,8 +10,7 @@ from samples import OWN
 
 import data
 from support import files
-from support.dataset import images as pictures
-from support.dataset import sources
+from support.dataset import images, sources
 from support.dataset.features import image_hash, published_features
 from support.dataset.tokenizers import load_tokenizer
 from support.dataset.traces import load_traces
@@ -22,54 +21,55 @@ def test_a_line_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_LINE", 1000)
     file = tmp_path / "own.jsonl"
     file.write_text(OWN + '{"id": "' + "a" * 2000)
-    with pytest.raises(ValueError, match="line 2 has 1000 bytes or more"):
+    with pytest.raises(ValueError, match="line 2.*1000"):
         data.load(file, "train")
     monkeypatch.setattr(files, "MOST_BYTES", 1000)
     file.rename(tmp_path / "large.json")
-    with pytest.raises(ValueError, match="large.json has 2052 bytes"):
+    with pytest.raises(ValueError, match="large.json.*2052"):
         read_json(tmp_path / "large.json")
 
 
-def places(folder):
-    """Paths that are no files: reading most of them would never end."""
-    (folder / "folder").mkdir()
-    os.mkfifo(folder / "pipe")
-    for name, target in {"device": "/dev/zero", "loop": "loop", "dangling": "nowhere"}.items():
-        (folder / name).symlink_to(target)
-    names = ("folder", "pipe", "device", "loop", "dangling", "long" * 100, "nul\0", "dangling/x")
-    return [folder / name for name in names]
+def special(folder, name):
+    """A path that is not a file: reading most of them would never end."""
+    path = folder / name
+    if name == "folder":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"device": "/dev/zero", "loop": name, "dangling": "nowhere"}[name])
+    return path
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path):
-    """A pipe, a device, a link to itself ... in place of each kind of file."""
-    names, start = tmp_path / "names.json", time.monotonic()
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "loop", "dangling"])
+def test_a_special_file_is_refused_by_every_reader(tmp_path, kind):
+    place, names, start = special(tmp_path, kind), tmp_path / "names.json", time.monotonic()
     names.write_text("{}")
-    for i, place in enumerate(places(tmp_path)):
-        problem = data.Problem("7", "q", (), "a", "", str(place), "", "", {})
-        assert [id for id, _ in pictures.unusable([problem])] == ["7"]
-        readers = [
-            (read_json, place),
-            (pictures.open_image, place),
-            (image_hash, problem),
-            (sources.unpack, place, tmp_path, "x"),
-            (lambda file: list(json_lines(file)), place),
-        ]
-        if "\0" not in str(place) and len(place.name) < 99 and place.is_symlink() | place.exists():
-            for name in ("a.csv", "a.json", "a.jsonl"):
-                moved = tmp_path / f"{i}{name}"
-                moved.symlink_to(place)
-                readers.append((load_traces, moved))
-            for name in ("vit.pth", "detr.npy", "tokenizer.json"):
-                (tmp_path / str(i)).mkdir(exist_ok=True)
-                (tmp_path / str(i) / name).symlink_to(place)
-            readers.append((load_tokenizer, tmp_path / str(i)))
-            for name in ("vit.pth", "detr.npy"):
-                readers.append((published_features, tmp_path / str(i) / name, names))
-        for read, *args in readers:
-            with pytest.raises((ValueError, FileNotFoundError)) as caught:
-                read(*args)
-            assert str(tmp_path) in str(caught.value) and str(caught.value).endswith(".")
+    problem = data.Problem("7", "q", (), "a", "", str(place), "", "", {})
+    assert [id for id, _ in images.unusable([problem])] == ["7"]
+    readers = [(image_hash, problem), (sources.unpack, place, tmp_path, "x")]
+    readers += [(read, place) for read in (read_json, images.open_image, read_lines)]
+    for name in ("a.csv", "a.json", "a.jsonl", "vit.pth", "detr.npy", "tokenizer.json"):
+        (tmp_path / name).symlink_to(place)
+    readers += [(load_traces, tmp_path / name) for name in ("a.csv", "a.json", "a.jsonl")]
+    readers += [(published_features, tmp_path / name, names) for name in ("vit.pth", "detr.npy")]
+    for read, *arguments in [*readers, (load_tokenizer, tmp_path)]:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            read(*arguments)
+        assert str(tmp_path) in str(caught.value)
     assert time.monotonic() - start < 5
+
+
+def read_lines(file):
+    return list(json_lines(file))
+
+
+@pytest.mark.parametrize("name", ["long" * 100, "nul\0", "file/x"])
+def test_an_impossible_path_is_refused(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    for read in (read_json, images.open_image, read_lines):
+        with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
+            read(tmp_path / name)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -86,11 +86,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.part"]
     (tmp_path / "folder").mkdir()
     with (
-        pytest.raises(ValueError, match="folder is a folder: remove it."),
+        pytest.raises(ValueError, match="folder"),
         files.atomic_write(tmp_path / "folder") as file,
     ):
         file.write("whole")
-    assert (tmp_path / "folder.part").read_text() == "whole"  # it can still be had
+    assert (tmp_path / "folder.part").read_text() == "whole"  # it is not lost
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -115,8 +115,8 @@ def test_one_process_at_a_time(tmp_path):
     os.close(third)
 
 
-def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
-    def none(*given):
+def test_a_disk_without_locks_is_reported(tmp_path, monkeypatch):
+    def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", none)

@@ -189,7 +189,7 @@ def test_on_the_meta_device_a_copy_is_asked():
 
 
 def test_one_processs_no_is_everybodys(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "agreed", lambda *flags: [True for _ in flags])
+    monkeypatch.setattr(kernels, "any_rank", lambda *flags: [True for _ in flags])
     made = tiny_paligemma()
     verdicts = kernels.enable(made)
     assert verdicts and not any(v["swapped"] for v in verdicts)

@@ -16,7 +16,6 @@ options allow. Where the published code cannot be here, its docstring says how i
 
 import argparse
 import contextlib
-import functools
 import gc
 import io
 import json
@@ -29,7 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,26 +40,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import memory  # noqa: E402
-import numpy as np  # noqa: E402
-import oracle  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import memory
+import numpy as np
+import oracle
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-import data  # noqa: E402
-import fusion  # noqa: E402
-import lora  # noqa: E402
-import model as nano  # noqa: E402
-import support.training.settings  # noqa: E402
-import train  # noqa: E402
-from support.checkpoints import hub  # noqa: E402
-from support.checkpoints.keys import TABLES, transformers_path  # noqa: E402
-from support.dataset.features import Features  # noqa: E402
-from support.dataset.tokenizers import load_tokenizer  # noqa: E402
-from support.training import checks as guards  # noqa: E402
-from support.training import optim as optimizing
-from support.training.journal import Journal  # noqa: E402
+import data
+import fusion
+import lora
+import model as nano
+import train
+from support import kernels
+from support.checkpoints import hub
+from support.checkpoints.keys import TABLES, transformers_path
+from support.dataset.features import Features
+from support.dataset.tokenizers import load_tokenizer
+from support.training import checks, optim
+from support.training.runs import Checkpoints, Log
+from support.training.settings import parse_args as train_flags
 
 GIB = 2**30
 SHORTEST = 0.3  # seconds of a turn
@@ -74,15 +75,11 @@ FEATURES = 100, 256  # DETR's: positions and width
 @dataclass
 class Side:
     """build() makes everything one side needs and returns run(), which does the work once, or
-    (run, probe), where it is probe's output that is compared with the other side's.
+    (run, probe), where it is probe's output that is compared with the other side's."""
 
-    amount  units of work in one run; in a case whose unit is "s" it stays one.
-    target  what the ratio of ours over this opponent should be.
-    """
-
-    build: callable
-    amount: float = 1.0
-    target: float = None
+    build: Callable
+    amount: float = 1.0  # units of work in one run; 1 where the unit is "s"
+    target: float | None = None  # what the ratio of ours over this opponent should be
 
 
 @dataclass
@@ -96,111 +93,120 @@ class Row:
     theirs: float
     unit: str
     ratio: float
-    spread: tuple = None
-    target: float = None
-    memory: tuple = None
+    spread: tuple[float, float] | None = None
+    target: float | None = None
+    memory: tuple | None = None
     at_most: bool = False  # the target is a ceiling (memory), not a floor
 
 
-def compare(args, item, case, unit, ours, theirs, check):
-    """A row for each opponent in `theirs`, {name: Side}. check(our output, their output) raises
-    AssertionError where they differ. In the child that measures memory it never returns, or does
-    nothing because another case is wanted."""
-    sides = {"ours": ours} | theirs
+def compare(args, item: str, case: str, unit: str, ours: Side, opponents: dict, check) -> list[Row]:
+    """A row for each opponent, {name: Side}. check(our output, their output) raises AssertionError
+    where they differ. In the child that measures memory it never returns, or does nothing because
+    another case is wanted."""
+    sides = {"ours": ours} | opponents
     if args.side:
-        wanted = args.side.split("/", 2)
-        if wanted[:2] == [item, case]:
-            measure_memory(sides[wanted[2]], args.device)
+        wanted_item, wanted_case, name = args.side.split("/", 2)
+        if (wanted_item, wanted_case) == (item, case):
+            measure_memory(sides[name], args.device)
         return []
-    what = f"{item}, {case}"
-    progress(f"{what}: setting up")
+    label = f"{item}, {case}"
+    progress(f"{label}: setting up")
     built = {name: run_and_probe(side) for name, side in sides.items()}
     outputs, warm = {}, {}
     for name, (_, probe) in built.items():
-        progress(f"{what}: warming up, {name}")
+        progress(f"{label}: warming up, {name}")
         start = time.perf_counter()
         outputs[name] = probe()
         warm[name] = time.perf_counter() - start
         check(outputs["ours"], outputs[name])
-    seconds = take_turns({name: run for name, (run, _) in built.items()}, args, what, warm)
+    seconds = take_turns({name: run for name, (run, _) in built.items()}, args, label, warm)
     del built, outputs
     gc.collect()
-    memory = {name: peak_memory(args, f"{item}/{case}/{name}") for name in sides}
-    made = []
-    for name in theirs:
-        peaks = (memory["ours"], memory[name])
-        made.append(Row(item, case, name, *figures(sides, seconds, name, unit), memory=peaks))
-    return made
+    peaks = {name: peak_memory(args, f"{item}/{case}/{name}") for name in sides}
+    rows = []
+    for name, side in opponents.items():
+        speed = [ours.amount / s for s in seconds["ours"]]
+        their_speed = [side.amount / s for s in seconds[name]]
+        ratios = [a / b for a, b in zip(speed, their_speed, strict=True)]
+        medians = [statistics.median(speed), statistics.median(their_speed)]
+        shown = [1 / x for x in medians] if unit == "s" else medians
+        row = Row(item, case, name, shown[0], shown[1], unit, medians[0] / medians[1])
+        row.spread, row.target = (min(ratios), max(ratios)), side.target
+        row.memory = (peaks["ours"], peaks[name])
+        rows.append(row)
+    return rows
 
 
-def figures(sides, seconds, name, unit):
-    """ours, theirs, unit, ratio, spread and target of a `Row`."""
-    speeds = [[sides[n].amount / s for s in seconds[n]] for n in ("ours", name)]
-    middle = [statistics.median(v) for v in speeds]
-    ratios = [a / b for a, b in zip(*speeds, strict=True)]
-    shown = [1 / speed for speed in middle] if unit == "s" else middle
-    spread = (min(ratios), max(ratios))
-    return *shown, unit, middle[0] / middle[1], spread, sides[name].target
+def ready(model: nn.Module, device: str) -> nn.Module:
+    """Ours as it is trained and evaluated: with the kernels that prove equal to the formulas."""
+    model = model.to(device)
+    kernels.enable(model)
+    return model
 
 
 @contextlib.contextmanager
 def in_the_middle():
     """`train.fit` without what it does once a training: the leak test before the first step, the
     look at moved weights in the first two."""
-    kept = guards.stop_if_it_leaks, guards.steepest
-    guards.stop_if_it_leaks, guards.steepest = lambda *given: None, lambda model: {}
+    kept = checks.stop_if_it_leaks, checks.steepest
+    checks.stop_if_it_leaks = lambda *_: None
+    checks.steepest = lambda model: {}
     try:
         yield
     finally:
-        guards.stop_if_it_leaks, guards.steepest = kept
+        checks.stop_if_it_leaks, checks.steepest = kept
 
 
-def run_and_probe(side):
-    made = side.build()
-    return made if isinstance(made, tuple) else (made, made)
+def fit(model: nn.Module, rows: list[dict], settings) -> None:
+    """An epoch of train.py on these rows; nothing is saved."""
+    plan = train.make_plan(settings, "bench", 1.0, model, rows, lambda loss_of: {})
+    train.fit(plan, Checkpoints(Log(io.StringIO())))
 
 
-def take_turns(runs, args, what, warm):
-    """{name: seconds of each repeat}: A B A B, each timed until the device has finished. A run
-    that takes milliseconds (by the seconds of its warm-up) is repeated within its turn."""
+def to_device(batch: dict, device: str) -> dict:
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def run_and_probe(side: Side) -> tuple[Callable, Callable]:
+    built = side.build()
+    return built if isinstance(built, tuple) else (built, built)
+
+
+def take_turns(runs: dict, args, label: str, warm: dict[str, float]) -> dict[str, list[float]]:
+    """Seconds of each repeat: A B A B, each timed until the device has finished. A run that takes
+    milliseconds (by the seconds of its warm-up) is repeated within its turn."""
     seconds = {name: [] for name in runs}
-    times = {name: max(1, min(50, int(SHORTEST / warm[name]))) for name in runs}
     for repeat in range(args.repeats):
         for name, run in runs.items():
-            progress(f"{what}: {repeat + 1} of {args.repeats}, {name}")
-            turn = functools.partial(again, run, times[name])
-            seconds[name].append(clock(turn, args.clock) / times[name])
+            progress(f"{label}: {repeat + 1} of {args.repeats}, {name}")
+            times = max(1, min(50, int(SHORTEST / warm[name])))
+            seconds[name].append(clock(run, args.clock, times) / times)
     return seconds
 
 
-def cpu_seconds():
+def cpu_seconds() -> float:
     """Of this process and of those it waited for."""
     return time.process_time() + sum(os.times()[2:4])
 
 
-def again(run, times):
+def clock(run: Callable, now: Callable = time.perf_counter, times: int = 1) -> float:
+    """Seconds of so many runs, a GPU's work included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = now()
     for _ in range(times):
         run()
-
-
-def clock(run, now=time.perf_counter):
-    """Seconds of one run, a GPU's work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = now()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return now() - start
 
 
 def peak_memory(args, side):
     """Bytes at the peak of one run of a side, in a process of its own; None with --no-memory, and
     on a CPU where there is no Linux to ask."""
-    if not args.memory or not (args.device.startswith("cuda") or CLEAR_REFS.exists()):
+    if args.no_memory or not (args.device.startswith("cuda") or CLEAR_REFS.exists()):
         return None
     progress(f"memory of {side}")
-    command = [sys.executable, __file__, "--side", side, "--folder", str(args.folder), *args.given]
+    command = [sys.executable, __file__, "--side", side, "--folder", str(args.folder), *args.child]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
@@ -268,30 +274,30 @@ def detr(args):
     """Features of pictures 224 high and 304 wide by the released DETR-R101-DC5's shape."""
     config = oracle.TINY_DETR if args.quick else oracle.DETR_CONFIGS["detr-resnet-101-dc5"]
     size = (64, 96) if args.quick else (224, 304)
-    folder = made_once(args, "detr", functools.partial(write_detr, config))
+    folder = made_once(args, "detr", partial(write_detr, config))
     for B in (1, 8):
         pixels = oracle.uniform(f"bench/{B}", (B, 3, *size), -2.0, 2.0).to(args.device)  # (B,3,H,W)
         case = f"batch {B}, {size[0]}x{size[1]}"
 
         def ours(pixels=pixels):
-            model = nano.DETR.from_pretrained(folder).to(args.device)
+            model = ready(nano.DETR.from_pretrained(folder), args.device)
             return lambda: no_grad(model.features, pixels)
 
         def theirs(layout, pixels=pixels):
             model = hf_detr(folder).to(args.device, memory_format=layout)
-            given = pixels.contiguous(memory_format=layout)
-            return lambda: no_grad(model, given).last_hidden_state
+            inputs = pixels.contiguous(memory_format=layout)
+            return lambda: no_grad(model, inputs).last_hidden_state
 
         opponents = {
-            "transformers": Side(functools.partial(theirs, torch.contiguous_format), B, 1.25),
-            "transformers, channels last": Side(functools.partial(theirs, torch.channels_last), B),
+            "transformers": Side(partial(theirs, torch.contiguous_format), B, 1.25),
+            "transformers, channels last": Side(partial(theirs, torch.channels_last), B),
         }
         yield from compare(args, "detr", case, "images/s", Side(ours, B), opponents, close(1e-3))
 
 
 @torch.inference_mode()
-def no_grad(function, *given, **named):
-    return function(*given, **named)
+def no_grad(function, *args, **kwargs):
+    return function(*args, **kwargs)
 
 
 def write_detr(config, folder):
@@ -303,7 +309,7 @@ def write_detr(config, folder):
 
 def hf_detr(folder):
     """transformers' DetrModel with its own ResNet. It takes DC5 only from timm, which has no build
-    beside a CPU torch; so stage 4 is told to dilate, and `check` sees whether that is DC5."""
+    for a CPU torch; so stage 4 is set to dilate, and `check` sees whether that is DC5."""
     from safetensors.torch import load_file
     from transformers import DetrConfig, DetrModel, ResNetConfig
 
@@ -367,7 +373,7 @@ def write_t5(config, folder):
 
 
 def hf_multimodal(folder, device, attention=None):
-    """transformers' T5 with the paper's fusion behind its encoder: Eq. 3-6 from torch's own parts,
+    """transformers' T5 with the paper's fusion after its encoder: Eq. 3-6 from torch's own parts,
     under the released names, as Multimodal-CoT subclasses it. The published code ran on
     transformers 4.30; this runs on today's, which is faster."""
     from transformers import T5ForConditionalGeneration
@@ -383,14 +389,14 @@ def hf_multimodal(folder, device, attention=None):
 
         def fused(self, batch):
             """What the decoder reads, and the mask that goes with it."""
-            batch = train.to_device(batch, self.device)
-            given = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            text, e = self.encoder(**given).last_hidden_state, self.encoder
-            picture = e.image_dense(batch["image_features"])
-            seen, _ = e.mha_layer(text, picture, picture, need_weights=False)
-            gate = e.gate_dense(torch.cat((text, seen), -1)).sigmoid()
-            states = BaseModelOutput(last_hidden_state=(1 - gate) * text + gate * seen)
-            return {"encoder_outputs": states, "attention_mask": given["attention_mask"]}
+            batch = to_device(batch, self.device)
+            mask, e = batch["attention_mask"], self.encoder
+            text = e(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+            image = e.image_dense(batch["image_features"])
+            attn, _ = e.mha_layer(text, image, image, need_weights=False)
+            gate = e.gate_dense(torch.cat((text, attn), -1)).sigmoid()
+            states = BaseModelOutput(last_hidden_state=(1 - gate) * text + gate * attn)
+            return {"encoder_outputs": states, "attention_mask": mask}
 
         def loss(self, batch):
             labels = batch["labels"].to(self.device)
@@ -436,7 +442,7 @@ def mmcot_train(args):
     """
     layers = 12 if args.full_depth else 3
     config = t5_config(args, layers)
-    folder = made_once(args, f"t5-{layers}", functools.partial(write_t5, config))
+    folder = made_once(args, f"t5-{layers}", partial(write_t5, config))
     questions = Questions("train", args.quick)
     depth = "demo size" if args.quick else f"base, {layers} + {layers} layers"
     B, padded_B = (8, 8 if args.full_depth else 4) if not args.quick else (4, 2)
@@ -448,7 +454,7 @@ def mmcot_train(args):
             "transformers, random batches": ("random", len(training.examples), 1.8),
         }
         sides = {
-            name: Side(functools.partial(training.theirs, batches), amount, target)
+            name: Side(partial(training.theirs, batches), amount, target)
             for name, (batches, amount, target) in opponents.items()
         }
         ours = Side(training.ours, len(training.examples))
@@ -461,7 +467,7 @@ class Training:
 
     def __init__(self, args, folder, questions, stage, B, padded_B, count=4):
         flags = ["--model", "mmcot", "--data", "scienceqa", "--batch-size", str(B)]
-        self.flags = support.training.settings.parse_args([*flags, "--device", args.device])
+        self.flags = train_flags([*flags, "--device", args.device])
         self.folder, self.device = folder, args.device
         every = questions.examples(fusion.RECIPES["two-stage"][stage])
         lengths = [len(e["input_ids"]) + len(e["labels"]) for e in every]
@@ -480,17 +486,16 @@ class Training:
         self.shared = {}
 
     def ours(self):
-        model = fusion.MultimodalT5.from_pretrained(self.folder).to(self.device)
+        model = ready(fusion.MultimodalT5.from_pretrained(self.folder), self.device)
 
         def run():
             with silence(), in_the_middle():
-                journal = Journal(io.StringIO())
-                train.fit(model, self.examples, lambda model: {}, self.flags, "bench", 1.0, journal)
+                fit(model, self.examples, self.flags)
 
         def probe():
-            batch = train.to_device(data.collate(self.same[0]), self.device)
-            loss, count = train.t5_loss(model.eval(), batch, self.flags)
-            row = train.to_device(self.pad(self.same[0][:1]), self.device)
+            batch = to_device(data.collate(self.same[0]), self.device)
+            loss, count = train.t5_loss(model.eval(), batch, self.flags.weighting)
+            row = to_device(self.pad(self.same[0][:1]), self.device)
             names = ("input_ids", "attention_mask", "image_features", "decoder_input_ids")
             logits = no_grad(model, *(row[name] for name in names))  # (1, U, V)
             padded = F.cross_entropy(logits[0], row["labels"][0])
@@ -544,8 +549,8 @@ def with_norm(model, loss):
 
 def hf_fit(model, batches, collate, flags):
     """A plain training loop, with the optimizer transformers' Trainer takes today: fused AdamW."""
-    how = {"lr": flags.lr, "weight_decay": flags.weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    parameters, decay = model.parameters(), flags.weight_decay
+    optimizer = torch.optim.AdamW(parameters, flags.lr, weight_decay=decay, fused=True)
     for rows in batches:
         model.train()
         model.loss(collate(rows)).backward()
@@ -572,11 +577,10 @@ def mmcot_decode(args):
         for B in (1, 16):
             targets = {"base": (1.25, 1.25), "demo": (3.0, 2.0)}[size]
             amount, target = B * sum(lengths), targets[B > 1]
-            loop = functools.partial(two_stages, args, folder, questions, lengths, B)
-            caches = ("dynamic", "static") if args.device.startswith("cuda") else ("dynamic",)
+            loop = partial(two_stages, args, folder, questions, lengths, B)
             opponents = {
-                f"generate, {cache} cache": Side(functools.partial(loop, cache), amount, target)
-                for cache in caches
+                f"generate, {cache} cache": Side(partial(loop, cache), amount, target)
+                for cache in caches(args)
             }
             case = f"{size}, batch {B}, {lengths[0]} + {lengths[1]} tokens"
             ours = Side(loop, amount)
@@ -587,7 +591,7 @@ def t5_folder(args, size):
     """A T5 of base or demo size that writes no end of a text."""
     demo = argparse.Namespace(quick=size == "demo" or args.quick)
     config = replace(t5_config(demo), eos_token_id=-1)
-    return made_once(args, f"t5-{size}", functools.partial(write_t5, config))
+    return made_once(args, f"t5-{size}", partial(write_t5, config))
 
 
 def two_stages(args, folder, questions, lengths, B, cache=None):
@@ -599,7 +603,7 @@ def two_stages(args, folder, questions, lengths, B, cache=None):
         yield data.collate(questions.examples(fmt, generated, B))
 
     if cache is None:
-        model = fusion.MultimodalT5.from_pretrained(folder).to(args.device)
+        model = ready(fusion.MultimodalT5.from_pretrained(folder), args.device)
 
         def run():
             spoken = Spoken(questions.tokenizer)
@@ -608,9 +612,7 @@ def two_stages(args, folder, questions, lengths, B, cache=None):
                 [batch] = make_batches(generated)
                 return fusion.generate_texts(model, batch, spoken, length)
 
-            first, second = lengths
-            stage_2 = functools.partial(generate, second)
-            fusion.two_stage(functools.partial(generate, first), stage_2)
+            fusion.two_stage(partial(generate, lengths[0]), partial(generate, lengths[1]))
             return spoken.rows
     else:
         model = hf_multimodal(folder, args.device)
@@ -618,8 +620,8 @@ def two_stages(args, folder, questions, lengths, B, cache=None):
 
         def write(generated, length, spoken):
             [batch] = make_batches(generated)
-            how = {"max_new_tokens": length, "do_sample": False, "cache_implementation": cache}
-            ids = no_grad(lambda: model.generate(**model.fused(batch), **how))[:, 1:].tolist()
+            options = greedy(length, cache)
+            ids = no_grad(lambda: model.generate(**model.fused(batch), **options))[:, 1:].tolist()
             return {id: spoken.decode(row) for id, row in zip(batch["ids"], ids, strict=True)}
 
         def run():
@@ -628,6 +630,15 @@ def two_stages(args, folder, questions, lengths, B, cache=None):
             return spoken.rows
 
     return run
+
+
+def greedy(length, cache):
+    return {"max_new_tokens": length, "do_sample": False, "cache_implementation": cache}
+
+
+def caches(args):
+    """What `generate` can keep keys and values in."""
+    return ("dynamic", "static") if args.device.startswith("cuda") else ("dynamic",)
 
 
 class Spoken:
@@ -654,9 +665,9 @@ def pali_folder(args):
     if args.quick:
         return ROOT / "demo/paligemma"
     if args.full_depth:
-        write = functools.partial(write_paligemma, 26, 27, side=448)
+        write = partial(write_paligemma, 26, 27, side=448)
         return made_once(args, "paligemma-448", write)
-    return made_once(args, "paligemma", functools.partial(write_paligemma, 2, 2))
+    return made_once(args, "paligemma", partial(write_paligemma, 2, 2))
 
 
 def pali_case(args, folder):
@@ -688,17 +699,17 @@ def pali_step(args):
     plain = {"as people run it": (own, 1.2), "suffix logits": (kept, 1.0)}
     again = {"checkpointing": True}
     both = {"checkpointing": (again, 1.2), "suffix logits + checkpointing": (kept | again, 1.0)}
-    for what, ours, opponents in (
+    for name, ours, opponents in (
         ("picture computed", {}, plain),
         ("features cached", {"cached": True}, plain),
         ("features cached, checkpointing", {"cached": True} | again, both),
     ):
         sides = {
-            name: Side(functools.partial(tuning.theirs, **how), 1, target)
-            for name, (how, target) in opponents.items()
+            opponent: Side(partial(tuning.theirs, **options), 1, target)
+            for opponent, (options, target) in opponents.items()
         }
-        case = f"{tuning.depth}, {what}"
-        ours = Side(functools.partial(tuning.ours, **ours), 1)
+        case = f"{tuning.depth}, {name}"
+        ours = Side(partial(tuning.ours, **ours), 1)
         yield from compare(args, "pali-step", case, "steps/s", ours, sides, tuning.check)
 
 
@@ -720,7 +731,7 @@ class Tuning:
         self.suffix, self.adapter = suffix, made_once(args, "adapter", self.write_adapter)
         self.features = no_grad(model.image_features, self.pixels[None])[0].float().numpy()
         flags = ["--model", "paligemma", "--data", "none", "--device", args.device]
-        self.flags = support.training.settings.parse_args(flags)
+        self.flags = train_flags(flags)
 
     def write_adapter(self, folder):
         model = nano.PaliGemma.from_pretrained(self.folder, self.dtype)
@@ -733,26 +744,25 @@ class Tuning:
     def ours(self, cached=False, checkpointing=False):
         model = self.shared.get("ours")
         if model is None:
-            model = nano.PaliGemma.from_pretrained(self.folder, self.dtype).to(self.args.device)
+            model = nano.PaliGemma.from_pretrained(self.folder, self.dtype)
             lora.load(model, self.adapter)
-            self.shared["ours"] = model
+            self.shared["ours"] = ready(model, self.args.device)
             self.begun = copies(model)
         example = self.row | {"image_features": self.features if cached else self.pixels.numpy()}
 
         def run():
             model.language_model.checkpointing = checkpointing
             with silence(), in_the_middle():
-                journal = Journal(io.StringIO())
-                train.fit(model, [example], lambda model: {}, self.flags, "", 1.0, journal)
+                fit(model, [example], self.flags)
 
         def probe():
-            batch = train.to_device(data.pali_collate([example]), self.args.device)
+            batch = to_device(data.pali_collate([example]), self.args.device)
 
             def loss():
-                total, count = train.paligemma_loss(model.train(), batch, self.flags)
+                total, count = train.paligemma_loss(model.train(), batch, self.flags.weighting)
                 return total / count
 
-            name_of = functools.partial(transformers_path, nano.PaliGemma)
+            name_of = partial(transformers_path, nano.PaliGemma)
             return loss_and_adapters(model, self.begun, loss, name_of)
 
         return run, probe
@@ -769,21 +779,22 @@ class Tuning:
             self.their_begun = copies(model)
         batch = data.pali_collate([self.row | {"image_features": self.pixels.numpy()}])
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
-        batch = train.to_device({k: v for k, v in batch.items() if k != "ids"}, self.args.device)
+        batch = to_device({k: v for k, v in batch.items() if k != "ids"}, self.args.device)
         labels = batch["labels"][0, -self.suffix :]
         trained = [p for p in model.parameters() if p.requires_grad]
 
         def loss():
             if not suffix_logits:
                 return model(**batch, use_cache=False).loss
-            given = {name: t for name, t in batch.items() if name != "labels"}
-            out = model(**given, use_cache=False, logits_to_keep=self.suffix + 1)
+            inputs = {name: t for name, t in batch.items() if name != "labels"}
+            out = model(**inputs, use_cache=False, logits_to_keep=self.suffix + 1)
             return F.cross_entropy(out.logits[0, :-1].float(), labels)
 
         def run():
-            again = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-            on_off = model.gradient_checkpointing_enable, model.gradient_checkpointing_disable
-            on_off[0](**again) if checkpointing else on_off[1]()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                model.gradient_checkpointing_disable()
             optimizer = torch.optim.AdamW(trained, self.flags.lr, fused=True)
             loss().backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -828,25 +839,21 @@ def loss_and_adapters(model, begun, loss_of, called):
 
 
 def pali_decode(args):
-    """Tokens a second, greedy. No step can be faster than weights can be read, so batch 1 stands
-    beside that bound too: bytes of the language model over the GB/s of copying and of reading.
+    """Tokens a second, greedy. No step can be faster than weights can be read, so batch 1 is
+    compared with that bound too: the language model's bytes over the GB/s of copying and reading.
     Prompts are short texts; rows never end early, so that both sides do the same steps."""
     folder = pali_folder(args)
     depth, dtype = pali_case(args, folder)
     length = 8 if args.quick else 256 if args.full_depth else 24
-    weights = sum(
-        math.prod(p.shape)
-        for n, p in pali_shapes(folder).named_parameters()
-        if n.startswith("language_model.")
-    )
+    shapes = hub.build(nano.PaliGemma, folder).language_model.parameters()
+    weights = sum(math.prod(p.shape) for p in shapes)
     bounds = {} if args.side else memory_gb_s(args)
     for B in (1, 16):
         ids = torch.randint(5, 250, (B, 16), generator=torch.manual_seed(0)).to(args.device)
-        loop = functools.partial(writes, args, folder, dtype, ids, length)
-        caches = ("dynamic", "static") if args.device.startswith("cuda") else ("dynamic",)
+        loop = partial(writes, args, folder, dtype, ids, length)
         opponents = {
-            f"generate, {cache} cache": Side(functools.partial(loop, cache), B * length)
-            for cache in caches
+            f"generate, {cache} cache": Side(partial(loop, cache), B * length)
+            for cache in caches(args)
         }
         if args.device.startswith("cuda"):
             opponents["generate, dynamic cache"].target = 5.0
@@ -854,15 +861,13 @@ def pali_decode(args):
         ours = Side(loop, B * length)
         rows = list(compare(args, "pali-decode", case, "tokens/s", ours, opponents, same))
         yield from rows
-        for what, gb_s in bounds.items() if B == 1 and rows else ():
+        for kind, gb_s in bounds.items() if B == 1 and rows else ():
             bound = gb_s * 1e9 / (weights * dtype.itemsize)
-            values = (rows[0].ours, bound, "tokens/s", rows[0].ours / bound)
-            target = None if what == "reading" else 0.9 if dtype == torch.float32 else 0.6
-            yield Row("pali-decode", case, f"{what} at {gb_s:.1f} GB/s", *values, target=target)
-
-
-def pali_shapes(folder):
-    return hub.build(nano.PaliGemma, folder)
+            against, ratio = f"{kind} at {gb_s:.1f} GB/s", rows[0].ours / bound
+            row = Row("pali-decode", case, against, rows[0].ours, bound, "tokens/s", ratio)
+            if kind == "copying":
+                row.target = 0.9 if dtype == torch.float32 else 0.6
+            yield row
 
 
 def memory_gb_s(args):
@@ -879,16 +884,16 @@ def memory_gb_s(args):
 def writes(args, folder, dtype, ids, length, cache=None):
     """Ours, or `generate` with such a cache; returns a run that gives the new ids."""
     if cache is None:
-        model = nano.PaliGemma.from_pretrained(folder, dtype).to(args.device)
+        model = ready(nano.PaliGemma.from_pretrained(folder, dtype), args.device)
         model.config = replace(model.config, eos_token_id=-1)
         return lambda: model.generate(ids, max_new_tokens=length).tolist()
     model = hf_paligemma(folder, dtype, args.device).eval()
     model.generation_config.eos_token_id = None
-    given = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    how = {"max_new_tokens": length, "do_sample": False, "cache_implementation": cache}
+    options = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    options |= greedy(length, cache)
 
     def run():
-        return no_grad(lambda: model.generate(ids, **given, **how))[:, ids.shape[1] :].tolist()
+        return no_grad(lambda: model.generate(ids, **options))[:, ids.shape[1] :].tolist()
 
     return run
 
@@ -897,19 +902,20 @@ def live_bytes(args):
     """Bytes alive at the peak of the real 3B's LoRA step in bf16, counted on tensors without
     numbers (memory.py): 1024 image tokens, 100 of question, 300 learned; exact, on any machine."""
     layers = 2 if args.quick else memory.LAYERS
-    peaks = {name: memory.theirs(layers, **how) for name, how in memory.THEIRS.items()}
+    peaks = {name: memory.theirs(layers, **options) for name, options in memory.THEIRS.items()}
     both = "suffix logits + checkpointing"
-    for case, how, targets in (
+    for case, options, targets in (
         ("features cached", {}, {"as people run it": 0.45, "suffix logits": None}),
         ("features cached, checkpointing", {"checkpointing": True}, {both: 0.85}),
         ("picture computed", {"cached": False}, {"as people run it": None}),
         ("picture computed, checkpointing", {"cached": False, "checkpointing": True}, {both: None}),
     ):
         progress(f"memory, {case}")
-        peak = memory.ours(layers, **how)
+        peak = memory.ours(layers, **options) / GIB
         for against, target in targets.items():
-            values = (peak / GIB, peaks[against] / GIB, "GiB", peak / peaks[against])
-            row = Row("memory", case, against, *values, target=target, at_most=True)
+            theirs = peaks[against] / GIB
+            row = Row("memory", case, against, peak, theirs, "GiB", peak / theirs)
+            row.target, row.at_most = target, True
             yield row
 
 
@@ -923,7 +929,7 @@ def loading(args):
 
     layers = (26, 27) if args.full_depth else (2, 2)
     t5 = t5_folder(args, "base")
-    pali = made_once(args, "paligemma", functools.partial(write_paligemma, *layers))
+    pali = made_once(args, "paligemma", partial(write_paligemma, *layers))
     models = {
         f"mm-cot T5-base, fp32, {gigabytes(t5)}": (
             lambda: fusion.MultimodalT5.from_pretrained(t5),
@@ -936,9 +942,7 @@ def loading(args):
     }
     for name, loads in models.items():
         for read in (False, True):
-            ours, theirs = (
-                Side(functools.partial(loader, load, args.device, read)) for load in loads
-            )
+            ours, theirs = (Side(partial(loader, load, args.device, read)) for load in loads)
             theirs.target = None if read else 3.0
             case = f"{name}, read" if read else name
             yield from compare(args, "loading", case, "s", ours, {"from_pretrained": theirs}, same)
@@ -985,7 +989,7 @@ import io, json, os, sys
 import torch
 import data, lora, model, train
 from support.training.settings import parse_args
-from support.training.journal import Journal
+from support.training.runs import Checkpoints, Log
 from support.dataset.tokenizers import load_tokenizer
 folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -998,7 +1002,8 @@ side = pg.config.vision.image_size
 pixels = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
 example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().numpy()}
 log = io.StringIO()
-train.fit(pg, [example], lambda model: {}, flags, "start", 1.0, Journal(log))
+plan = train.make_plan(flags, "start", 1.0, pg, [example], lambda loss_of: {})
+train.fit(plan, Checkpoints(Log(log)))
 print(json.loads(log.getvalue())["loss"], flush=True)
 os._exit(0)
 """
@@ -1043,7 +1048,7 @@ rows = [{name: value[0] for name, value in batch.items()}]
 print(Trainer(pg, how, train_dataset=rows).train().training_loss, flush=True)
 os._exit(0)
 """
-STARTUP = {  # the same job from `python` to the end of its first training step
+STARTUP = {  # the same job from the start of Python to the end of its first training step
     "ours": OUR_START,
     "transformers + peft, own loop": THEIR_START + THEIR_LOOP,
     "transformers + peft, Trainer": THEIR_START + THEIR_TRAINER,
@@ -1064,13 +1069,11 @@ def start_up(args):
             raise RuntimeError(f"The start-up script of {name} failed:\n{done.stderr[-2000:]}")
         return torch.tensor(float(done.stdout.split()[-1]))
 
-    ours, *theirs = (
-        Side(lambda name=name: functools.partial(script, name), target=2.5) for name in STARTUP
-    )
-    opponents = dict(zip(list(STARTUP)[1:], theirs, strict=True))
+    sides = {name: Side(partial(partial, script, name), target=2.5) for name in STARTUP}
+    ours = sides.pop("ours")
     case = "first LoRA step of a small PaliGemma2"
-    args = argparse.Namespace(**vars(args) | {"memory": False})
-    yield from compare(args, "start-up", case, "s", ours, opponents, close(1e-4))
+    args = argparse.Namespace(**vars(args) | {"no_memory": True})
+    yield from compare(args, "start-up", case, "s", ours, sides, close(1e-4))
 
 
 # ---- how cost grows ------------------------------------------------------------------------------
@@ -1095,8 +1098,7 @@ def t5_step(length, B, V):
     batch = {"input_ids": ids[:, :length], "attention_mask": torch.ones(B, length).long()}
     batch |= {"labels": ids[:, length:], "decoder_input_ids": ids[:, length:]}
     batch["image_features"] = torch.ones(B, *FEATURES)
-    flags = support.training.settings.parse_args(["--model", "mmcot"])
-    return step_of(model, train.t5_loss, batch, flags)
+    return step_of(ready(model, "cpu"), train.t5_loss, batch)
 
 
 def lora_step(length, B, V):
@@ -1113,8 +1115,7 @@ def lora_step(length, B, V):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds}
     batch["labels"] = ids.masked_fill(kinds == 0, -100)
     batch["image_features"] = torch.ones(B, 16, 256)
-    flags = support.training.settings.parse_args(["--model", "paligemma"])
-    return step_of(model.train(), train.paligemma_loss, batch, flags)
+    return step_of(ready(model.train(), "cpu"), train.paligemma_loss, batch, "example")
 
 
 def loss_of(length, B, V, chunked=True):
@@ -1123,11 +1124,10 @@ def loss_of(length, B, V, chunked=True):
     weight = torch.randn(V, 256) / 16
     states = torch.randn(B, length, 256, requires_grad=True)
     labels = torch.randint(2, V, (B, length))
-    flags = support.training.settings.parse_args(["--model", "paligemma"])
 
     def run():
         if chunked:
-            loss, count = train.cross_entropy(lambda x: x @ weight.T, weight, states, labels, flags)
+            loss, count = train.cross_entropy(lambda x: x @ weight.T, weight, states, labels)
             (loss / count).backward()
         else:
             F.cross_entropy((states @ weight.T).flatten(0, 1), labels.flatten()).backward()
@@ -1136,32 +1136,28 @@ def loss_of(length, B, V, chunked=True):
     return run, [weight, states, labels]
 
 
-def step_of(model, loss_function, batch, flags):
+def step_of(model, loss_function, batch, weighting="token"):
     with silence():
-        optimizer = optimizing.make_optimizer(model, 1e-4, 0.01)
+        optimizer = optim.make_optimizer(model, 0.01)
 
     def run():
-        loss, count = loss_function(model, batch, flags)
+        loss, count = loss_function(model, batch, weighting)
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step(1e-4)
         optimizer.zero_grad()
 
     run()  # AdamW makes its moments
-    kept = [t for state in optimizer.state.values() for t in state.values()]
-    return run, [
-        *model.parameters(),
-        *model.buffers(),
-        *kept,
-        *filter(torch.is_tensor, batch.values()),
-    ]
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    inputs = [t for t in batch.values() if torch.is_tensor(t)]
+    return run, [*model.parameters(), *model.buffers(), *moments, *inputs]
 
 
-GROWTH = {  # what: (function of tokens, batch, vocabulary; colour)
+GROWTH = {  # name: (function of tokens, batch, vocabulary; colour)
     "T5 training step": (t5_step, "#1b6ca8"),
     "PaliGemma LoRA step": (lora_step, "#c4572b"),
     "loss, in chunks": (loss_of, "#2f7d32"),
-    "loss, all logits at once": (functools.partial(loss_of, chunked=False), "#8a8a8a"),
+    "loss, all logits at once": (partial(loss_of, chunked=False), "#8a8a8a"),
 }
 AXES = {  # which of (tokens, batch, vocabulary) grows, and through what; the others stay
     "text tokens": [(n, 2, 4096) for n in (64, 128, 256, 512, 1024)],
@@ -1178,28 +1174,25 @@ def growth(args):
     for column, (axis, points) in enumerate(AXES.items()):
         points = points[:2] if args.quick else points
         sizes = [point[column] for point in points]
-        for what, (make, colour) in GROWTH.items():
+        for name, (make, colour) in GROWTH.items():
             seconds, peaks = [], []
             for point in points:
-                progress(f"growth over {axis}: {what}, {point[column]}")
+                progress(f"growth over {axis}: {name}, {point[column]}")
                 run, before = make(*point)
                 seconds.append(min(clock(run, args.clock) for _ in range(args.repeats)))
                 peaks.append(live_peak(run, before))
-            panels.setdefault(("seconds", axis), {})[what] = sizes, seconds, colour
-            panels.setdefault(("MiB at the peak", axis), {})[what] = (
-                sizes,
-                [p / 2**20 for p in peaks],
-                colour,
-            )
+            mib = [peak / 2**20 for peak in peaks]
+            panels.setdefault(("seconds", axis), {})[name] = sizes, seconds, colour
+            panels.setdefault(("MiB at the peak", axis), {})[name] = sizes, mib, colour
             half = len(points) // 2  # what is constant no longer shows in the larger sizes
             grown, size = peaks[-1] / peaks[half], sizes[-1] / sizes[half]
-            case = f"{what}: peak, {axis} {sizes[half]} to {sizes[-1]}"
-            flat = axis == "vocabulary" and "chunks" in what
+            case = f"{name}: peak, {axis} {sizes[half]} to {sizes[-1]}"
+            flat = axis == "vocabulary" and "chunks" in name
             row = Row("growth", case, "growth of the size", grown, size, "times", grown / size)
             row.target, row.at_most = (1.1 / size if flat else None), True
             yield row
     if args.plot:
-        Path(args.plot).write_text(svg(panels))
+        Path(args.plot).write_text("\n".join(svg(panels)))
 
 
 W, H = 300, 210  # of a panel
@@ -1209,59 +1202,57 @@ LINEAR = 'stroke="#777" stroke-dasharray="2 4"'
 def svg(panels):
     """Panels, {(y label, x label): {name: (xs, ys, colour)}}, as rows by y and columns by x; both
     axes logarithmic, and the thin line in each has slope one: linear growth."""
-    ys, xs = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
-    wide, high = len(xs) * (W + 80) + 40, len(ys) * (H + 75) + 70
+    rows, columns = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
+    width, height = len(columns) * (W + 80) + 40, len(rows) * (H + 75) + 70
     font = 'font-family="Helvetica, Arial, sans-serif" font-size="13"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" {font}>']
-    parts.append(f'<rect width="{wide}" height="{high}" fill="white"/>')
-    parts.append(f'<path d="M980,26h24" {LINEAR}/><text x="1012" y="30">linear</text>')
+    yield f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" {font}>'
+    yield f'<rect width="{width}" height="{height}" fill="white"/>'
     names = {name: colour for lines in panels.values() for name, (*_, colour) in lines.items()}
-    for i, (name, colour) in enumerate(names.items()):
-        at = 60 + 230 * i
-        parts.append(f'<path d="M{at},26h24" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{at + 32}" y="30">{name}</text>')
+    styles = {name: f'stroke="{colour}" stroke-width="3"' for name, colour in names.items()}
+    for i, (name, style) in enumerate((styles | {"linear": LINEAR}).items()):
+        yield f'<path d="M{60 + 230 * i},26h24" {style}/>'
+        yield f'<text x="{92 + 230 * i}" y="30">{name}</text>'
     for (y, x), lines in panels.items():
-        left, top = 70 + xs.index(x) * (W + 80), 60 + ys.index(y) * (H + 75)
-        parts += [f'<g transform="translate({left},{top})">', *panel(lines, x, y), "</g>"]
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        left, top = 70 + columns.index(x) * (W + 80), 60 + rows.index(y) * (H + 75)
+        yield f'<g transform="translate({left},{top})">'
+        yield from panel(lines, x, y)
+        yield "</g>"
+    yield "</svg>\n"
 
 
 def panel(lines, x_label, y_label):
-    every = [[v for xs_ys in lines.values() for v in xs_ys[i]] for i in (0, 1)]
-    (x0, x1), (y0, y1) = ((min(v) / 1.15, max(v) * 1.15) for v in every)
+    xs = sorted({x for points, _, _ in lines.values() for x in points})
+    ys = sorted({y for _, points, _ in lines.values() for y in points})
+    x0, x1, y0, y1 = xs[0] / 1.15, xs[-1] * 1.15, ys[0] / 1.15, ys[-1] * 1.15
 
-    def across(x):
-        return W * math.log(x / x0) / math.log(x1 / x0)
-
-    def up(y):
-        return H - H * math.log(y / y0) / math.log(y1 / y0)
+    def place(x, y):
+        right = W * math.log(x / x0) / math.log(x1 / x0)
+        return f"{right:.1f}", f"{H - H * math.log(y / y0) / math.log(y1 / y0):.1f}"
 
     yield f'<rect width="{W}" height="{H}" fill="none" stroke="#444"/>'
-    for x in sorted(set(every[0])):
-        yield f'<path d="M{across(x):.1f},{H}v5" stroke="#444"/>'
-        yield f'<text x="{across(x):.1f}" y="{H + 19}" text-anchor="middle">{short(x)}</text>'
+    for x in xs:
+        across, _ = place(x, y0)
+        yield f'<path d="M{across},{H}v5" stroke="#444"/>'
+        yield f'<text x="{across}" y="{H + 19}" text-anchor="middle">{short(x)}</text>'
     for y in (m * 10.0**e for e in range(-6, 7) for m in ((1, 3) if y1 / y0 > 30 else (1, 2, 5))):
         if y0 <= y <= y1:
-            yield f'<path d="M0,{up(y):.1f}h{W}" stroke="#ddd"/>'
-            yield f'<text x="-6" y="{up(y) + 4:.1f}" text-anchor="end">{short(y)}</text>'
-    span = min(x1 / x0, y1 / y0)  # a line of slope one, through the lower left corner
-    ends = f"M0,{H}L{across(x0 * span):.1f},{up(y0 * span):.1f}"
-    yield f'<path d="{ends}" {LINEAR}/>'
-    for xs, ys, colour in lines.values():
-        points = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in zip(xs, ys, strict=True))
-        yield f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        for point in points.split():
-            x, y = point.split(",")
-            yield f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>'
+            _, up = place(x0, y)
+            yield f'<path d="M0,{up}h{W}" stroke="#ddd"/>'
+            yield f'<text x="-6" y="{up}" dy="4" text-anchor="end">{short(y)}</text>'
+    span = min(x1 / x0, y1 / y0)  # a line of slope one, from the lower left corner
+    yield f'<path d="M0,{H}L{",".join(place(x0 * span, y0 * span))}" {LINEAR}/>'
+    for values, heights, colour in lines.values():
+        points = [place(x, y) for x, y in zip(values, heights, strict=True)]
+        path = " ".join(",".join(point) for point in points)
+        yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        yield from (f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in points)
     yield f'<text x="{W / 2}" y="{H + 38}" text-anchor="middle">{x_label}</text>'
-    place = f'transform="translate(-50,{H / 2}) rotate(-90)" text-anchor="middle"'
-    yield f"<text {place}>{y_label}</text>"
+    turned = f'transform="translate(-50,{H / 2}) rotate(-90)" text-anchor="middle"'
+    yield f"<text {turned}>{y_label}</text>"
 
 
 def short(n):
-    if n > 2000:
-        return f"{n / 1000:.0f}k"
-    return f"{n:g}"
+    return f"{n / 1000:.0f}k" if n > 2000 else f"{n:g}"
 
 
 # ---- all items, in the order of the table --------------------------------------------------------
@@ -1287,10 +1278,10 @@ def line(row):
     """A row as text."""
     ours, theirs = (f"{x:.4g}" for x in (row.ours, row.theirs))
     spread = f"{row.spread[0]:.2f}-{row.spread[1]:.2f}" if row.spread else ""
-    target = f"{'<=' if row.at_most else '>='} {row.target:g}" if row.target else ""
+    target = ""
     if row.target:
         met = row.ratio <= row.target if row.at_most else row.ratio >= row.target
-        target += "" if met else " missed"
+        target = f"{'<=' if row.at_most else '>='} {row.target:g}{'' if met else ' missed'}"
     memory = " / ".join("-" if m is None else f"{m / GIB:.2f}" for m in row.memory or ())
     name = f"{row.item}: {row.case}"
     return (
@@ -1336,24 +1327,22 @@ def parse_args(argv):
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--json", metavar="FILE", help="write machine and rows there as well")
-    plot = "draw how cost grows (item growth), as SVG"
-    parser.add_argument("--plot", metavar="FILE", help=plot)
-    deep = "all layers on a CPU too: hours, and 24 GB"
-    parser.add_argument("--full-depth", action="store_true", help=deep)
-    tiny = "toy sizes: tries the program, says nothing about speed"
-    parser.add_argument("--quick", action="store_true", help=tiny)
-    busy = "count CPU seconds, not the wall clock's: for a machine that others use; --threads 1"
-    parser.add_argument("--cpu-time", action="store_true", help=busy)
-    none = "no processes to measure memory"
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help=none)
-    parser.add_argument("--side", help=argparse.SUPPRESS)  # ITEM/CASE/SIDE: the child's orders
+    parser.add_argument("--plot", metavar="FILE", help="draw how cost grows (item growth), as SVG")
+    for flag, text in (
+        ("--full-depth", "all layers on a CPU too: hours, and 24 GB"),
+        ("--quick", "toy sizes: tries the program, says nothing about speed"),
+        ("--cpu-time", "count CPU seconds: for a machine that others use; with --threads 1"),
+        ("--no-memory", "start no processes to measure memory"),
+    ):
+        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # ITEM/CASE/SIDE, for the child
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # where its parent's files are
     args = parser.parse_args(argv)
     args.clock = cpu_seconds if args.cpu_time else time.perf_counter
     args.full_depth |= args.device.startswith("cuda")
     sizes = [flag for flag in ("full_depth", "quick") if getattr(args, flag)]
-    args.given = [f"--{flag.replace('_', '-')}" for flag in sizes]
-    args.given += ["--device", args.device, "--threads", str(args.threads)]
+    args.child = [f"--{flag.replace('_', '-')}" for flag in sizes]
+    args.child += ["--device", args.device, "--threads", str(args.threads)]
     return args
 
 

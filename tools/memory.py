@@ -11,7 +11,6 @@ a kernel borrows while it runs. tests/test_memory.py compares a count with the r
 """
 
 import weakref
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -138,10 +137,9 @@ def ours(layers=LAYERS, checkpointing=False, cached=True, quick=True):
     model.language_model.checkpointing = checkpointing
     if cached:
         model.vision_tower = model.multi_modal_projector = None
-    args = SimpleNamespace(weighting="token", label_smoothing=0.0)
 
     def loss_of(model, batch):
-        loss, count = train.paligemma_loss(model, batch, args)
+        loss, count = train.paligemma_loss(model, batch)
         return loss / count
 
     picture = {"image_features": (IMAGE, 2304)} if cached else {"pixel_values": (3, 448, 448)}

@@ -31,12 +31,15 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from conftest import ROOT
-from test_resume import MMCOT, PALI, ended, flip, results, started
 
-import data
-import train
-from support.training.journal import Stopped
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/helpers")]
+
+from small_runs import MMCOT, PALI, ended, flip, results, started  # noqa: E402
+
+import data  # noqa: E402
+import train  # noqa: E402
+from support.training.runs import Stopped  # noqa: E402
 
 FAULTS = ("SIGKILL", "SIGTERM", "full disk", "torn state")
 BAD = {"bad answer": "train", "no picture": "train", "torn picture": "val", "26 choices": "test"}
@@ -70,7 +73,7 @@ def planted(folder):
     return folder / "bad.jsonl"
 
 
-def kinds(folder):
+def runs_of(folder):
     """{name: flags} of the runs."""
     skip = ["--data", str(planted(folder / "data")), "--on-error", "skip"]
     mmcot = ["--weights", str(ROOT / "demo/t5"), "--vision-weights", str(ROOT / "demo/detr")]
@@ -86,8 +89,9 @@ def kinds(folder):
 
 
 def check_skipped(folder):
-    found = [json.loads(line)["id"] for line in (folder / "skipped.jsonl").read_text().splitlines()]
-    assert len(found) == len(BAD) + 1 and {*BAD} < {*found}, found
+    lines = (folder / "skipped.jsonl").read_text().splitlines()
+    ids = [json.loads(line)["id"] for line in lines]
+    assert len(ids) == len(BAD) + 1 and {*BAD} < {*ids}, ids
 
 
 @contextlib.contextmanager
@@ -126,9 +130,9 @@ def struck(fault, flags, folder, seconds, chance, mount):
     times = 0
     while status:
         error = folder.with_suffix(".error")
-        said = error.read_text() if error.exists() else ""
-        fine = status == -signal.SIGKILL or "Stopped" in said or "the disk is full" in said
-        assert fine and times < 3, f"{fault}: status {status}, {said}"
+        text = error.read_text() if error.exists() else ""
+        fine = status == -signal.SIGKILL or "Stopped" in text or "the disk is full" in text
+        assert fine and times < 3, f"{fault}: status {status}, {text}"
         error.unlink(missing_ok=True)
         status, times = ended(started(folder, [*flags, "--resume"])), times + 1
     return times
@@ -148,7 +152,7 @@ def in_this_process(flags, folder, stop_after=None):
             timer.cancel()
 
 
-def look():
+def measured():
     """(MiB resident, open files) of this process, when free memory is given back: how much of it
     glibc keeps changes by 10 MiB from run to run."""
     gc.collect()
@@ -176,7 +180,7 @@ def soak(minutes, seed, folder):
     runs, resumes, whole = Counter(), Counter(), {}
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two runs
     with disk(folder / "disk") as mount:
-        flags = kinds(folder)
+        flags = runs_of(folder)
         for name in flags:
             began = time.monotonic()
             assert ended(started(folder / "whole", flags[name])) == 0, name
@@ -199,7 +203,7 @@ def soak(minutes, seed, folder):
             in_this_process(flags[name], folder / "run", stop)
             assert results(folder / "run") == expected, f"turn {turn}: {name}, in this process"
             shutil.rmtree(folder / "run")
-            looks.append((time.monotonic() - start, *look()))
+            looks.append((time.monotonic() - start, *measured()))
             if turn % 10 == 0:
                 print(
                     f"{looks[-1][0]:6.0f} s  {turn + 1} turns  {looks[-1][1]:.1f} MiB", flush=True
@@ -207,11 +211,11 @@ def soak(minutes, seed, folder):
     return {"faults": {f: (runs[f], resumes[f]) for f in faults}, "looks": looks}
 
 
-def judge(found, minutes):
+def judge(result):
     """Print the table; the sentences of what is wrong."""
-    looks, wrong = found["looks"], []
+    looks, wrong = result["looks"], []
     print(f"\n{'fault':12} {'runs':>5} {'resumes':>8}  ended as the run that was never stopped")
-    for fault, (runs, resumes) in found["faults"].items():
+    for fault, (runs, resumes) in result["faults"].items():
         print(f"{fault:12} {runs:5} {resumes:8}  all")
     slope, first, last = trend([look[:2] for look in looks])
     files, bound = [look[2] for look in looks], SHARE * first / HOURS
@@ -235,8 +239,8 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCOT_CACHE"] = f"{folder}/cache"
-        found = soak(args.minutes, args.seed, Path(folder))
-    if wrong := judge(found, args.minutes):
+        result = soak(args.minutes, args.seed, Path(folder))
+    if wrong := judge(result):
         sys.exit(f"soak.py: {'; '.join(wrong)}.")
 
 

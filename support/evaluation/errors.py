@@ -15,7 +15,6 @@ from pathlib import Path
 
 import data
 from data import Problem
-from demo import scenes
 from support import files
 from support.dataset.choices import LETTERS
 from support.dataset.traces import load_traces
@@ -218,7 +217,7 @@ def scene_statements(rationale: str, facts: dict | None) -> list[tuple[str, bool
     """[(sentence, does it hold)] of a rationale about the demo's scene, no sentence twice."""
     if not facts or not rationale:
         return []
-    from demo.teacher import claims
+    from demo.judge import claims
 
     unique = dict(claims(rationale, facts))
     return [(text, holds) for text, holds in unique.items() if holds is not None]
@@ -271,7 +270,9 @@ def known_types(where: str, traces: str | None = None, skip_bad: bool = False) -
 
 def scene_facts(where: str) -> dict[str, dict]:
     """{id: facts} of the demo, or of a folder like it; {} of other data."""
-    path = (scenes.demo_folder() if where == "demo" else Path(where)) / "scenes.json"
+    from demo.scenes import demo_folder  # late: only the demo needs it
+
+    path = (demo_folder() if where == "demo" else Path(where)) / "scenes.json"
     return files.read_json(path) if path.is_file() else {}
 
 
@@ -294,7 +295,7 @@ def classify_all(
 def refine(graded: list[Graded], judge: Callable[[list], list[dict]]) -> list[Graded]:
     """Answers of `classify_all`, their kinds corrected by a judge who is shown the image: a
     function of (problem, rationale, answer) items that returns a verdict of each, as
-    `judging.judge_many` does. It is asked about rationales that came to an end."""
+    `filters.judge_many` does. It is asked about rationales that came to an end."""
     graded = list(graded)
     rows = []
     items = []

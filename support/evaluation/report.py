@@ -42,7 +42,7 @@ from support.evaluation.grading import CUE
 from support.evaluation.metrics import axes
 from support.evaluation.models import paligemma_inputs
 from support.evaluation.tables import Column, differences, heading, report_tables
-from support.training.folders import run_config
+from support.training.settings import read_config
 
 TEMPLATE = Path(__file__).with_suffix(".html")  # page, style and script
 TAGS = ("topic", "category", "task", "grade")  # to filter by, as well as the table's axes
@@ -163,7 +163,7 @@ def run_facts(name: str, column: Column) -> dict:
     config.json and no log.jsonl: those of the run are used."""
     home = column.folder or Path(name)
     home = home if (home / "config.json").is_file() else home.parent
-    config = run_config(home)
+    config = read_config(home)
     words = [config.get("model"), config.get("recipe"), heading(column.scores)]
     words.append(f"{column.scores['n']} problems")
     if "seed" in config:
@@ -184,6 +184,8 @@ def loss_curves(file: Path) -> list[dict]:
     for where, entry in files.json_lines(file, may_be_torn=True):
         if not is_log_entry(entry):
             raise ValueError(f"{where} is not a line that train.py writes. Delete the file.")
+        if "kernel" in entry:  # what was proved before the first step
+            continue
         if entry["stage"] != last_stage or entry["step"] <= last_step:
             stages.append({"stage": entry["stage"]} | {key: [] for key in LOGGED})
         last_stage = entry["stage"]
@@ -325,10 +327,10 @@ def paligemma_map(model: PaliGemma, example: dict, ids: list[int], tokenizer: To
     chosen = worth_a_map(tokens) if is_patch.any() else []
     before = len(example["input_ids"]) - 1  # the position that predicts the first id
     rows = torch.tensor([before + i for i in chosen], dtype=torch.long, device=device)  # (n,)
-    seen = []
+    captured = []
 
     def watch(module, args, weights):  # (1, K, G, T, T)
-        seen.append(weights[0, :, :, rows][..., is_patch].mean((0, 1)).float().cpu())  # (n, I)
+        captured.append(weights[0, :, :, rows][..., is_patch].mean((0, 1)).float().cpu())  # (n, I)
 
     layers = model.language_model.layers
     last = [layer.self_attn.softmax for layer in layers[len(layers) * 2 // 3 :]]
@@ -339,7 +341,7 @@ def paligemma_map(model: PaliGemma, example: dict, ids: list[int], tokenizer: To
         for hook in hooks:
             hook.remove()
     p = model.head(states).float().softmax(-1)[torch.arange(len(ids)), ids]  # (U,)
-    maps = torch.stack(seen).mean(0) if chosen else torch.zeros(0, 1)  # n x I; 0 x 1 of none
+    maps = torch.stack(captured).mean(0) if chosen else torch.zeros(0, 1)  # n x I; 0 x 1 of none
     grey = (maps / maps.amax(1, keepdim=True).clamp(min=1e-9) * 255).round().byte()
     encoded = [base64.b64encode(row.numpy().tobytes()).decode() for row in grey]
     side = model.config.vision.image_size // model.config.vision.patch_size

@@ -1,22 +1,23 @@
 """Many runs in one table: the papers' ablations, and the baselines of a distilled PaliGemma.
 
-A table is {name: changed flags}, a line for each run: Multimodal-CoT's Tables 2, 3 and 6 (Zhang et
-al., arXiv 2302.00923), what a distilled PaliGemma must be compared with, and what each part of the
-distillation buys. The line that changes nothing is the run itself.
-
-Left out: the runs (train.py trains and decodes each line), and the numbers of a table
-(support/evaluation/metrics.py, support/evaluation/tables.py).
+A table is {name: changed settings}, a line for each run: Multimodal-CoT's Tables 2, 3 and 6 (Zhang
+et al., arXiv 2302.00923), what a distilled PaliGemma must be compared with, and what each part of
+the distillation buys. The line that changes nothing is the run itself. train.py trains and decodes
+each.
 """
 
-import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import data
 from support.distributed import rank
 from support.evaluation import report, tables
-from support.training import examples as records
+from support.training.examples import bad_records
+from support.training.settings import Settings
 
-MMCOT_ABLATION = {  # name: changed flags; the paper's Tables 2, 3 and 6
+Table = dict[str, dict]
+
+MMCOT_ABLATION = {  # the paper's Tables 2, 3 and 6
     "QCM->A": {"recipe": "answer", "vision": "none"},
     "QCM->RA": {"recipe": "reason", "vision": "none"},
     "QCM->AR": {"recipe": "explain", "vision": "none"},
@@ -29,8 +30,8 @@ MMCOT_ABLATION = {  # name: changed flags; the paper's Tables 2, 3 and 6
     "QCM->A, vision": {"recipe": "answer"},
 }
 BASELINES = {  # what a distilled PaliGemma is compared with; the last is the run itself
-    "base": {"recipe": "answer", "epochs": [0.0]},
-    "base, asked to reason": {"epochs": [0.0]},
+    "base": {"recipe": "answer", "epochs": (0.0,)},
+    "base, asked to reason": {"epochs": (0.0,)},
     "answer-only": {"recipe": "answer"},
     "distilled": {},
 }
@@ -40,47 +41,58 @@ PALIGEMMA_ABLATION = BASELINES | {  # one part changed in each
     "EOS not in the loss": {"eos_in_loss": False},
     "BOS after the question": {"layout": "seed"},
     "32 traces": {"limit_traces": 32},
-    "no loop stop, no forced answer": {"loop_stop": False, "force_answer": False, "epochs": [0.0]},
-    "vote of 5": {"samples": 5, "temperature": 0.7, "epochs": [0.0]},
+    "no loop stop, no forced answer": {
+        "loop_stop": False,
+        "force_answer": False,
+        "epochs": (0.0,),
+    },
+    "vote of 5": {"samples": 5, "temperature": 0.7, "epochs": (0.0,)},
 }
-DECODED_AGAIN = ("no loop stop, no forced answer", "vote of 5")  # the weights of the run itself
+# Lines that train nothing and decode the run's own weights in another way.
+DECODED_ONLY = ("no loop stop, no forced answer", "vote of 5")
 
 
-def table_of(args):
-    """{name: changed flags} of the table that a command makes; None for a run alone."""
-    if args.ablation:
-        return {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}[args.model]
-    distilled = args.model == "paligemma" and args.recipe == "reason" and args.epochs[0]
-    return BASELINES if distilled and not args.alone else None
+def table_of(settings: Settings) -> Table | None:
+    """The table that a command makes; None for a run alone."""
+    if settings.ablation:
+        return {"mmcot": MMCOT_ABLATION, "paligemma": PALIGEMMA_ABLATION}[settings.model]
+    if settings.model == "mmcot" or settings.alone:
+        return None
+    # A run that learns no reasoning would be compared with itself.
+    return BASELINES if settings.recipe == "reason" and settings.epochs[0] else None
 
 
-def lines_of(args, table):
-    """{name: flags} of every line of a table. The one that changes nothing is the run itself, in
-    `args.out`; the others have folders in it."""
+def lines_of(settings: Settings, table: Table) -> dict[str, Settings]:
+    """{name: settings} of every line of a table. The one that changes nothing is the run itself, in
+    `settings.out`; the others have folders in it."""
     lines = {}
     for name, changed in table.items():
-        plain = "".join(c if c.isalnum() else "-" for c in name.replace("->", "-"))
-        out = Path(args.out) / plain if changed else Path(args.out)
-        changed = changed | {"out": str(out)}
-        if name in DECODED_AGAIN:
-            changed |= {"weights": [args.out]} if args.full else {"adapter": args.out}
-        lines[name] = argparse.Namespace(**vars(args) | changed)
+        line = replace(settings, **changed)
+        if changed:
+            plain = "".join(c if c.isalnum() else "-" for c in name.replace("->", "-"))
+            line = replace(line, out=str(Path(settings.out) / plain))
+        if name in DECODED_ONLY and settings.full:
+            line = replace(line, weights=(settings.out,))
+        elif name in DECODED_ONLY:
+            line = replace(line, adapter=settings.out)
+        lines[name] = line
     return lines
 
 
-def show(args, lines, rows):
+def show(settings: Settings, lines: dict[str, Settings], rows: dict[str, dict]) -> None:
     """Print the summary of a table whose lines have these `rows`, {name: metrics}, and each line's
-    paired difference to the run itself; write the report of all to `args.out`."""
+    paired difference to the run itself; write the report of all to `settings.out`."""
     if rank():
         return
     print(f"\n{tables.runs_table(rows)}")
-    bad, columns = records.bad_records(vars(args)), {}
-    problems = data.load(args.data, args.test_split, bad)[: args.limit]
-    places = {name: Path(line.out) for name, line in lines.items()}
-    for name in sorted(places, key=lambda name: places[name] != Path(args.out)):  # itself first
-        if (places[name] / "predictions.jsonl").is_file():
-            graded = tables.graded_folder(places[name], problems)
-            columns[name] = tables.Column(rows[name], graded, places[name])
+    problems = data.load(settings.data, settings.test_split, bad_records(settings.on_error))
+    problems = problems[: settings.limit]
+    columns = {}
+    for name in sorted(lines, key=lambda name: lines[name].out != settings.out):  # itself first
+        out = Path(lines[name].out)
+        if (out / "predictions.jsonl").is_file():
+            graded = tables.graded_folder(out, problems)
+            columns[name] = tables.Column(rows[name], graded, out)
     if len(columns) > 1:
         print(f"\n{tables.differences(columns)[1]}")
-        report.write_report(args.out, columns)
+        report.write_report(settings.out, columns)

@@ -1,109 +1,133 @@
-"""What stops a training that goes wrong without a word, with the reason and the records.
+"""What stops a training that goes wrong without an error, with the reason and the records.
 
-All but one stop it before the step is taken; whether weights move is seen after the first two. A
+All but one stop it before the step is taken; whether weights move is known after the first two. A
 mask leak could be seen by a loss far below the base model's, but how far is a guess; so the first
-batch is asked directly whether a prediction changes with what it must not see. `loss_of` is
+batch is tested directly: does a prediction change with what it must not see? `loss_of` is
 train.py's `LossOf` everywhere: it makes a batch of rows and gives the summed loss of one. A window
 is the list of batches, lists of rows, of one step.
 
-Left out: loss spikes, slow learning, overfitting. They are seen in log.jsonl, and no threshold is
-right for all runs.
+Loss spikes, slow learning and overfitting are seen in log.jsonl: no threshold is right for all.
 """
 
 import math
 
 import torch
 
-from support.distributed import own_part
-from support.training.optim import trained
+from support.distributed import own_shard
+from support.training.optim import LossOf, Rows, trained
 
 
-def evaluated_loss(loss_of, rows, shown=None, told=None, junk=None):
-    """Summed loss of the rows' first `told` targets each (None: of all), in evaluation mode.
-    `shown` are rows that take their place in all that the model reads; `junk` is an id that
-    takes the place of pads."""
+def ids_of(rows: Rows) -> str:
+    return ", ".join(row["id"] for row in rows)
+
+
+# ---- leaks ---------------------------------------------------------------------------------------
+
+
+def evaluated_loss(
+    loss_of: LossOf,
+    rows: Rows,
+    shown: Rows | None = None,
+    targets: int | None = None,
+    pad_id: int | None = None,
+) -> float:
+    """Summed loss of the rows' first `targets` targets each (None: of all), in evaluation mode.
+    `shown` are rows that the model reads in their place; `pad_id` takes the place of pads."""
     loss_of.model.eval()
-    batch, labels = loss_of.batch(shown or rows), loss_of.batch(rows)["labels"]
-    if told is not None:
-        labels = labels.masked_fill((labels != -100).cumsum(1) > told, -100)
-    if junk is not None:
-        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, junk)
+    batch = loss_of.batch(shown or rows)
+    labels = loss_of.batch(rows)["labels"]
+    if targets is not None:
+        labels = labels.masked_fill((labels != -100).cumsum(1) > targets, -100)
+    if pad_id is not None:
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, pad_id)
     with torch.inference_mode():
         return loss_of(batch | {"labels": labels})[0].item()
 
 
-def changed_from(example, first, ids):
-    """The example with other targets from the `first` on, each the next one among `ids`; where the
+def changed_from(row: dict, first: int, ids: list[int]) -> dict:
+    """The row with other targets from the `first` on, each the next one among `ids`; where the
     sequence has the target too (PaliGemma), there as well."""
-    labels, source = list(example["labels"]), list(example["input_ids"])
+    labels = list(row["labels"])
+    source = list(row["input_ids"])
     places = [i for i, label in enumerate(labels) if label != -100]
     for i in places[first:]:
         new = ids[(ids.index(labels[i]) + 1) % len(ids)]
-        if "token_type_ids" in example:
+        if "token_type_ids" in row:
             source[i] = new
         labels[i] = new
-    return example | {"labels": labels, "input_ids": source}
+    return row | {"labels": labels, "input_ids": source}
 
 
-def stop_if_it_leaks(loss_of, rows, stage):
+def same_loss(one: float, other: float) -> bool:
+    """Up to rounding; where one is not a number another check says so."""
+    return one != one or other != other or abs(one - other) <= 1e-5 * max(1, abs(one))
+
+
+def stop_if_it_leaks(loss_of: LossOf, rows: Rows, stage: str) -> None:
     """On four rows of the first batch: the loss of a target must be the same, whatever this target
-    and those behind it are, and whatever is at the pads; and every target of a row is in the loss.
+    and those after it are, and whatever is at the pads; and every target of a row is in the loss.
     A decoder that sees ahead, labels that are not shifted, a suffix that counts as prefix and pads
     that are attended to or learned all change it. RuntimeError names the rows."""
     rows = rows[:4]
-    labels = [[i for i in e["labels"] if i != -100] for e in rows]
-    ids = sorted({0}.union(*labels))
-    said = f"{stage}, before the first step, in {', '.join(e['id'] for e in rows)}: "
-
-    def same(one, other):  # where neither is a number another guard says so
-        return one != one or other != other or abs(one - other) <= 1e-5 * max(1, abs(one))
-
-    for first in {0, min(map(len, labels)) // 2}:
-        other = [changed_from(e, first, ids) for e in rows]
-        loss = evaluated_loss(loss_of, rows, told=first + 1)
-        if not same(loss, seen := evaluated_loss(loss_of, rows, other, told=first + 1)):
+    targets = [[i for i in row["labels"] if i != -100] for row in rows]
+    ids = sorted({0}.union(*targets))
+    where = f"{stage}, before the first step, in {ids_of(rows)}: "
+    for first in {0, min(map(len, targets)) // 2}:
+        others = [changed_from(row, first, ids) for row in rows]
+        loss = evaluated_loss(loss_of, rows, targets=first + 1)
+        changed = evaluated_loss(loss_of, rows, others, targets=first + 1)
+        if not same_loss(loss, changed):
             raise RuntimeError(
-                f"{said}the loss of the first {first + 1} targets changes from {loss:.6g} to "
-                f"{seen:.6g} with the last of them and those behind it: the model sees what it "
-                "shall predict. Look at the attention mask, token_type_ids and the shift of labels."
+                f"{where}label leak: the model can see its targets. The loss of the first "
+                f"{first + 1} changes from {loss:.6g} to {changed:.6g} with the last of them and "
+                "those after it. Look at the attention mask, token_type_ids and the shift of "
+                "labels."
             )
+    count = sum(map(len, targets))
     supervised = int((loss_of.batch(rows)["labels"] != -100).sum())
-    loss, seen = evaluated_loss(loss_of, rows), evaluated_loss(loss_of, rows, junk=ids[-1])
-    if supervised != sum(map(len, labels)) or not same(loss, seen):
+    loss = evaluated_loss(loss_of, rows)
+    changed = evaluated_loss(loss_of, rows, pad_id=ids[-1])
+    if supervised != count or not same_loss(loss, changed):
         raise RuntimeError(
-            f"{said}pads take part: {supervised} targets of {sum(map(len, labels))} are in the "
-            f"loss, which is {loss:.6g}, and {seen:.6g} with other ids at the pads. Look at the "
-            "attention mask and at -100 in the labels."
+            f"{where}pads take part: {supervised} targets of {count} are in the loss, which is "
+            f"{loss:.6g}, and {changed:.6g} with other ids at the pads. Look at the attention mask "
+            "and at -100 in the labels."
         )
 
 
-def stop_unless_supervised(window, stage, step):
+# ---- each step -----------------------------------------------------------------------------------
+
+
+def stop_unless_supervised(window: list[Rows], stage: str, step: int) -> None:
     """ValueError names the rows of a batch in which no token is in the loss."""
     for rows in window:
-        if not any(label != -100 for e in rows for label in e["labels"]):
+        if not any(label != -100 for row in rows for label in row["labels"]):
             raise ValueError(
-                f"{stage}, step {step}: no token of {', '.join(e['id'] for e in rows)} is "
-                "supervised, so nothing can be learned. Their targets are empty: look at these "
-                "records."
+                f"{stage}, step {step}: no token of {ids_of(rows)} is supervised, so nothing can "
+                "be learned. Their targets are empty: look at these records."
             )
 
 
-def stop_at_what_is_not_finite(loss_of, loss, norm, window, stage, step):
+def stop_at_what_is_not_finite(
+    loss_of: LossOf, loss: float, norm: float, window: list[Rows], stage: str, step: int
+) -> None:
     """FloatingPointError, always. Of the step's records those are named whose own loss is not
     finite; all, if each is finite alone."""
-    rows = [e for rows in window for e in rows]
-    bad = [e for e in rows if not math.isfinite(evaluated_loss(loss_of, [e]))] or rows
+    rows = [row for batch in window for row in batch]
+    bad = [row for row in rows if not math.isfinite(evaluated_loss(loss_of, [row]))]
     raise FloatingPointError(
-        f"{stage}, step {step}: loss {float(loss)}, gradient norm {float(norm)}, in "
-        f"{', '.join(e['id'] for e in bad)}. This step was not taken. Look at these records, or "
-        "lower --lr."
+        f"{stage}, step {step}: loss {loss}, gradient norm {norm}, in {ids_of(bad or rows)}. This "
+        "step was not taken. Look at these records, or lower --lr."
     )
 
 
-def stop_unless_learning(model):
+# ---- the first steps -----------------------------------------------------------------------------
+
+
+def stop_unless_learning(model: torch.nn.Module) -> None:
     """After the first backward pass every lora_B must have a gradient (A has none yet: B is 0).
-    Checkpointing behind frozen embeddings is a known way to lose them without a word. RuntimeError
-    names one of those that have none."""
+    Checkpointing after frozen embeddings is a known way to lose them silently. RuntimeError names
+    one of those that have none."""
     dead = [
         name
         for name, p in model.named_parameters()
@@ -116,32 +140,35 @@ def stop_unless_learning(model):
         )
 
 
-def steepest(model):
+def steepest(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """{name: (places, values)} of the 64 weights with the largest gradients of each trained tensor.
     A gradient below AdamW's epsilon may move nothing; lora_A has none before the second step."""
-    found = {}
+    largest = {}
     for name, p in trained(model).items():
-        grad = torch.zeros(0) if p.grad is None else own_part(p.grad).abs().flatten()
+        if p.grad is None:
+            continue
+        grad = own_shard(p.grad).abs().flatten()
         if grad.numel() and grad.max() >= 1e-8:
             places = grad.topk(min(64, len(grad))).indices
-            found[name] = places, own_part(p.detach()).flatten()[places].clone()
-    return found
+            largest[name] = places, own_shard(p.detach()).flatten()[places].clone()
+    return largest
 
 
-def stop_unless_moved(model, before, lr, window, stage, step):
+def stop_unless_moved(
+    model: torch.nn.Module, before: dict, lr: float, window: list[Rows], stage: str, step: int
+) -> None:
     """Every tensor of `steepest` must have changed, unless each number in it is so large that a
-    step of `lr` rounds to nothing beside it; and one at least. An optimizer of other tensors, a
-    rate too small for all of them and frozen copies learn nothing without a word. RuntimeError."""
-    now = trained(model) if before else {}
-    still = {
-        name: (values.abs() * torch.finfo(values.dtype).eps < lr).any()
-        for name, (places, values) in before.items()
-        if torch.equal(own_part(now[name].detach()).flatten()[places], values)
-    }
-    if still and (any(still.values()) or len(still) == len(before)):
+    step of `lr` is lost to rounding; and one at least. An optimizer of other tensors, a rate too
+    small for all of them and frozen copies learn nothing, silently. RuntimeError."""
+    params = trained(model) if before else {}
+    unmoved = {}  # {name: whether a step of `lr` should have shown}
+    for name, (places, values) in before.items():
+        if torch.equal(own_shard(params[name].detach()).flatten()[places], values):
+            unmoved[name] = (values.abs() * torch.finfo(values.dtype).eps < lr).any()
+    if unmoved and (any(unmoved.values()) or len(unmoved) == len(before)):
         raise RuntimeError(
-            f"{stage}, step {step}, in {', '.join(e['id'] for rows in window for e in rows)}: "
-            f"{len(still)} of {len(before)} trained tensors have a gradient and did not change, "
-            f"{next(iter(still))} among them. Look at --lr, the dtype and what the optimizer was "
-            "given."
+            f"{stage}, step {step}, in {ids_of([row for rows in window for row in rows])}: "
+            f"{len(unmoved)} of {len(before)} trained tensors have a gradient and did not change, "
+            f"{next(iter(unmoved))} among them. Look at --lr, the dtype and the parameters that "
+            "the optimizer has."
         )

@@ -1,128 +1,349 @@
-"""What makes a training step small and its start quick, with the mathematics unchanged.
+"""The parts of a training: its plan, a model with its loss, AdamW, and a step's state.
 
 The loss in chunks: the logits of all supervised tokens are never there at once, in neither
 direction (`in_chunks`). AdamW (Loshchilov and Hutter, arXiv 1711.05101) without the two seconds
-that torch's class takes to import. Which tensors decay is as published: see `make_optimizer`.
-
-Left out: other optimizers, gradient scaling (what is trained is fp32). The loss itself and the
-learning rate's schedule are in train.py.
+that torch's class takes to import; which tensors decay is as published. All that the next step
+depends on is one dict of tensors (`snapshot`).
 
 Axes: D width, V vocabulary, `tokens` those that are supervised.
 """
 
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch.optim.adamw import adamw
 
+import data
+import fusion
+from support.checkpoints.weights import in_file_names
+from support.distributed import on_first, rank, shard_like, summed, world
+
 LOGITS = 2**24  # of one chunk of the loss: 64 MiB in fp32
+Rows = list[dict]  # examples, as data.py makes them; a batch is a list of them
+Tensors = dict[str, torch.Tensor]
 
 
-def trained(model):
+def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """{name: parameter} of what is trained."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- a model, and its loss -----------------------------------------------------------------------
+
+
+def start_model(
+    weights: str, features: data.ImageSource | None, no_image: str, seed: int
+) -> fusion.MultimodalT5:
+    """T5, or a whole released mm-cot checkpoint, with a fusion iff the run looks at images."""
+    torch.manual_seed(seed)  # of a new fusion, and of dropout
+    model = fusion.MultimodalT5.from_pretrained(weights)
+    if features is None:
+        model.fusion = None
+    elif model.fusion is None:
+        width = model.t5.config.d_model
+        model.fusion = fusion.GatedFusion(width, features.shape[1], no_image)
+    in_file_names(model)  # an error for what could not be saved, before it is trained
+    return model
+
+
+class LossOf(torch.nn.Module):
+    """A model and its loss as one module, which is what DDP and FSDP take.
+
+    loss(model, batch, weighting, label_smoothing) gives the summed loss of a batch and what to
+    divide it by; collate(rows) gives a batch."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: Callable,
+        collate: Callable,
+        device: str,
+        weighting: str = "token",
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.collate = collate
+        self.device = device
+        self.weighting = weighting
+        self.label_smoothing = label_smoothing
+
+    def batch(self, rows: Rows) -> dict:
+        """The rows as a batch on the device."""
+        batch = self.collate(rows)
+        return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def forward(self, batch: dict) -> tuple[torch.Tensor, int]:
+        return self.loss(self.model, batch, self.weighting, self.label_smoothing)
+
+    def of(self, model: torch.nn.Module) -> "LossOf":
+        """The same loss of another model."""
+        same = (self.loss, self.collate, self.device, self.weighting, self.label_smoothing)
+        return LossOf(model, *same)
+
+
+def units(window: list[Rows], weighting: str) -> int:
+    """What a window's summed loss is divided by: its supervised tokens, or its rows."""
+    counts = [len(e["labels"]) - e["labels"].count(-100) for rows in window for e in rows]
+    return sum(counts) if weighting == "token" else sum(count > 0 for count in counts)
+
+
+@torch.inference_mode()
+def mean_loss(loss_of: LossOf, rows: Rows, batch_size: int) -> float:
+    """Cross-entropy in nats per supervised token (or of the mean row, see --weighting)."""
+    loss_of.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)  # of losses, and of what to divide by
+    order = data.batches([len(row["input_ids"]) for row in rows], batch_size)
+    for chosen in order[rank() :: world()]:
+        loss, count = loss_of(loss_of.batch([rows[i] for i in chosen]))
+        sums += torch.tensor([loss.item(), count], dtype=torch.float64)
+    total, count = summed(sums).tolist()
+    return total / count
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """A training before its first step: `train.fit` takes the steps, a dry run measures one."""
+
+    stage: str  # its name in the log and in errors
+    loss_of: LossOf
+    rows: Rows
+    windows: list[list[Rows]]  # the batches of each step
+    rates: list[float]  # learning rate of each step
+    epoch_ends: set[int]  # the steps, counted from 1, after which it validates
+    # What is logged of a model then. If it has "val_accuracy", the best epoch's weights are kept.
+    validate: Callable[[LossOf], dict]
+    weight_decay: float
+    shard: bool  # the weights over all devices, by FSDP
+    plain: bool  # without kernels
+    seed: int
+
+
+def windows(
+    rows: Rows, batch_size: int, accumulate: int, epochs: float, seed: int
+) -> list[list[Rows]]:
+    """Windows of `accumulate` batches, `epochs` times through the rows, each time freshly shuffled;
+    an epoch's last window may have fewer. One is a step of the optimizer."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [len(row["input_ids"]) + len(row["labels"]) for row in rows]
+    steps = math.ceil(steps_per_epoch(len(rows), batch_size, accumulate) * epochs)
+    result = []
+    while len(result) < steps:
+        order = data.batches(lengths, batch_size, generator)
+        batches = [[rows[i] for i in chosen] for chosen in order]
+        for start in range(0, len(batches), accumulate):
+            result.append(batches[start : start + accumulate])
+    return result[:steps]
+
+
+def steps_per_epoch(rows: int, batch_size: int, accumulate: int) -> int:
+    return math.ceil(math.ceil(rows / batch_size) / accumulate)
+
+
+def linear_decay(peak: float, steps: int) -> list[float]:
+    """The learning rate of each step: from the peak to 0, as published for mmcot."""
+    return [peak * (1 - step / max(1, steps)) for step in range(steps)]
+
+
+def warmup_cosine(peak: float, steps: int, warmup: float) -> list[float]:
+    """The learning rate of each step: linear warm-up over a share `warmup` of them, then a cosine
+    to 0. The first step's is not 0, or it would be lost."""
+    warm = max(1, round(warmup * steps))
+    rates = [peak * ((step + 1) / warm) for step in range(min(warm, steps))]
+    for step in range(warm, steps):
+        angle = math.pi * (step - warm) / max(1, steps - warm)
+        rates.append(peak * (0.5 * (1 + math.cos(angle))))
+    return rates
 
 
 # ---- the loss, some tokens at a time -------------------------------------------------------------
 
 
-def in_chunks(loss, weight, states, labels, rows):
+def in_chunks(
+    loss: Callable,
+    weight: torch.Tensor,
+    states: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
     """The sum of loss(states, labels, rows) over chunks that have `LOGITS` logits at most.
 
     states (tokens, D), labels and rows (tokens,), which go through `loss` as they are; `weight`
     (V, D) is what it multiplies states by, and gets its gradient here.
     """
-    size, given = max(1, LOGITS // len(weight)), (states, labels, rows)
+    size = max(1, LOGITS // len(weight))
     if len(states) > size and torch.is_grad_enabled():
-        return InChunks.apply(loss, size, weight, *given)
-    parts = zip(*(x.split(size) for x in given), strict=True)
-    return sum(loss(*part) for part in parts)
+        return InChunks.apply(loss, size, weight, states, labels, rows)
+    chunks = zip(states.split(size), labels.split(size), rows.split(size), strict=True)
+    return sum(loss(*chunk) for chunk in chunks)
 
 
 class InChunks(torch.autograd.Function):
     """The sum of loss(states, labels, rows) over chunks of `size`, each chunk's gradient taken at
-    once: its logits are computed once, and gone before the next chunk's are made."""
+    once: its logits are computed once, and gone before the next chunk's are computed."""
 
     @staticmethod
     def forward(ctx, loss, size, weight, states, labels, rows):
-        learned, of_weight = [weight] if ctx.needs_input_grad[2] else [], None
-        total, of_states = 0, torch.empty_like(states)
-        for at in (slice(i, i + size) for i in range(0, len(states), size)):
+        wanted = [weight] if ctx.needs_input_grad[2] else []  # a frozen head needs no gradient
+        grad_weight = None
+        grad_states = torch.empty_like(states)
+        total = 0
+        for start in range(0, len(states), size):
+            at = slice(start, start + size)
             with torch.enable_grad():
-                part = states[at].detach().requires_grad_()
-                value = loss(part, labels[at], rows[at])
-                of_states[at], *more = torch.autograd.grad(value, [part, *learned])
+                chunk = states[at].detach().requires_grad_()
+                value = loss(chunk, labels[at], rows[at])
+                grad_states[at], *rest = torch.autograd.grad(value, [chunk, *wanted])
             total += value.detach()
-            if more:
-                of_weight = more[0] if of_weight is None else of_weight.add_(more[0])
-        ctx.save_for_backward(of_states, of_weight)
+            if rest:
+                grad_weight = rest[0] if grad_weight is None else grad_weight.add_(rest[0])
+        ctx.save_for_backward(grad_states, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx, given):
-        of_states, of_weight = ctx.saved_tensors
-        of_weight = None if of_weight is None else of_weight * given
-        return None, None, of_weight, of_states * given, None, None
+    def backward(ctx, grad_output):
+        grad_states, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad_output
+        return None, None, grad_weight, grad_states * grad_output, None, None
 
 
 # ---- AdamW ---------------------------------------------------------------------------------------
-
-
-def make_optimizer(model, lr, weight_decay):
-    """AdamW with the published decay groups: no decay on vectors (norms, DoRA's magnitudes), and on
-    what has "bias" in its name, T5's relative-position tables among it. Prints how much decays."""
-    groups = {True: [], False: []}
-    for name, p in trained(model).items():
-        groups[not (p.dim() == 1 or "bias" in name)].append(p)
-    count = {decayed: sum(p.numel() for p in g) for decayed, g in groups.items()}
-    total = sum(p.numel() for p in model.parameters())
-    print(
-        f"  trainable {sum(count.values()):,} of {total:,} parameters, "
-        f"weight decay {weight_decay:g} on {count[True]:,} of them"
-    )
-    return AdamW(
-        [
-            {"params": groups[True], "weight_decay": weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=lr,
-    )
 
 
 class AdamW:
     """Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2: with m and v the running means of the
     gradient and its square, both unbiased, p loses lr (m / (sqrt(v) + eps) + weight_decay p).
 
-    It calls the function behind torch.optim.AdamW, to the bit the same, and does without that
+    It calls the function that torch.optim.AdamW calls, to the bit the same, and does without that
     class, whose first use imports torch's compiler: 2 s of each start."""
 
-    def __init__(self, groups, lr):
-        self.param_groups = [group | {"lr": lr} for group in groups]
-        self.parameters = [p for group in groups for p in group["params"]]
+    def __init__(self, param_groups: list[dict]):
+        """Groups {"params": parameters, "weight_decay": float}."""
+        self.param_groups = param_groups
+        self.parameters = [p for group in param_groups for p in group["params"]]
         self.state = {}  # {parameter: {"step", "exp_avg", "exp_avg_sq"}}
 
     @torch.no_grad()
-    def step(self):
+    def step(self, lr: float) -> None:
         for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            for p in trained:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
                 if p not in self.state:
                     moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                     self.state[p] = {"step": torch.tensor(0.0)} | moments
-            step, *moments = (
-                [self.state[p][name] for p in trained] for name in ("step", "exp_avg", "exp_avg_sq")
+            adamw(
+                params,
+                grads=[p.grad for p in params],
+                exp_avgs=[self.state[p]["exp_avg"] for p in params],
+                exp_avg_sqs=[self.state[p]["exp_avg_sq"] for p in params],
+                max_exp_avg_sqs=[],
+                state_steps=[self.state[p]["step"] for p in params],
+                lr=lr,
+                weight_decay=group["weight_decay"],
+                beta1=0.9,
+                beta2=0.999,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
             )
-            rates = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": 1e-8}
-            rates |= {"beta1": 0.9, "beta2": 0.999, "amsgrad": False, "maximize": False}
-            adamw(trained, [p.grad for p in trained], *moments, [], step, **rates)
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         numbered = enumerate(self.parameters)
         return {"state": {i: self.state[p] for i, p in numbered if p in self.state}}
 
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved: dict) -> None:
         for i, moments in saved["state"].items():
             p = self.parameters[i]
             self.state[p] = {n: t if n == "step" else t.to(p.device) for n, t in moments.items()}
+
+
+def make_optimizer(model: torch.nn.Module, weight_decay: float) -> AdamW:
+    """AdamW with the published decay groups: no decay on vectors (norms, DoRA's magnitudes), and on
+    what has "bias" in its name, T5's relative-position tables among it. Prints how much decays."""
+    decayed = []
+    spared = []
+    for name, p in trained(model).items():
+        group = spared if p.dim() == 1 or "bias" in name else decayed
+        group.append(p)
+    decays = sum(p.numel() for p in decayed)
+    trainable = decays + sum(p.numel() for p in spared)
+    total = sum(p.numel() for p in model.parameters())
+    print(
+        f"  trainable {trainable:,} of {total:,} parameters, "
+        f"weight decay {weight_decay:g} on {decays:,} of them"
+    )
+    return AdamW(
+        [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": spared, "weight_decay": 0.0},
+        ]
+    )
+
+
+def show_step(stage: str, step: int, steps: int, entry: dict, seconds: float) -> None:
+    """A line per validation; on a terminal also a running one with rate and time left."""
+    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
+    if "val_loss" in entry:
+        clear = "\r" if sys.stderr.isatty() else ""
+        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}"
+        if "val_accuracy" in entry:
+            text += f"  val accuracy {entry['val_accuracy']:.2f}"
+        print(f"{text}  {seconds:.0f} s", flush=True)
+    elif sys.stderr.isatty():
+        rate = step / seconds
+        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
+        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
+
+
+# ---- all that the next step depends on -----------------------------------------------------------
+
+
+def snapshot(model: torch.nn.Module, optimizer: AdamW | None, best: Tensors) -> Tensors:
+    """Trained weights, moments (without an optimizer none: the training has ended), the weights of
+    the best epoch and the generators, by name."""
+    tensors = {f"model.{name}": p.detach() for name, p in trained(model).items()}
+    tensors |= {f"best.{name}": p for name, p in best.items()}
+    for i, moments in optimizer.state_dict()["state"].items() if optimizer else ():
+        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    tensors = {name: on_first(t) for name, t in tensors.items()}
+    device = next(model.parameters()).device
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore(tensors: Tensors, model: torch.nn.Module, optimizer: AdamW) -> Tensors:
+    """Undo `snapshot`; returns the best weights. All are cloned: a mapped file's tensors may be
+    aligned otherwise than torch's own, and the last bits of a sum can depend on that."""
+    parts = {"model": {}, "best": {}, "optimizer": {}, "rng": {}}
+    params = trained(model) | {str(i): p for i, p in enumerate(optimizer.parameters)}
+    for name in list(tensors):
+        part, _, rest = name.partition(".")
+        # `rest` is "t5.shared.weight" or "3.exp_avg": a moment is sharded as its parameter is.
+        param = params.get(rest, params.get(rest.partition(".")[0]))
+        parts[part][rest] = shard_like(tensors.pop(name).clone(), param)
+    model.load_state_dict(parts["model"], strict=False)
+    moments = {}
+    for name, tensor in parts["optimizer"].items():
+        i, _, key = name.partition(".")
+        moments.setdefault(int(i), {})[key] = tensor
+    if moments:
+        optimizer.load_state_dict({"state": moments})
+    device = next(model.parameters()).device
+    torch.set_rng_state(parts["rng"]["cpu"])
+    if "cuda" in parts["rng"]:
+        torch.cuda.set_rng_state(parts["rng"]["cuda"], device)
+    return {name: tensor.to(device) for name, tensor in parts["best"].items()}

@@ -150,7 +150,8 @@ def test_on_token_gets_each_token_as_it_is_chosen():
 
     state.keep = lambda alive: setattr(state, "rows", state.rows[alive])
     listen = lambda t, ids: heard.append((t, ids.tolist()))  # noqa: E731
-    out = decode(logits(), step, state, 4, 1, on_token=listen)
+    model = SimpleNamespace(config=SimpleNamespace(eos_token_id=1, pad_token_id=0), step=step)
+    out = decode(model, logits(), state, 4, on_token=listen)
     assert heard == [(0, [5, 7]), (1, [6, 8]), (2, [1, 9]), (3, [4])]
     assert out.tolist() == script.tolist()
     assert [stop_reason(row, 1, 0) for row in out] == ["eos", "length"]

@@ -1,6 +1,5 @@
-"""teacher.py's command line in this process, against loopback.py: what its tests share.
-
-The fixtures `server` and `ask` are in conftest.py.
+"""teacher.py's command line in this process, against loopback.py: shared by its tests. The fixtures
+`server` and `ask` are in conftest.py.
 """
 
 import contextlib
@@ -15,6 +14,7 @@ import pytest
 from loopback import gold
 from PIL import Image
 
+import data
 import teacher
 
 KEY = "dummy-key-4f1d9c7e"
@@ -29,12 +29,10 @@ def environment(url):
 
 def questions(folder, count, **more):
     """A data file of that many questions; every third has a picture."""
-    records = []
-    for i in range(1, count + 1):
-        image = {"image": f"{i}.png"} if i % 3 == 0 else {}
-        if image:
-            Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(folder / f"{i}.png")
-        records.append(loopback.question(i, **image, **more))
+    records = [loopback.question(i, **more) for i in range(1, count + 1)]
+    for i in range(3, count + 1, 3):
+        records[i - 1]["image"] = f"{i}.png"
+        Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(folder / f"{i}.png")
     write(folder, records)
 
 
@@ -58,8 +56,8 @@ class Asker:
 
     def __call__(self, wire="gemini", *flags, **options):
         """(exit code, stdout, stderr); no key may be in them or in any file."""
-        words = ["--data", self.folder / "q.jsonl", "--out", self.out, "--teacher"]
-        argv = [*words, WIRES.get(wire, wire), *flags]
+        argv = ["--data", self.folder / "q.jsonl", "--out", self.out]
+        argv += ["--teacher", WIRES.get(wire, wire), *flags]
         for name, value in options.items():
             argv += [f"--{name.replace('_', '-')}", value]
         signal.signal(signal.SIGALRM, give_up)
@@ -68,11 +66,11 @@ class Asker:
             code = teacher.main([str(word) for word in argv])
         finally:
             signal.alarm(0)
-            self.said = self.capsys.readouterr()
-        assert KEY not in self.said.out + self.said.err
+            printed = self.capsys.readouterr()
+        assert KEY not in printed.out + printed.err
         for file in self.folder.iterdir():
             assert KEY.encode() not in file.read_bytes(), file
-        return code or 0, *self.said
+        return code, printed.out, printed.err
 
     def records(self):
         lines = self.out.read_text().splitlines() if self.out.exists() else []
@@ -104,3 +102,11 @@ def interrupted(reached, times=1):
 
 def wrong(tag):
     return {"text": f"The answer is ({'ABC'[(gold(tag) + 1) % 3]})."}
+
+
+def problem(choices=("rope", "belt", "neither"), answer="belt", meta=(), **changes):
+    """A question with choices, of which the answer is one, or without."""
+    fields = {"id": "1", "question": "Which of the 3 is longest?", "hint": "", "image": None}
+    fields |= {"choices": choices, "answer": answer, "lecture": "", "solution": ""} | changes
+    index = choices.index(answer) if choices else None
+    return data.Problem(**fields, meta={"answer_index": index} | dict(meta))

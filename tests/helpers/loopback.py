@@ -1,8 +1,8 @@
 """A teacher on 127.0.0.1 that costs nothing: it speaks the wire formats of anthropic 2.12.0 and
-google-genai 3.4.0, answers by rule, keeps a log of what was asked, and fails when told to.
+google-genai 3.4.0, answers by rule, keeps a log of its requests, and fails on demand.
 
-Questions are told apart by a tag in their text ("Q17"); `question(17)` makes one, and both sides
-compute its right answer, so that no table is shared. What a request gets is decided by
+A question has a tag in its text ("Q17"); `question(17)` makes one, and both sides compute its right
+answer, so that no table is shared. The step that a request gets is decided by
     script  {tag: [step, ...]}: one step a request, then the default; {tag: step}: always. "*" is
             every tag, "judge Q17" the judge's requests, "batches" the making of batches, "polls"
             the looks at one ("lost": made, but the reply is lost). A step is a fault's name or a
@@ -10,10 +10,9 @@ compute its right answer, so that no table is shared. What a request gets is dec
     rate    this share of the other requests gets a fault of `faults`, the same ones with every
             run (a hash of seed, tag and count), but none after the `most`-th request of a tag.
 Faults: a status ("500", "429", "429:2" with Retry-After: 2, "429:ms=40", "429:date=3", Gemini's
-"429:delay=2"), stall (never answers), drip (a byte every `drip` seconds), reset, cut (half a reply,
-then a reset), short (half a stream, properly ended), event (an error in a stream), malformed,
-empty, html, nothing (no candidate, no content block).
-Errors repeat the key they were sent, as some servers do.
+"429:delay=2"), stall (never answers), drip (a byte every 0.2 s), reset, cut (half a reply, then a
+reset), short (half a stream, properly ended), event (an error in a stream), malformed, empty, html,
+nothing (no candidate, no content block). Errors repeat the key they were sent, as some servers do.
 
 As a process (`python loopback.py`) it prints its port, hands out its log at GET /log and
 takes attributes at POST /configure. Left out: TLS, compression, and everything unused here.
@@ -33,7 +32,7 @@ from dataclasses import dataclass
 from email.utils import formatdate
 
 CHOICES = 3
-THOUGHTS = (  # no two are alike to teacher.py's eyes
+THOUGHTS = (  # distinct in the sense of --diverse
     "Laid side by side in {tag}, option {letter} reaches furthest. The answer is ({letter}).",
     "I measure each thing of {tag} from its left end; one is long. So the answer is ({letter}).",
     "Two of the three that {tag} names end early and one is left: the answer is ({letter}).",
@@ -48,9 +47,9 @@ STOPS = {  # ours: (Anthropic's stop_reason, Gemini's finishReason)
 }
 
 
-def share(*what):
-    """A number in [0, 1) that depends on `what` and on nothing else."""
-    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8]) / 2**64
+def share(*seed):
+    """A number in [0, 1) that depends on `seed` and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8]) / 2**64
 
 
 def gold(tag):
@@ -200,9 +199,8 @@ class Loopback:
     """Attributes may be changed while it runs; `log` holds a dict per request, oldest first."""
 
     def __init__(self, **attributes):
-        self.latency, self.right, self.think, self.drip, self.seed = 0.0, 1.0, True, 0.2, 0
-        self.rate, self.most, self.faults, self.script = 0.0, 3, ["500"], {}
-        self.polls, self.log, self.batches, self.counts = 1, [], {}, {}
+        vars(self).update(latency=0.0, think=True, seed=0, rate=0.0, most=3, faults=["500"])
+        vars(self).update(script={}, polls=1, log=[], batches={}, counts={})
         vars(self).update(attributes)
 
     def reset(self, **attributes):
@@ -244,8 +242,7 @@ class Loopback:
         if asked.schema:
             reply["text"] = filled(asked.schema, asked.images, over.get("verdict", {}))
         else:
-            right = share(self.seed, "right", asked.tag, count) < self.right
-            letter = "ABC"[(gold(asked.tag) + (not right)) % CHOICES]
+            letter = "ABC"[gold(asked.tag)]
             thought = THOUGHTS[count % len(THOUGHTS)].format(tag=asked.tag, letter=letter)
             reply["thought"] = thought if asked.thinks and self.think else None
             aloud = thought + "\n" if not asked.thinks and "step by step" in asked.text else ""
@@ -318,7 +315,7 @@ class Loopback:
             entry["end"] = time.time()
 
     async def batch(self, line, method, path, body, model):
-        """Make, list, look at, cancel a batch, or hand out its results, in a shuffled order."""
+        """Make, list, look at a batch, or hand out its results, in a shuffled order."""
         wire = "anthropic" if "/messages/" in path else "gemini"
         name = re.search(r"batches/(\w+)", path)
         if method == "POST" and name is None:
@@ -335,7 +332,6 @@ class Loopback:
             lines = [json.dumps(result) for result in batch["results"]]
             return await line.send([("\n".join(lines) + "\n").encode()], "application/x-jsonl")
         batch["polls"] += 1
-        batch["canceled"] = batch["canceled"] or path.endswith("cancel")
         return await line.send(self.shown(batch))
 
     async def make_batch(self, line, wire, body, model):
@@ -352,8 +348,8 @@ class Loopback:
             model = request.get("model", model)
             results.append(self.one_of_batch(line, mark, read(request), model))
         random.Random(self.seed).shuffle(results)
-        batch = {"id": f"b{number}", "wire": wire, "polls": 0, "canceled": False}
-        batch |= {"results": results, "name": either(body.get("batch"), "display_name", "")}
+        name = either(body.get("batch"), "display_name", "")
+        batch = {"id": f"b{number}", "wire": wire, "polls": 0, "results": results, "name": name}
         self.batches[batch["id"]] = batch
         if step == "lost":  # made, but the client never hears of it
             return await line.fault("reset", wire, [b""])
@@ -366,12 +362,12 @@ class Loopback:
         entry = {"kind": asked.kind, "tag": asked.tag, "t": time.time(), "path": "in a batch"}
         self.log.append(entry | {"answered": not fault, "fault": fault, "text": asked.text})
         reply = self.reply(asked, count, {} if fault else step)
-        told = f"{fault} happened to the key {line.key}"
+        text = f"{fault} happened to the key {line.key}"
         if asked.wire == "gemini":
-            error = {"code": 13, "message": told}
+            error = {"code": 13, "message": text}
             body = {"error": error} if fault else {"response": gemini_reply(reply, model)}
             return body | {"metadata": mark}
-        error = {"type": "error", "error": {"type": "api_error", "message": told}}
+        error = {"type": "error", "error": {"type": "api_error", "message": text}}
         result = {"type": "succeeded", "message": anthropic_message(reply, model)}
         if fault:
             lost = fault in ("expired", "canceled")
@@ -383,14 +379,13 @@ class Loopback:
         done, now = batch["polls"] >= self.polls, "2026-11-22T00:00:00Z"
         if batch["wire"] == "gemini":
             state = "SUCCEEDED" if done else "RUNNING"
-            state = "CANCELLED" if batch["canceled"] else state
             meta = {"state": f"BATCH_STATE_{state}", "displayName": batch["name"]}
             if done:
                 meta["output"] = {"inlinedResponses": {"inlinedResponses": batch["results"]}}
             return {"name": f"batches/{batch['id']}", "metadata": meta, "done": done}
         kinds = [result["result"]["type"] for result in batch["results"]]
-        counts = {k: kinds.count(k) for k in ("succeeded", "errored", "canceled", "expired")}
-        counts = {**counts, "processing": 0} if done else dict.fromkeys(counts, 0)
+        names = ("succeeded", "errored", "canceled", "expired")
+        counts = {name: kinds.count(name) if done else 0 for name in names}
         url = f"http://127.0.0.1:{self.port}/v1/messages/batches/{batch['id']}/results"
         shown = {"id": batch["id"], "type": "message_batch", "created_at": now, "expires_at": now}
         shown |= {"processing_status": "ended" if done else "in_progress"}
@@ -409,10 +404,10 @@ class Line:
         name = f"event: {event['type']}\n" if "type" in event else ""
         return f"{name}data: {json.dumps(event)}\n\n"
 
-    async def send(self, what, kind="application/json", stream=False, status=200, more=""):
-        """Pieces of bytes, or anything JSON; the answer is whether the connection stays open."""
-        isbytes = isinstance(what, list) and all(isinstance(piece, bytes) for piece in what)
-        pieces = what if isbytes else [json.dumps(what).encode()]
+    async def send(self, body, kind="application/json", stream=False, status=200, more=""):
+        """Pieces of bytes, or anything JSON; returns whether the connection stays open."""
+        is_bytes = isinstance(body, list) and all(isinstance(piece, bytes) for piece in body)
+        pieces = body if is_bytes else [json.dumps(body).encode()]
         kind = "text/event-stream" if stream else kind
         size = f"Content-Length: {sum(map(len, pieces))}"
         size = "Transfer-Encoding: chunked" if stream else size
@@ -452,7 +447,7 @@ class Line:
         while name == "drip" and not self.reader.at_eof():
             self.writer.write(b" ")
             await self.writer.drain()
-            await asyncio.sleep(self.server.drip)
+            await asyncio.sleep(0.2)
         if name == "stall":
             await self.reader.read()
             return False
@@ -467,14 +462,14 @@ class Line:
         error = {"type": "error", "error": {"type": "some_error", "message": message}}
         if wire == "gemini":
             error = {"error": {"code": status, "message": message, "status": "SOME_ERROR"}}
-        how, _, value = option.rpartition("=")
-        if how == "delay":  # how Gemini says it
-            error["error"]["details"] = [{"@type": "RetryInfo", "retryDelay": f"{value}s"}]
-            value = ""
+        form, _, value = option.rpartition("=")
         more = f"Retry-After: {value}\r\n" if value else ""
-        if how == "ms":
+        if form == "delay":  # in Gemini's form
+            error["error"]["details"] = [{"@type": "RetryInfo", "retryDelay": f"{value}s"}]
+            more = ""
+        elif form == "ms":
             more = f"retry-after-ms: {value}\r\n"
-        elif how == "date":
+        elif form == "date":
             more = f"Retry-After: {formatdate(time.time() + float(value), usegmt=True)}\r\n"
         return await self.send(error, status=status, more=more)
 

@@ -520,9 +520,10 @@ def runs(folder):
     import eval as evaluation
     import train
 
-    size = "--limit 11 --max-steps 2 --batch-size 7 --max-output 40 5 --eval-problems 3".split()
+    size = "--limit 11 --max-steps 2 --batch-size 7 --max-output 40 5".split()
     mmcot = ["--model", "mmcot", "--weights", folder / "t5", "--vision-weights", folder / "detr"]
     pali = ["--model", "paligemma", "--weights", folder / "paligemma", "--limit-traces", "40"]
+    pali += ["--eval-problems", "3"]
     commands = {
         "mmcot": [*mmcot, "--teacher-forced"],
         "mmcot-reason": [*mmcot, "--recipe", "reason"],

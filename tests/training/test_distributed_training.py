@@ -4,11 +4,9 @@ Most tests fork what torchrun would start, which saves the seconds of its import
 take the launcher itself. No GPU was at hand: NCCL has never run here.
 """
 
-import argparse
 import faulthandler
 import functools
 import io
-import json
 import os
 import signal
 import socket
@@ -21,28 +19,26 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_resume import TINY, ended, without_seconds
+from small_runs import TINY, ended, lines_of, plan_of, t5_row, tiny_t5, without_seconds
 
 import data
-import fusion
 import train
-from model import T5
-from support import distributed as devices
+from support import distributed
 from support.checkpoints.weights import write_safetensors
 from support.dataset.images import LazyImage
 from support.dataset.tokenizers import load_tokenizer
-from support.evaluation import models as loading
-from support.training import optim as optimizing
-from support.training.journal import Journal, Stopped
+from support.evaluation import models
+from support.training import optim
+from support.training.runs import Checkpoints, Log, Stopped
 from support.training.settings import parse_args
 
-GIVEN = "--device cpu --limit 9 --epochs 2 --eval-batch-size 2 --max-output 6 4 --lr 3e-5".split()
+FLAGS = "--device cpu --limit 9 --epochs 2 --eval-batch-size 2 --max-output 6 4 --lr 3e-5".split()
 MMCOT = """--model mmcot --batch-size 5 --stage2-rationales generated --teacher-forced""".split()
 PALI = """--model paligemma --batch-size 2 --accumulate 3 --eval-problems 3 --alone""".split()
 RUNS = {
-    "mmcot": [*GIVEN, *MMCOT],
-    "adapters": [*GIVEN, *PALI, *"--lora-r 2 --samples 2 --temperature 0.7".split()],
-    "all of it": [*GIVEN, *PALI, "--full"],
+    "mmcot": [*FLAGS, *MMCOT],
+    "adapters": [*FLAGS, *PALI, *"--lora-r 2 --samples 2 --temperature 0.7".split()],
+    "all of it": [*FLAGS, *PALI, "--full"],
 }
 
 
@@ -58,7 +54,7 @@ def demo():
 
 def forked(world, work, folder, limit=100):
     """`work()` in so many processes that are torchrun's but for the launcher; exit statuses. What
-    goes wrong in them is in folder/error0 ..., and where they hang in told0 ..."""
+    goes wrong in them is in folder/error0 ..., and where they hang in out0 ..."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
@@ -71,7 +67,7 @@ def forked(world, work, folder, limit=100):
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
                 os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
                 os.environ |= {"TORCHELASTIC_RUN_ID": "test"} if world > 1 else {}
-                with open(folder / f"told{rank}", "w") as sys.stdout:
+                with open(folder / f"out{rank}", "w") as sys.stdout:
                     sys.stderr = sys.stdout
                     faulthandler.dump_traceback_later(limit, exit=True, file=sys.stdout)
                     work()
@@ -91,42 +87,42 @@ def errors(folder):
 
 
 def as_process(patch, rank, world):
-    patch.setattr(devices, "rank", lambda: rank)
-    patch.setattr(devices, "world", lambda: world)
+    patch.setattr(distributed, "rank", lambda: rank)
+    patch.setattr(distributed, "world", lambda: world)
 
 
 # ---- parts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_every_row_of_a_window_is_dealt_once(world, monkeypatch):
-    """Seven rows in batches of at most 3; two have pictures, and the image tower is trained."""
+def test_every_row_of_a_window_is_in_one_shard(world, monkeypatch):
+    """Seven rows in batches of at most 3; two have images, and the image tower is trained."""
     picture = LazyImage("x.png", 8)
     rows = [{"id": i, "labels": [-100, 5]} for i in range(7)]
     rows[2] |= {"image_features": picture}
     rows[5] |= {"image_features": picture}
-    window, dealt = [rows[:3], rows[3:6], rows[6:]], []
+    window, shards = [rows[:3], rows[3:6], rows[6:]], []
     for rank in range(world):
         as_process(monkeypatch, rank, world)
-        dealt.append(devices.dealt(window))
-        told = [[e for e in batch if e["labels"] == [-100, 5]] for batch in dealt[-1]]
-        assert all(len(batch) <= 3 for batch in told) and all(dealt[-1])
-    assert world > 1 or dealt == [window]
-    assert len({len(batches) for batches in dealt}) == 1  # or they would wait for each other
-    learned = [e["id"] for x in dealt for batch in x for e in batch if e["labels"][1] == 5]
+        shards.append(distributed.shard_batches(window))
+        learned = [[e for e in batch if e["labels"] == [-100, 5]] for batch in shards[-1]]
+        assert all(len(batch) <= 3 for batch in learned) and all(shards[-1])
+    assert world > 1 or shards == [window]
+    assert len({len(batches) for batches in shards}) == 1  # or they would wait for each other
+    learned = [e["id"] for x in shards for batch in x for e in batch if e["labels"][1] == 5]
     assert sorted(learned) == list(range(7))
-    for turn in zip(*dealt, strict=True):
-        assert len({any(map(devices.trains_on_picture, batch)) for batch in turn}) == 1
+    for turn in zip(*shards, strict=True):
+        assert len({any(map(distributed.trains_on_image, batch)) for batch in turn}) == 1
 
 
-def test_who_fails_alone_says_so_and_nobody_waits(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices.time, "sleep", lambda seconds: None)
+def test_a_process_that_fails_alone_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
 
     def work():
-        with devices.together(argparse.Namespace(device="cpu")):
-            if devices.rank():
+        with distributed.together("cpu"):
+            if distributed.rank():
                 raise ValueError("found by the second alone")
-            devices.agreed(False)
+            distributed.any_rank(False)
 
     assert forked(2, work, tmp_path) == [1, 1]
     assert "found by the second alone" in errors(tmp_path)["error1"]
@@ -135,47 +131,37 @@ def test_who_fails_alone_says_so_and_nobody_waits(tmp_path, monkeypatch):
 
 def test_under_torchrun_a_device_is_not_named(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-    with pytest.raises(ValueError, match="--device cuda:1 under torchrun: give cpu or cuda"):
-        devices.together(argparse.Namespace(device="cuda:1")).__enter__()
+    with pytest.raises(ValueError, match="--device cuda:1"):
+        distributed.together("cuda:1").__enter__()
 
 
 # ---- gradients ---------------------------------------------------------------------------------
 
 
-def t5_example(i):
-    generator = torch.Generator().manual_seed(i)
-    source = torch.randint(3, 40, (3 + 2 * i,), generator=generator).tolist()
-    target = torch.randint(3, 40, (2 + 5 * (i % 3),), generator=generator).tolist()
-    seen = torch.randn(5, 6, generator=generator)
-    return {"id": f"q{i}", "input_ids": source, "labels": target, "image_features": seen}
+def mmcot_and_rows(chosen):
+    rows = [t5_row(i, 3 + 2 * i, 2 + 5 * (i % 3)) for i in range(7)]
+    return tiny_t5(replace(TINY, dropout_rate=0.0), seed=7), rows
 
 
-def t5_and_rows(args):
-    torch.manual_seed(7)
-    t5 = T5(replace(TINY, dropout_rate=0.0))
-    t5.init_weights()
-    return fusion.MultimodalT5(t5, fusion.GatedFusion(16, 6)), [t5_example(i) for i in range(7)]
-
-
-def paligemma_and_rows(args):
-    """Three rows without a picture and four with: some batches have none, one has one."""
-    model = loading.load_paligemma(args)
-    train.make_trainable(args, model)
+def paligemma_and_rows(chosen):
+    """Three rows without an image and four with: some batches have none, one has one."""
+    model = models.load_paligemma(chosen)
+    train.make_trainable(chosen, model)
     problems = sorted(data.load("demo", "train")[:40], key=lambda p: p.image is not None)
     problems = problems[:3] + problems[-4:]
-    features = loading.image_features(args, problems, model)
+    features = models.image_features(chosen, problems, model)
     traces = [{"thought": "x" * 3 * i, "verdict": {"correct": True}} for i in range(7)]
     rows = [data.TrainRow(p, "reason", t) for p, t in zip(problems, traces, strict=True)]
-    tokenizer = load_tokenizer(args.weights[0])
-    return model, data.pali_examples(rows, tokenizer, features, max_suffix=args.max_suffix)
+    tokenizer = load_tokenizer(chosen.weights[0])
+    return model, data.pali_examples(rows, tokenizer, features, max_suffix=96)
 
 
-SEEING = "q_proj vision_tower.encoder.layers.0.mlp.fc1 multi_modal_projector.linear"
+TOWER = "q_proj vision_tower.encoder.layers.0.mlp.fc1 multi_modal_projector.linear"
 CASES = {
     "mmcot": "--model mmcot --batch-size 3",  # 3, 3 and 1 rows: the last of one process alone
     "mmcot, by row": "--model mmcot --batch-size 2 --accumulate 3 --weighting example",
     "adapters": "--model paligemma --batch-size 2 --accumulate 3 --lora-r 2 --checkpointing",
-    "eyes adapted": f"--model paligemma --batch-size 2 --seed 1 --lora-targets {SEEING}",
+    "tower adapted": f"--model paligemma --batch-size 2 --seed 1 --lora-targets {TOWER}",
     "all of it": "--model paligemma --batch-size 2 --full",
     "all, a window": "--model paligemma --batch-size 1 --accumulate 3 --full --checkpointing",
 }
@@ -183,30 +169,31 @@ CASES = {
 
 def fits(folder):
     """Each case; the loss and, as they are clipped, the gradients of every step."""
-    with devices.together(argparse.Namespace(device="cpu")):
-        assert devices.world() == int(os.environ["WORLD_SIZE"])
+    with distributed.together("cpu"):
+        assert distributed.world() == int(os.environ["WORLD_SIZE"])
         for name, flags in CASES.items():
-            seen, weights, log = fit(parse_args([*flags.split(), *"--lr 3e-7".split()]), name)
-            if not devices.rank():
-                write_safetensors(seen, folder / f"{name}.gradients")
+            chosen = parse_args([*flags.split(), *"--lr 3e-7 --device cpu".split()])
+            clipped, weights, log = fit(chosen)
+            if not distributed.rank():
+                write_safetensors(clipped, folder / f"{name}.gradients")
                 write_safetensors(weights, folder / f"{name}.weights")
                 (folder / f"{name}.log").write_text(log)
 
 
-def fit(args, name):
-    optimizing.LOGITS = 320 * 4  # some tokens at a time
-    seen, log, clip = [], io.StringIO(), torch.nn.utils.clip_grad_norm_
-    model, rows = (t5_and_rows if args.model == "mmcot" else paligemma_and_rows)(args)
+def fit(chosen):
+    optim.LOGITS = 320 * 4  # some tokens at a time
+    clipped, log, clip = [], io.StringIO(), torch.nn.utils.clip_grad_norm_
+    model, rows = (mmcot_and_rows if chosen.model == "mmcot" else paligemma_and_rows)(chosen)
 
     def watch(parameters, limit):
         named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-        seen.append({n: devices.whole(grad).clone() for n, grad in named})
+        clipped.append({n: distributed.full_tensor(grad).clone() for n, grad in named})
         return clip(parameters, limit)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
-        trained = train.fit(model, rows, lambda model: {}, args, name, 1, Journal(log))
-    gradients = {f"{step}.{n}": p for step, each in enumerate(seen) for n, p in each.items()}
+        trained = train.fit(plan_of(model, chosen, rows), Checkpoints(Log(log)))
+    gradients = {f"{step}.{n}": p for step, each in enumerate(clipped) for n, p in each.items()}
     return gradients, trained.state_dict(), log.getvalue()
 
 
@@ -229,8 +216,7 @@ def test_the_gradients_of_two_processes_are_those_of_one(case, one_and_two):
     assert 1e-2 < largest < 20
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-6 * largest, rtol=0, msg=name)
-    logs = [(folder / f"{case}.log").read_text().splitlines() for folder in one_and_two]
-    one, two = ([json.loads(line) for line in log] for log in logs)
+    one, two = (lines_of(folder / f"{case}.log") for folder in one_and_two)
     assert len(one) == len(two) >= 2
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
@@ -255,13 +241,13 @@ def run(folder, flags, world=1, stop=None):
     """Exit statuses of a run, or a part: one process (`stop`: at its step, which) has a SIGTERM."""
     steps = []
 
-    def report(*given):
-        steps.append(given)
-        if stop == (len(steps), devices.rank()):
+    def report(*args):
+        steps.append(args)
+        if stop == (len(steps), distributed.rank()):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def work():
-        train.show_step = report
+        optim.show_step = report
         train.main([*flags, "--out", str(folder / "run")])
 
     return forked(world, work, folder)
@@ -286,7 +272,7 @@ def same(one, other):
         most = 1e-4 if name.endswith("k_proj.bias") else 1e-5
         torch.testing.assert_close(b[name], a[name], atol=most, rtol=0, msg=name)
     files = [sorted(x.relative_to(f) for x in f.rglob("*") if "." in x.name) for f in (one, other)]
-    assert files[0] == [x for x in files[1] if x.name != "told1"]  # none of the parts is left
+    assert files[0] == [x for x in files[1] if x.name != "out1"]  # none of the parts is left
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +291,7 @@ def whole(tmp_path_factory):
 def test_the_run_of_two_processes_is_that_of_one(case, whole, tmp_path):
     assert run(tmp_path, RUNS[case], 2) == [0, 0], errors(tmp_path)
     same(whole(case), tmp_path)
-    assert (tmp_path / "told1").read_text() == ""
+    assert (tmp_path / "out1").read_text() == ""
 
 
 @pytest.mark.slow
@@ -316,7 +302,7 @@ def test_one_then_two_then_one_again(case, stops, whole, tmp_path):
     assert run(tmp_path, RUNS[case], 1, stop=(stops[0], 0)) == [3], errors(tmp_path)
     again = [*RUNS[case], "--resume"]
     assert run(tmp_path, again, 2, stop=(stops[1], 1)) == [3, 3], errors(tmp_path)
-    assert "steps are done" in (tmp_path / "told0").read_text()
+    assert "steps are done" in (tmp_path / "out0").read_text()
     assert run(tmp_path, again) == [0], errors(tmp_path)
     same(whole(case), tmp_path)
 
@@ -345,9 +331,9 @@ def test_torchrun_stopped_then_killed_then_to_the_end(whole, tmp_path):
     process = started(folder)
     wait_for(folder, "last/1-*.json")
     process.terminate()
-    told, _ = process.communicate()
-    assert told.count("stopping after this step") == 1
-    assert told.count("train.py: stopped; the same command with --resume") == 1
+    out, _ = process.communicate()
+    assert out.count("after this step") == 1
+    assert out.count("--resume") == 1
     process = started(folder, "--resume")
     wait_for(folder, "last/3-*.json")
     every = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
@@ -357,12 +343,12 @@ def test_torchrun_stopped_then_killed_then_to_the_end(whole, tmp_path):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert run(tmp_path, [*RUNS["mmcot"], "--resume"]) == [0], errors(tmp_path)
-    assert "steps are done" in (tmp_path / "told0").read_text()
+    assert "steps are done" in (tmp_path / "out0").read_text()
     same(whole("mmcot"), tmp_path)
 
 
 @pytest.mark.slow
-def test_what_all_processes_find_is_said_once(tmp_path):
+def test_an_error_of_all_processes_is_printed_once(tmp_path):
     process = started(tmp_path / "a", "--weights", str(tmp_path / "nowhere"))
-    told, _ = process.communicate(timeout=90)
-    assert process.returncode and told.count("nowhere") == 1 and "process 0 of 2" in told
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode and out.count("nowhere") == 1 and "process 0 of 2" in out

@@ -1,16 +1,11 @@
-"""teachers/calls.py and clients.py with the real SDKs against loopback.py: faults of every
-kind, Ctrl-C, and money.
-"""
+"""teachers/calls.py with the real SDKs against loopback.py: faults of every kind, Ctrl-C, money."""
 
-import json
 import re
 import time
 
 import loopback
 import pytest
 from asking import KEY, WIRES, both_wires, interrupted, questions, write
-
-from support.teachers import providers as clients
 
 # --- faults
 
@@ -36,39 +31,16 @@ def test_passing_faults_are_tried_again(ask, server, wire):
 def test_no_question_is_asked_more_often_than_retries_say(ask, server):
     questions(ask.folder, 4)
     server.script = {"Q1": "500", "Q2": "malformed", "Q3": "reset"}
-    code, out, err = ask(retries=3)
+    _, _, err = ask(retries=3)
     assert [len(server.sent(f"Q{i}")) for i in range(1, 5)] == [3, 3, 3, 1]
-    assert list(ask.by_id()) == ["q4"] and "3 calls failed for good" in out
-    assert all(f"failed: q{i}: " in err for i in (1, 2, 3)) and "Traceback" not in err
+    assert list(ask.by_id()) == ["q4"] and "Traceback" not in err
+    failed = re.findall(r"^failed: (q\d): ", err, re.MULTILINE)
+    assert sorted(failed) == ["q1", "q2", "q3"]  # in the order of their failing
+    assert float(re.search(r"\$([\d.]+) at most", err)[1]) > 0  # 500 is free, half a reply is not
     server.script = {}
     ask(retries=3)
     assert [len(server.sent(f"Q{i}")) for i in range(1, 5)] == [4, 4, 4, 1]
     assert len(ask.records()) == 4
-
-
-@pytest.mark.parametrize(
-    "wire, steps",
-    [
-        ("gemini", {"429:0.4": 0.4, "429:delay=0.3": 0.3, "429:date=9": 0.6, "503:86400": 0.6}),
-        ("anthropic", {"429:ms=200": 0.2, "529:86400": 0.6}),
-    ],
-)
-@pytest.mark.slow
-def test_retry_after_is_obeyed_up_to_a_cap(ask, server, monkeypatch, wire, steps):
-    monkeypatch.setattr(clients, "LONGEST_WAIT", 0.6)
-    questions(ask.folder, len(steps))
-    server.script = {f"Q{i}": [step] for i, step in enumerate(steps, 1)}
-    ask(wire)
-    for i, (step, seconds) in enumerate(steps.items(), 1):
-        first, second = server.sent(f"Q{i}")
-        assert seconds - 0.01 <= second["t"] - first["end"] < seconds * 1.1 + 0.25, step
-
-
-def test_back_off_grows_has_jitter_and_a_cap():
-    waits = [[clients.retry_after(TimeoutError(), n) for _ in range(20)] for n in (1, 2, 3, 20)]
-    for some, longest in zip(waits, (0.5, 1, 2, clients.LONGEST_WAIT), strict=True):
-        assert longest / 2 <= min(some) < max(some) <= longest
-    assert clients.retry_after(KeyError("a bug of ours"), 1) is None
 
 
 @both_wires
@@ -88,17 +60,7 @@ def test_a_wrong_key_or_model_stops_at_once(ask, server, wire, status):
     server.script = {"*": status}
     code, out, err = ask(wire, concurrency=2)
     assert code == 1 and not ask.out.exists() and len(server.sent()) <= 2
-    (line,) = err.strip().splitlines()
-    assert line.startswith(f"Stopped: the provider refuses: {status}")
-
-
-def test_no_key_is_one_sentence(ask, server, monkeypatch):
-    questions(ask.folder, 1)
-    for wire, name in (("gemini", "GOOGLE_API_KEY"), ("anthropic", "ANTHROPIC_API_KEY")):
-        monkeypatch.delenv(name)
-        with pytest.raises(ValueError, match=name):
-            ask(wire)
-    assert server.log == []
+    assert status in err and err.count("\n") == 1
 
 
 def test_a_provider_that_is_not_there_ends_the_run(ask, server, monkeypatch):
@@ -107,7 +69,7 @@ def test_a_provider_that_is_not_there_ends_the_run(ask, server, monkeypatch):
     questions(ask.folder, 60)
     for wire in WIRES:
         code, _, err = ask(wire, retries=2)
-        assert code == 1 and "Stopped: 20 questions in a row failed" in err, wire
+        assert code == 1 and "20 questions" in err, wire
 
 
 def test_a_key_in_a_reply_reaches_no_file(ask, server):
@@ -121,13 +83,13 @@ def test_a_key_in_a_reply_reaches_no_file(ask, server):
 # --- Ctrl-C
 
 
-def test_ctrl_c_finishes_what_is_paid_for_and_can_be_gone_on_with(ask, server):
+def test_ctrl_c_finishes_paid_calls_and_can_be_resumed(ask, server):
     questions(ask.folder, 12)
     server.latency = 0.15
     with interrupted(lambda: len(server.sent()) > 4):
-        code, _, err = ask(concurrency=4)
+        code, *_ = ask(concurrency=4)
     answered = sum(entry["answered"] for entry in server.sent())
-    assert code == 130 and "Stopped: interrupted" in err
+    assert code == 130
     assert 5 <= answered == len(ask.records()) < 12
     server.latency = 0
     assert ask()[0] == 0
@@ -151,14 +113,13 @@ def test_max_cost_is_not_passed_and_a_larger_one_goes_on(ask, server):
     server.rate, server.faults = 0.3, ["500", "short"]
     flags = {"max_output": 100, "concurrency": 4}
     price = ["--price", "10", "10"]
-    limits, counts = (0.02, 0.03, 1), []
-    for limit in limits:
+    counts = []
+    for limit in (0.02, 0.03, 1):
         code, _, err = ask("gemini", *price, max_cost=limit, **flags)
         spent = sum(record["usage"]["cost"] for record in ask.records())
         counts.append(len(ask.records()))
         assert code == 0 and spent <= limit
-        if limit < 1:
-            assert "Stopped: --max-cost" in err
+        assert ("--max-cost" in err) == (limit < 1)
     assert 0 < counts[0] < counts[1] < counts[2] == 12
     answered = [entry["tag"] for entry in server.sent() if entry["answered"]]
     assert sorted(answered) == sorted({f"Q{i}" for i in range(1, 13)})
@@ -172,19 +133,3 @@ def test_max_cost_counts_calls_under_way_and_stops_only_where_one_more_may_pass_
     spent = sum(record["usage"]["cost"] for record in ask.records())
     most = float(re.search(r"a call may cost \$(\d+\.\d+)", err)[1])
     assert spent <= 0.004 < spent + most + 1e-4 and len(ask.records()) > 1
-
-
-def test_a_dry_run_sends_nothing_and_needs_no_key(ask, server, monkeypatch):
-    questions(ask.folder, 3)
-    for name in ("GOOGLE_API_KEY", "ANTHROPIC_API_KEY"):
-        monkeypatch.delenv(name)
-    for wire in WIRES:
-        code, out, _ = ask(wire, "--dry-run", "--judge", WIRES["anthropic"])
-        assert code == 0 and "3 requests" in out and "$" in out
-    assert server.log == [] and {file.name for file in ask.folder.iterdir()} == {"q.jsonl", "3.png"}
-    told = {"question": "", "thought": "As said.", "answer": "A"}
-    lines = [{"id": f"q{i}"} | told for i in (1, 1, 3)]
-    (ask.folder / "from.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = ("--from", ask.folder / "from.jsonl", "--dry-run", "--judge", WIRES["anthropic"])
-    code, out, _ = ask("gemini", *flags)
-    assert code == 0 and "2 questions, 3 replies" in out and "requests" not in out and "$" in out
