@@ -95,7 +95,9 @@ LETTER = re.compile(  # (B)  [b]  【B】  option B  B.  B) 140°  B (no)  b
 )
 ANOTHER = re.compile(r"\s*(?:,?\s*(?:and|or)\b|[,&/])\s*[(\[]?([A-Z])(?:[)\]]|(?=$|\s*[.,;]))")
 NAMED = re.compile(r"(?:[(\[【]|\b[Oo]ption )([A-Z])\b|\b[Ii]t(?:'s| is) ([A-Z])(?=\W*$)")
-ALONE = re.compile(r"\"([A-Z])\"|(?<![\w'/-])([A-Z])(?=$|[.,;:!]| (?:is|has|differs|on|in)\b)")
+ALONE = re.compile(  # the cube "D", the one labelled D, cube D.
+    r"(?:\"|\b(?:label(?:l?ed)?|marked|letter(?:ed)?) )([A-Z])\b|(?<![\w'/-])([A-Z])(?=$|[.,;:!])"
+)
 WORD_AFTER = re.compile(r"[\s).:,(\]-]*(yes|no|true|false)\b", re.IGNORECASE)
 DENIED_FIRST = re.compile(  # not A but C; not A, it's C
     r"\b(?:is |are |it's )?not [^.;\n]{1,60}?"
