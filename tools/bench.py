@@ -1004,7 +1004,7 @@ example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().n
 log = io.StringIO()
 plan = train.make_plan(flags, "start", 1.0, pg, [example], lambda loss_of: {})
 train.fit(plan, Checkpoints(Log(log)))
-print(json.loads(log.getvalue())["loss"], flush=True)
+print(json.loads(log.getvalue().splitlines()[-1])["loss"], flush=True)
 os._exit(0)
 """
 THEIR_START = """
