@@ -86,7 +86,7 @@ def test_partial_split_is_counted_and_an_empty_one_refused(tmp_path, capsys):
     folder = scienceqa(tmp_path, splits={"test": ["1", "8", "9"], "val": ["8"]})
     assert len(data.load(folder, "test")) == 1
     assert "2 of the 3 problems of test" in capsys.readouterr().err
-    refused(folder, "val", "none of the 1 problems")
+    refused(folder, "val", "no problem of the split")
     refused(folder, "train", "pid_splits.json", '"train"')
     refused(folder, "testmini", "pid_splits.json", '"testmini"')
     refused(folder, "dev", "'dev'")
@@ -181,6 +181,8 @@ def test_bad_jsonl(tmp_path, line, names):
 
 EVIL = [
     ("split", ["test"]),
+    ("split", ""),
+    ("split", "tets"),
     ("caption", 5),
     ("answer", float("nan")),
     ("answer", 1e999),
@@ -245,7 +247,7 @@ def test_mathvista(tmp_path):
     ids = {split: [p.id for p in data.load(folder, split)] for split in ("trainval", "testmini")}
     assert ids == {"trainval": ["2", "3", "301"], "testmini": ["2", "3", "301", "351", "352"]}
     refused(folder, "minitest", "minitest")
-    refused(mathvista(tmp_path / "one", annotation(1)), "test", "annot_testmini.json", "test")
+    refused(mathvista(tmp_path / "one", annotation(1)), "test", tmp_path / "one", "test")
 
 
 BAD_MATHVISTA = [
