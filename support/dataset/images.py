@@ -1,9 +1,7 @@
 """Images: a file becomes upright RGB, and that becomes the input pixels of DETR or of SigLIP.
 
 Multimodal-CoT's resizing for DETR (Zhang et al., arXiv 2302.00923), PaliGemma's for SigLIP (Beyer
-et al., arXiv 2407.07726); problems that cannot be asked. Files come from strangers: one that is not
-a whole image, or is too large, is refused with a sentence. No random crops and flips: they may
-change an answer.
+et al., arXiv 2407.07726). No random crops and flips: they may change an answer.
 
 Axes: H W pixels down and across, S both of a square, I image tokens.
 """
@@ -129,8 +127,6 @@ def unusable(
     check  has to succeed on an image's path: by default reading the file is possible; `open_image`
            decodes it whole.
     """
-    start = time.monotonic()
-    reasons = []
 
     def reason(problem):
         try:
@@ -138,10 +134,12 @@ def unusable(
             if problem.image is not None:
                 check(problem.image)
         except (OSError, ValueError) as error:
-            return str(error)
+            return problem.id, str(error)
 
+    start = time.monotonic()
+    found = []
     with ThreadPoolExecutor(4) as pool:
-        for problem, why in zip(problems, pool.map(reason, problems), strict=True):
-            reasons.append((problem.id, why))
-            progress("problems", len(reasons), len(problems), start)
-    return [pair for pair in reasons if pair[1] is not None]
+        for count, pair in enumerate(pool.map(reason, problems), 1):
+            found += [pair] if pair else []
+            progress("problems", count, len(problems), start)
+    return found
