@@ -29,9 +29,6 @@ from support.files import cache_folder
 ImageSource = Features | LazyImages  # where an example's image comes from
 
 
-# --- Problems -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Problem:
     """One question of any data set.
@@ -60,7 +57,7 @@ def load(where: str | Path, split: str, skipped: list | None = None) -> list[Pro
              "mathvista" (downloaded).
     skipped  a list: bad records are left out and added to it, as (id, reason). By default the first
              one is the error. (Images are not opened: `images.unusable` checks them.)
-    Raises FileNotFoundError or ValueError with a sentence that names the file and the problem.
+    FileNotFoundError or ValueError name the file and the problem.
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
@@ -68,14 +65,14 @@ def load(where: str | Path, split: str, skipped: list | None = None) -> list[Pro
     advice = ""
     if where in ("scienceqa", "mathvista"):
         path = cache_folder() / where
-        advice = f": run `python data.py {where}` to download it"
+        advice = f": download it with `python data.py {where}`"
     elif where == "demo":
         from demo.scenes import demo_folder  # late: only the demo needs it
 
         path = demo_folder()
     read = sources.reader_of(path)
     if read is None:
-        known = "a folder with problems.json or annot_testmini.json nor a .jsonl file"
+        known = "a .jsonl file nor a folder with problems.json or annot_testmini.json"
         raise FileNotFoundError(f"{path} is neither {known}{advice}.")
     problems = [Problem(**fields) for fields in read(path, split, skipped)]
     if not problems:
@@ -212,10 +209,9 @@ def examples(
     targets = encode(tokenizer, [target for _, target in pairs], max_output, tail)
     rows = []
     for problem, source, target in zip(problems, sources, targets, strict=True):
-        row = {"id": problem.id, "input_ids": source, "labels": target}
+        rows.append({"id": problem.id, "input_ids": source, "labels": target})
         if features is not None:
-            row["image_features"] = features.stored(problem.id)  # (P, F), read in collate
-        rows.append(row)
+            rows[-1]["image_features"] = features.stored(problem.id)  # (P, F), read in collate
     return rows
 
 
@@ -249,15 +245,12 @@ def collate(examples: Sequence[dict], pad_id: int = 0) -> dict:
 
 
 def batches(
-    lengths: Sequence[int],
-    batch_size: int,
-    generator: torch.Generator | None = None,
-    chunk: int = 50,
+    lengths: Sequence[int], batch_size: int, generator: torch.Generator | None = None
 ) -> list[list[int]]:
     """Row numbers, one list a batch, rows of like length together so that little is padding.
 
-    With a generator: shuffled, sorted by length within every `chunk` batches, then the batches
-    shuffled. Without: sorted by length, for decoding. Deterministic either way.
+    With a generator: shuffled, sorted by length within every 50 batches, then the batches shuffled.
+    Without: sorted by length, for decoding. Deterministic either way.
     """
 
     def grouped(rows, size):
@@ -269,7 +262,7 @@ def batches(
     if generator is None:
         return by_length(range(len(lengths)))
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    ordered = [batch for rows in grouped(order, chunk * batch_size) for batch in by_length(rows)]
+    ordered = [batch for rows in grouped(order, 50 * batch_size) for batch in by_length(rows)]
     return [ordered[i] for i in torch.randperm(len(ordered), generator=generator).tolist()]
 
 
@@ -299,11 +292,9 @@ def question_lines(problem: Problem) -> str:
 
 
 def pali_suffix(problem: Problem, trace: dict | None = None) -> str:
-    """PaliGemma's target: the letter, or the text of a problem without choices.
-
-    With a trace (traces.py) its thought comes first, and the last line is "Answer: B": the gold
-    answer if the trace was judged correct, else the teacher's own, if it has one.
-    """
+    """PaliGemma's target: the letter, or the text of a problem without choices. With a trace its
+    thought comes first, and the last line is "Answer: B": the gold answer if the trace was judged
+    correct, else the teacher's own, if it has one."""
     index = problem.meta.get("answer_index")
     gold = problem.answer if index is None else LETTERS[index]
     if trace is None:
@@ -348,13 +339,12 @@ def sequence(
 
 
 class TrainRow(NamedTuple):
-    """One sequence for PaliGemma: a problem, a task ("answer" or "reason"), a teacher's trace or
-    None, and whether the row has a suffix (to train on) or not (to decode from)."""
+    """One sequence for PaliGemma."""
 
     problem: Problem
-    task: str
-    trace: dict | None = None
-    has_suffix: bool = True
+    task: str  # "answer" or "reason"
+    trace: dict | None = None  # a teacher's
+    has_suffix: bool = True  # to train on; else to decode from
 
 
 def pali_examples(

@@ -219,8 +219,8 @@ def attend_to_neighbours(model: T5) -> None:
     """Start some heads on the previous and the next token.
 
     T5 knows positions only through its bias table, which starts near zero and which Adam moves by
-    at most lr a step. Without this the model does not learn to find the letter of an answer (its
-    loss on that stays at chance for 4,000 steps); with it, it does in 1,000.
+    at most lr a step: without this it does not learn to find the letter of an answer in 4,000
+    steps, with it in 1,000.
     """
     before = 1  # the bucket of -1
     after = 17  # and of +1
@@ -322,11 +322,9 @@ def paligemma_config(vocab_size: int, image_id: int) -> PaliGemmaConfig:
 
 @torch.no_grad()
 def attend_near(gemma: Gemma2) -> None:
-    """Start the first layer's heads on the tokens one, two and three back and one ahead.
-
-    As in `attend_to_neighbours`: without it finding the letter of an answer is not learned in time.
-    Rotary attention needs something constant to turn: the embedding's first dimension.
-    """
+    """Start the first layer's heads on the tokens one, two and three back and one ahead, as in
+    `attend_to_neighbours`. Rotary attention needs something constant to turn: the embedding's first
+    dimension."""
     c = gemma.config
     H = c.head_dim
     attention = gemma.layers[0].self_attn

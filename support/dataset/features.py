@@ -29,10 +29,8 @@ Pixels = Callable[[Image.Image, int], torch.Tensor]  # (image, size): detr_pixel
 
 
 class Features:
-    """Image features on disk: `features[id]` is float32 (P, F), zeros without an image.
-
-    Zeros are the published behaviour; `id in features` tells whether there is an image.
-    """
+    """Image features on disk: `features[id]` is float32 (P, F), as published zeros where no image
+    is (`id not in features`)."""
 
     def __init__(self, array: np.ndarray, rows: dict[str, int]):
         self.array = array  # (N, P, F)
@@ -78,16 +76,15 @@ def cached_features(
 ) -> Features:
     """Features of every distinct image of `problems`, computed once and kept in `folder`.
 
-    extract      list of (3, H, W) tensors -> list of (P, F) tensors. It gets up to 32 images of
-                 mixed sizes and must not pad them together: pads change DETR's output.
-    pixels       makes a tensor of an image: detr_pixels or siglip_pixels.
+    extract      a list of up to 32 (3, H, W) of mixed sizes -> list of (P, F). It must not pad them
+                 together: pads change DETR's output.
     fingerprint  a hash of the checkpoint. A cache of another one, or another size, is refused.
     skipped      a list: problems whose image cannot be used have no features and are added to it,
                  as (id, reason). By default the first one is the error.
 
-    The folder holds features.npy, fp16 (N, P, F), read by memory map, and manifest.json:
-    {"fingerprint", "size", "shape": [P, F], "rows": {sha256 of the image file: row}}. Only rows in
-    the manifest count, so an interrupted run is resumed, and new images are added at the end.
+    The folder holds features.npy, fp16 (N, P, F), and manifest.json: {"fingerprint", "size",
+    "shape": [P, F], "rows": {sha256 of the image file: row}}. Only rows in the manifest count, so
+    an interrupted run is resumed, and new images are added at the end.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,10 +237,8 @@ PUBLISHED = {
 
 
 def published_features(path: str | Path, name_map: str | Path) -> Features:
-    """The feature files of cooelf/vision_features (PUBLISHED), memory-mapped, by problem id.
-
-    name_map  mm-cot's name_map.json, {problem id: row}. It includes the problems whose only
-              images are the choices'. resnet.npy has one vector an image, used 512 times.
+    """The feature files of cooelf/vision_features, memory-mapped, by problem id: name_map is
+    mm-cot's name_map.json, {problem id: row}. resnet.npy has one vector an image, used 512 times.
     """
     path = Path(path)
     rows = field({"names": read_json(name_map)}, "names", dict, name_map)

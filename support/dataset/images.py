@@ -30,11 +30,10 @@ def open_image(path: str | Path) -> Image.Image:
     """The image in RGB, upright.
 
     As in the original, alpha is dropped and not blended, and of an animation the first frame is
-    taken. The EXIF orientation is obeyed, as every viewer does; the original ignores it, but no
-    image of ScienceQA or MathVista is known to have one. 16 bits of grey are scaled to 8, where PIL
-    would make all but the darkest white.
-    Raises FileNotFoundError, or ValueError for a file that is not a whole image and for one of over
-    Image.MAX_IMAGE_PIXELS (89 million), which is not decoded.
+    taken. The EXIF orientation is obeyed; the original ignores it, but no image of ScienceQA or
+    MathVista is known to have one. 16 bits of grey are scaled to 8, where PIL would make all but
+    the darkest white. FileNotFoundError, or ValueError for a file that is not a whole image and for
+    one of over Image.MAX_IMAGE_PIXELS (89 million), which is not decoded.
     """
     try:
         with Image.open(regular_file(path), formats=FORMATS) as image:

@@ -11,6 +11,7 @@ import argparse
 import errno
 import http.client
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from support import files
 from support.files import field, inside, is_index, json_lines, noted, read_json, unix_newlines
@@ -249,18 +250,17 @@ def fetch_rest(url: str, part: Path) -> None:
 def unpack(archive: Path, folder: Path, top: str) -> None:
     """Unzip the archive's folder `top` as folder/top.
 
-    Nothing is unpacked, and ValueError says why, if an entry would leave the folder (an absolute
-    path, a drive, "..", a symbolic link), or if all entries together state over MOST_EXPANSION
-    times the archive's size; zipfile gives no entry more than it states.
+    Nothing is unpacked, and ValueError says why, if the archive is broken, an entry would leave the
+    folder (an absolute path, a drive, "..", a link), or all entries together state over
+    MOST_EXPANSION times the archive's size; zipfile gives no entry more than it states.
     """
     size = os.path.getsize(files.regular_file(archive))
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         try:
             with zipfile.ZipFile(archive) as file:
                 for entry in file.infolist():
-                    name = PurePosixPath(entry.filename.replace("\\", "/"))
-                    leaves = name.is_absolute() or ".." in name.parts or ":" in entry.filename
-                    if leaves or stat.S_ISLNK(entry.external_attr >> 16):
+                    link = stat.S_ISLNK(entry.external_attr >> 16)
+                    if link or re.search(r"^[/\\]|:|(^|[/\\])\.\.([/\\]|$)", entry.filename):
                         raise ValueError(f"{entry.filename!r:.60} would leave the folder")
                 if sum(entry.file_size for entry in file.infolist()) > MOST_EXPANSION * size:
                     raise ValueError(f"it would unpack to over {MOST_EXPANSION} times its size")
@@ -315,12 +315,12 @@ def download_command(argv: list[str] | None = None) -> Path:
     table = 'JSON {"train.zip": [address, checksum or null], ...} that replaces built-in addresses'
     parser.add_argument("--addresses", metavar="FILE", help=f"scienceqa: {table}")
     args = parser.parse_args(argv)
-    folder = Path(args.to) if args.to else files.cache_folder() / args.name
-    changed = read_addresses(args.addresses) if args.addresses else {}
+    folder = Path(args.to or files.cache_folder() / args.name)
+    addresses = SCIENCEQA | (read_addresses(args.addresses) if args.addresses else {})
     if args.name == "mathvista":
         download_mathvista(folder)
     else:
-        download_scienceqa(folder, SCIENCEQA | changed)
+        download_scienceqa(folder, addresses)
     return folder
 
 

@@ -1,8 +1,7 @@
 """A teacher's traces, in every form they come in, and whether training leaks into the test.
 
 Traces as teacher.py writes them; the files of github.com/axeld5/pali_reason, whose teacher was
-Gemini and whose judge was Claude; the images that two splits share; whether MathVista (Lu et
-al., arXiv 2310.02255) may be trained on.
+Gemini and whose judge was Claude; the images that two splits share.
 """
 
 import contextlib
@@ -23,11 +22,10 @@ from support.files import field, is_index, noted, read_json, regular_file, unix_
 def load_traces(path: str | Path, skipped: list | None = None) -> list[dict]:
     """A teacher's traces: dicts of id, question, thought, answer, gold, verdict and teacher.
 
-    path     Trace JSONL as teacher.py writes it, or a file of github.com/axeld5/pali_reason:
+    path     JSONL as teacher.py writes it (then also with kept, stop and reply), or pali_reason's
              training.csv, training_correct.csv, training_dict.json and its shorter versions.
     id       the problem's; several traces may have the same one.
     verdict  {"correct", "consistent", "by", "why"}; like gold and teacher, None where not known.
-    kept, stop, reply  as teacher.py wrote them, where it did.
 
     Traces without a thought (a failed call) are left out and counted on stderr; one without an
     answer was cut, or repeated itself. With a list `skipped`, bad ones are left out and added to
@@ -141,13 +139,13 @@ def pali_reason_json(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def overlap(train: Sequence, test: Sequence) -> list[tuple[str, str]]:
-    """[(train id, test id), ...] of problems whose images are the same pixel by pixel.
+    """[(train id, test id), ...] of problems whose images have the same size and RGB pixels.
 
-    Hashed are size and decoded RGB pixels, so a copy of the file and a lossless copy in another
-    format are found; a JPEG copy, a crop or another size is not. (Hashes that survive JPEG mistake
-    diagrams for one another: 8 x 8 average hashes join 3,717 pairs of 1,060 ScienceQA images, the
-    pixels 179.) Problems may share an image and no answer, as many of ScienceQA do: whether a pair
-    is a leak is for the caller to decide. Images that cannot be read are counted on stderr.
+    So a copy of the file or a lossless one in another format is found; a JPEG copy, a crop or
+    another size is not. (Hashes that survive JPEG mistake diagrams for one another: 8 x 8 average
+    hashes join 3,717 pairs of 1,060 ScienceQA images, the pixels 179.) Problems may share an image
+    and no answer: whether a pair is a leak is for the caller to decide. Images that cannot be read
+    are counted on stderr.
     """
     ids = {}
     for id, digest in pixel_hashes(train):
