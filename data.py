@@ -222,25 +222,13 @@ def padded(rows: Iterable[Sequence[int]], value: int = 0, side: str = "right") -
 
 
 def collate(examples: Sequence[dict], pad_id: int = 0) -> dict:
-    """A batch of {"id", "input_ids", "labels"?, "image_features"?} dicts, padded on the right.
-
-    Returns ids (list of str), input_ids and attention_mask (B, T); with labels also labels (B, U),
-    -100 at pads so that none is in the loss, and decoder_input_ids (B, U), the labels one to the
-    right after T5's start token, which is its pad; with features also image_features (B, P, F),
-    float32.
-    """
-    batch = {
-        "ids": [example["id"] for example in examples],
-        "input_ids": padded([example["input_ids"] for example in examples], pad_id),  # (B, T)
-        "attention_mask": padded([[1] * len(example["input_ids"]) for example in examples]),
-    }
-    if "labels" in examples[0]:
-        labels = padded([example["labels"] for example in examples], -100)  # (B, U)
-        shifted = torch.nn.functional.pad(labels, (1, -1), value=pad_id)
-        batch["labels"] = labels
+    """A batch of `examples`, padded on the right: as `pali_collate` has it, but labels (B, U), and
+    with them decoder_input_ids (B, U): the labels one to the right after T5's start token, which is
+    its pad. Either all rows have image_features (B, P, F) or none."""
+    batch = pali_collate(examples, pad_id, side="right")
+    if "labels" in batch:
+        shifted = torch.nn.functional.pad(batch["labels"], (1, -1), value=pad_id)  # (B, U)
         batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, pad_id)
-    if "image_features" in examples[0]:
-        batch["image_features"] = stack_features(examples)  # (B, P, F)
     return batch
 
 
@@ -389,16 +377,16 @@ def pali_examples(
 def pali_collate(examples: Sequence[dict], pad_id: int = 0, side: str = "left") -> dict:
     """A batch of `pali_examples`, padded on the left or the right.
 
-    Returns ids (list of str); input_ids, attention_mask (0 at pads), token_type_ids and, where the
-    rows have suffixes, labels (-100 at pads), (B, T); and of the n rows with an image, if any,
-    image_features (n, I, D), float32, or (`LazyImages`) pixel_values (n, 3, S, S).
+    Returns ids (list of str); input_ids, attention_mask (0 at pads) and, where the rows have them,
+    token_type_ids and labels (-100 at pads, so that none is in the loss), (B, T); and of the n rows
+    with an image, if any, image_features (n, I, D), float32, or (`LazyImages`) pixel_values
+    (n, 3, S, S).
     """
-    columns = {"input_ids": pad_id, "token_type_ids": 0}
-    if "labels" in examples[0]:
-        columns["labels"] = -100
-    batch = {key: padded([e[key] for e in examples], pad, side) for key, pad in columns.items()}
-    batch["ids"] = [example["id"] for example in examples]
+    batch = {"ids": [example["id"] for example in examples]}
     batch["attention_mask"] = padded([[1] * len(e["input_ids"]) for e in examples], side=side)
+    for key, pad in (("input_ids", pad_id), ("token_type_ids", 0), ("labels", -100)):
+        if key in examples[0]:
+            batch[key] = padded([example[key] for example in examples], pad, side)
     with_image = [example for example in examples if "image_features" in example]
     if with_image:
         stacked = stack_features(with_image)  # n x I x D, or n x 3 x S x S
