@@ -32,7 +32,7 @@ class Features:
     """Image features on disk: `features[id]` is float32 (P, F), as published zeros where no image
     is (`id not in features`)."""
 
-    def __init__(self, array: np.ndarray, rows: dict[str, int]):
+    def __init__(self, array: np.ndarray, rows: dict[str, int]) -> None:
         self.array = array  # (N, P, F)
         self.rows = rows  # {id: row}
         self.shape = array.shape[1:]

@@ -95,7 +95,7 @@ class LazyImages:
     """In place of `features.Features` where the image tower is trained too: pixels, decoded at each
     use. side: S, of the pixels; tokens: I, the number of <image> tokens for an image."""
 
-    def __init__(self, problems: Sequence, side: int, tokens: int):
+    def __init__(self, problems: Sequence, side: int, tokens: int) -> None:
         self.paths = {p.id: p.image for p in problems if p.image is not None}
         self.side = side
         self.shape = (tokens,)
