@@ -25,6 +25,7 @@ from support import files
 from support.files import field, inside, is_index, json_lines, noted, read_json, unix_newlines
 
 SPLITS = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest", "testmini")
+OWN_SPLITS = tuple(name for name in SPLITS if name != "trainval")  # of a line of JSONL
 FIELDS = ("id", "question", "choices", "answer", "hint", "image", "lecture", "solution", "meta")
 MOST_TEXT = 100_000  # characters of one text of a problem; the longest in ScienceQA has 3,076
 
@@ -151,8 +152,7 @@ def own_jsonl(file: Path, split: str, skipped: list | None = None) -> list[dict]
     for where, record in json_lines(file, skipped=skipped):
         keys = record if isinstance(record, dict) else {}
         name = keys.get("split", "train")
-        known = name in SPLITS
-        elsewhere = known and name not in wanted
+        elsewhere = name in OWN_SPLITS and name not in wanted
         # A bad record of another split is noted when that split is read, not here as well.
         bad = [] if elsewhere and skipped is not None else skipped
         with noted(bad, str(keys.get("id") or where.rpartition(", ")[2])):
@@ -160,8 +160,10 @@ def own_jsonl(file: Path, split: str, skipped: list | None = None) -> list[dict]
             if id in ids:
                 raise ValueError(f"{where}: the id {id[:60]!r} was used before.")
             ids.add(id)
-            if not known:
-                raise ValueError(f'{where}: "split" is {name!r:.60}, none of {", ".join(SPLITS)}.')
+            if name not in OWN_SPLITS:
+                raise ValueError(
+                    f'{where}: "split" is {name!r:.60}, none of {", ".join(OWN_SPLITS)}.'
+                )
             image = record.get("image")
             if image is not None:
                 image = inside(file.parent, field(record, "image", str, where), where)

@@ -168,8 +168,7 @@ def test_bad_jsonl(tmp_path, line, names):
 
 EVIL = [
     ("split", ["test"]),
-    ("split", ""),
-    ("split", "tets"),
+    *(("split", name) for name in ("", "tets", "trainval", None)),
     ("caption", 5),
     ("answer", float("nan")),
     ("answer", 1e999),
