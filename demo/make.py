@@ -264,46 +264,44 @@ THETA = 30.0  # rotary base: with the usual 10,000 and 8 angles a head hardly te
 
 
 class Lesson(NamedTuple):
-    """One pretraining sequence, and whether the image is shown with it."""
+    """One pretraining sequence, and the image shown with it: its bytes, (S, S, 3)."""
 
     prefix: str
     suffix: str
-    with_image: bool
+    pixels: bytes | None = None
 
 
-def scene_lessons(index: int) -> tuple[bytes | None, list[Lesson]]:
-    """Pretraining scene `index`: its pixels, or None, and its lessons."""
+def scene_lessons(index: int) -> list[Lesson]:
+    """The lessons of pretraining scene `index`."""
     scene = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED + 1, index)
     tasks = ["solve", "lookup"]
-    pixels = None
     if scene.image:
         extra = ("answer", "caption")[index // len(FAMILIES) % 2]
         tasks = ["describe", "solve", "lookup", extra]
-        pixels = scene.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
     for attempt in itertools.count():
         reply = teacher.think(scene.record, scene.facts, f"pretraining {attempt}")
         if reply["kind"] == "sound":
-            return pixels, [lesson(task, scene, reply["thought"]) for task in tasks]
+            return [lesson(task, scene, reply["thought"]) for task in tasks]
 
 
 def lesson(task: str, scene: scenes.Scene, thought: str) -> Lesson:
     """The lesson of one task about one scene."""
-    if task == "describe":
-        return Lesson("describe en", scene.description, True)
-    if task == "caption":
-        return Lesson("caption en", scene.caption, True)
     hint = scene.record["hint"]
-    suffix = LETTERS[scene.record["answer"]]
-    if task == "answer":
-        return Lesson(data.pali_prefix(problem_of(scene.record, hint), "answer"), suffix, True)
-    if task == "solve":
-        if scene.image:
-            hint = f"{hint} {scene.description}".strip()
-        suffix = f"{thought}\nAnswer: {suffix}"
-    else:  # "lookup": finding the letter of an answer is the hardest part to learn
-        hint = thought.split(". ")[-1]
-        suffix = f"Answer: {suffix}"
-    return Lesson(data.pali_prefix(problem_of(scene.record, hint), "solve"), suffix, False)
+    letter = LETTERS[scene.record["answer"]]
+    if task == "solve":  # in words
+        words = f"{hint} {scene.description}".strip() if scene.image else hint
+        prefix = data.pali_prefix(problem_of(scene.record, words), "solve")
+        return Lesson(prefix, f"{thought}\nAnswer: {letter}")
+    if task == "lookup":  # finding the letter of an answer is the hardest part to learn
+        last = thought.split(". ")[-1]
+        prefix = data.pali_prefix(problem_of(scene.record, last), "solve")
+        return Lesson(prefix, f"Answer: {letter}")
+    pixels = scene.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
+    if task == "describe":
+        return Lesson("describe en", scene.description, pixels)
+    if task == "caption":
+        return Lesson("caption en", scene.caption, pixels)
+    return Lesson(data.pali_prefix(problem_of(scene.record, hint), "answer"), letter, pixels)
 
 
 def paligemma_config(vocab_size: int, image_id: int) -> PaliGemmaConfig:
@@ -343,22 +341,18 @@ def attend_near(gemma: Gemma2) -> None:
 def make_paligemma(args: argparse.Namespace) -> None:
     """Write OUT/paligemma, with its tokenizer: trained on the lessons of drawn scenes."""
     torch.manual_seed(0)
-    scene_list = many(scene_lessons, args.scenes)
-    texts = [text for _, group in scene_list for x in group for text in (x.prefix, x.suffix)]
-    tokenizer = gemma_tokenizer(texts)
+    lessons = list(itertools.chain(*many(scene_lessons, args.scenes)))
+    tokenizer = gemma_tokenizer([text for x in lessons for text in (x.prefix, x.suffix)])
     vocab_size = save_tokenizer(tokenizer, args.out / "paligemma")
     model = PaliGemma(paligemma_config(vocab_size, tokenizer.token_to_id("<image>")))
     model.init_weights()
     attend_near(model.language_model)
     rows = []
-    lookups = []
-    for pixels, group in scene_list:
-        for x in group:
-            image_tokens = model.config.image_tokens * x.with_image
-            row = data.sequence(tokenizer, x.prefix, x.suffix, image_tokens)
-            rows.append({"id": "", "pixels": pixels if x.with_image else None} | row)
-            if x.suffix.startswith("Answer:"):
-                lookups.append(rows[-1])
+    for x in lessons:
+        image_tokens = model.config.image_tokens if x.pixels else 0
+        row = data.sequence(tokenizer, x.prefix, x.suffix, image_tokens)
+        rows.append({"id": "", "lesson": x} | row)
+    lookups = [row for row in rows if row["lesson"].suffix.startswith("Answer:")]
     generator = torch.Generator().manual_seed(0)
     first = endless_batches(lookups, generator)
     later = endless_batches(rows, generator)
@@ -367,7 +361,7 @@ def make_paligemma(args: argparse.Namespace) -> None:
         chosen = next(first if step < args.lookup_steps else later)
         batch = data.pali_collate(chosen)
         batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}
-        images = [noisy_image(row["pixels"]) for row in chosen if row["pixels"]]
+        images = [noisy_image(x["lesson"].pixels) for x in chosen if x["lesson"].pixels]
         features = model.image_features(torch.stack(images).to(args.device)) if images else None
         labels = batch.pop("labels")[:, 1:]
         states = model.states(**batch, image_features=features)[:, :-1]
