@@ -74,7 +74,7 @@ def scienceqa(folder: Path, split: str, skipped: list | None = None) -> list[dic
     if caption_file.is_file():
         captions = field(read_json(caption_file), "captions", dict, caption_file)
     problems = []
-    for pid in filter(records.__contains__, pids):
+    for pid in [pid for pid in pids if pid in records]:
         with noted(skipped, pid):
             record = records[pid]
             where = f"{file}, problem {pid:.60}"
