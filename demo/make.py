@@ -169,9 +169,14 @@ def report_detr(model: DETR, pixels: Tensor, classes: Tensor, boxes: Tensor) -> 
     """Print the detector's accuracy on images it was not trained on."""
     logits, predicted = model(pixels)
     full = classes < model.config.num_labels  # (B, Q)
-    named = (logits.argmax(-1) == classes)[full].float().mean()
+    right = logits.argmax(-1) == classes  # (B, Q)
+    named = right[full].float().mean()
+    empty = right[~full].float().mean()
     error = (predicted - boxes)[full].abs().mean() * scenes.SIDE
-    print(f"detr, new images: {named:.2%} of the objects named, boxes off by {error:.2f} pixels")
+    print(
+        f"detr, {len(pixels)} new images: {named:.2%} of the objects named, {empty:.2%} of the "
+        f"empty cells left empty, boxes off by {error:.2f} of {scenes.SIDE} pixels"
+    )
 
 
 def make_detr(args: argparse.Namespace) -> None:
