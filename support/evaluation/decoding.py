@@ -3,9 +3,6 @@
 Of mmcot each stage is decoded; PaliGemma writes rationale and answer in one text, with a budget for
 the rationale, a stop for loops and a forced "Answer:"; `majority` takes the vote of several samples
 (self-consistency, Wang et al. 2022, arXiv 2203.11171).
-
-Left out: the step from logits to a token (`model.decode`) and the file of decoded batches
-(decode_cache.py).
 """
 
 import itertools
@@ -20,7 +17,7 @@ from tokenizers import Tokenizer
 
 import data
 from data import Problem
-from fusion import MultimodalT5, generate_texts, teacher_forced_texts
+from fusion import MultimodalT5, generate_texts
 from model import PaliGemma, stop_reason
 from support import files
 from support.dataset.tokenizers import plain_ids
@@ -29,6 +26,7 @@ from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import before_loop
 from support.evaluation.grading import CUE, grade
 from support.evaluation.models import paligemma_inputs
+from support.training.settings import Settings
 
 OnToken = Callable[[int, torch.Tensor], None]  # as in `model.decode`
 
@@ -51,20 +49,15 @@ def in_batches(
 
 @dataclass(frozen=True)
 class Decoder:
-    """Writes texts with one model of a run; all results include those of other processes.
-
-    temperature  of sampled texts, which `seed` makes repeatable; 0 is greedy
-    on_token     as in `model.decode`
-    cache        the batches in it are not decoded again
-    """
+    """Writes texts with one model of a run; all results include those of other processes."""
 
     model: MultimodalT5 | PaliGemma
     tokenizer: Tokenizer
     batch_size: int
-    cache: DecodeCache | None = None
+    cache: DecodeCache | None = None  # the batches in it are not decoded again
     on_token: OnToken | None = None
-    temperature: float = 0.0
-    seed: int = 0
+    temperature: float = 0.0  # 0 is greedy
+    seed: int = 0  # makes sampled texts repeatable
 
     def decode(
         self, examples: list[dict], collate: Callable, options: list, decode_batch: Callable
@@ -87,27 +80,18 @@ class Decoder:
 
         return self.decode(examples, data.collate, [max_new_tokens], decode_batch)
 
-    def paligemma_texts(
-        self,
-        examples: list[dict],
-        rationale_budget: int | None,
-        answer_budget: int,
-        loop_stop: bool,
-        force_answer: bool,
-    ) -> dict[str, dict]:
+    def paligemma_texts(self, examples: list[dict], settings: Settings) -> dict[str, dict]:
         """{id: {"response", "ids", "rationale"?, "stop", "tokens"}} of the prompts.
 
-        A reasoning run has a `rationale_budget`, None in one that only answers, and a detector for
-        a rationale that repeats itself; see `forced_answers` for a text that does not get to its
-        answer. The rationale is what stands before the last "Answer:". "ids" are what the model
-        wrote, without <eos>.
-        """
-        if rationale_budget is None:
-            return self.continued(examples, answer_budget)
-        results = self.continued(examples, rationale_budget, stop_loops=loop_stop)
-        if force_answer:
+        A reasoning run has a budget for the rationale, which is what stands before the last
+        "Answer:", and a detector for one that repeats itself; see `forced_answers` for a text that
+        does not get to its answer. "ids" are what the model wrote, without <eos>."""
+        if settings.recipe != "reason":
+            return self.continued(examples, settings.max_output[-1])
+        results = self.continued(examples, settings.max_output[0], settings.loop_stop)
+        if settings.force_answer:
             cut = {i: x for i, x in results.items() if CUE not in x["response"]}
-            results |= self.forced_answers(cut, examples, answer_budget)
+            results |= self.forced_answers(cut, examples, settings.max_output[-1])
         for result in results.values():
             before, cue, rest = result["response"].rpartition(CUE)
             result["rationale"] = (before if cue else rest).strip()
@@ -179,15 +163,6 @@ def with_suffix(example: dict, ids: list[int]) -> dict:
     """A prompt with some ids of its suffix."""
     types = example["token_type_ids"] + [1] * len(ids)
     return example | {"input_ids": example["input_ids"] + ids, "token_type_ids": types}
-
-
-def teacher_forced(
-    model: MultimodalT5, examples: list[dict], tokenizer: Tokenizer, batch_size: int
-) -> dict[str, str]:
-    """`fusion.teacher_forced_texts` of all examples: what the first published commands scored, and
-    stage 2 then read. Shown to be compared with; nothing here uses these texts."""
-    batches = in_batches(examples, batch_size, "teacher-forced")
-    return gather_dicts([teacher_forced_texts(model, b, tokenizer) for b in batches])
 
 
 def majority(problems: list[Problem], runs: list[dict[str, dict]]) -> dict[str, dict]:

@@ -1,15 +1,12 @@
 """The models of a run and what they read: images and prompts.
 
-`load_paligemma` gives the model that a run started from or trained. `image_features` gives the
-features of images that a run's models read, made by DETR or by PaliGemma's own tower and kept on
-the disk; `question_features` those of the one image a question is about.
-
-Left out: the weights that a run trained with mmcot (`eval.load_run`) and the disk's side of
-features (support/dataset/features.py).
+`load_paligemma` gives the model that a run started from or trained, `image_features` the features
+of images that a run's models read, made by DETR or by PaliGemma's own tower and kept on the disk.
 
 Axes: B images, H W S pixels, n images of a batch, P I image positions, F D their width.
 """
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable
@@ -82,21 +79,20 @@ def paligemma_extract(model: PaliGemma) -> Callable:
 
 
 def detr_extract(folder: Path, device: str) -> Callable:
-    """list of (3, H, W) -> list of (P, F). The model is loaded at the first call: if all features
-    are cached it is not needed."""
-    loaded = []
+    """list of (3, H, W) -> list of (P, F)."""
+
+    @functools.cache
+    def detr():  # not needed if all features are cached
+        return DETR.from_pretrained(folder).to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def extract(pixels):
-        if not loaded:
-            model = DETR.from_pretrained(folder).to(device, memory_format=torch.channels_last)
-            loaded.append(model)
         results = [None] * len(pixels)
         # One size at a time: padding would change DETR's output.
         for size in Counter(tuple(p.shape) for p in pixels):
             rows = [i for i, p in enumerate(pixels) if tuple(p.shape) == size]
             stacked = torch.stack([pixels[i] for i in rows]).to(device)  # (B, 3, H, W)
-            for i, features in zip(rows, loaded[0].features(stacked).cpu(), strict=True):
+            for i, features in zip(rows, detr().features(stacked).cpu(), strict=True):
                 results[i] = features  # (P, F)
         return results
 
@@ -111,11 +107,10 @@ def image_features(
 ) -> data.ImageSource | None:
     """The features that a run's models read of these problems' images; None if it reads none.
 
-    Published feature files are used as they are. Otherwise DETR is loaded only if an image is not
-    in the cache. A PaliGemma `model` makes its own, projected; where its image tower is trained or
-    adapted they are not kept, and `LazyImages` gives the pixels. The cache is named by a hash of
-    the weights, not of the code that makes features of them. With a list `skipped`, problems whose
-    image cannot be used go there, as (id, reason).
+    Published feature files are used as they are. A PaliGemma `model` makes its own, projected;
+    where its image tower is trained or adapted they are not kept, and `LazyImages` gives the
+    pixels. The cache is named by a hash of the weights, not of the code that makes features of
+    them. With a list `skipped`, problems whose image cannot be used go there, as (id, reason).
     """
     if model is not None:
         frozen = all(path.startswith("language_model.") for path in lora.adapters(model))
@@ -129,8 +124,9 @@ def image_features(
     elif settings.features:
         return published_features(settings.features, settings.name_map)
     encoder = feature_extractor(settings, model)
-    folder = resolve(settings.weights[0] if model else settings.vision_weights)
-    fingerprint = checkpoint_hash(folder)
+    fingerprint = checkpoint_hash(
+        resolve(settings.weights[0] if model else settings.vision_weights)
+    )
     if model:
         dtype = model.language_model.embed_tokens.weight.dtype
         fingerprint += f"-{str(dtype).removeprefix('torch.')}"
@@ -143,10 +139,8 @@ def image_features(
 
 def checkpoint_hash(folder: Path) -> str:
     """Twelve hex digits over the weight files of a checkpoint."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        digest.update(bytes.fromhex(files.checksum(path)))
-    return digest.hexdigest()[:12]
+    digests = [bytes.fromhex(files.checksum(path)) for path in weight_files(folder)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:12]
 
 
 def question_features(

@@ -269,7 +269,7 @@ def voted(texts, monkeypatch):
     """The prediction from five texts, and with which temperature and seed each was asked for."""
     asked = []
 
-    def write(decoder, **options):
+    def write(decoder, examples, settings):
         asked.append((decoder.temperature, decoder.seed))
         text = texts[len(asked) - 1]
         result = {"response": text, "rationale": text, "stop": "eos", "tokens": len(asked)}
