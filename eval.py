@@ -228,11 +228,15 @@ def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
     decodes = args.decode or args.teacher_forced or not scored
     if decodes:
         settings, models, tokenizer = load_run(folder, args.device, split)
-        problems, features, skipped = load_problems(settings, models, args.limit)
+        bad = [] if settings.on_error == "skip" else None
+        problems = data.load(settings.data, split, bad)[: args.limit]
+        model = models[0] if settings.model == "paligemma" else None
+        features = image_features(settings, problems, model, bad)
+        lost = {problem_id for problem_id, _ in bad or ()}
         evaluate(
             out,
             models,
-            problems,
+            [p for p in problems if p.id not in lost],
             settings,
             tokenizer,
             features,
@@ -240,23 +244,9 @@ def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
             teacher_forced=args.teacher_forced,
             attention_maps=args.looks,
             report=False,  # `main` writes one report, of all columns
-            skipped=skipped,
+            skipped=None if bad is None else {split: len(bad)},
         )
     return regrade(out, split, config, args, decodes or not (args.limit or args.faithful_parse))
-
-
-def load_problems(
-    settings: Settings, models: list[torch.nn.Module], limit: int | None
-) -> tuple[list[Problem], ImageSource | None, dict[str, int] | None]:
-    """(problems of the settings' split, the features of their images, {split: how many records
-    were skipped} with --on-error skip)."""
-    bad = [] if settings.on_error == "skip" else None
-    problems = data.load(settings.data, settings.test_split, bad)[:limit]
-    model = models[0] if settings.model == "paligemma" else None
-    features = image_features(settings, problems, model, bad)
-    lost = {problem_id for problem_id, _ in bad or ()}
-    problems = [p for p in problems if p.id not in lost]
-    return problems, features, None if bad is None else {settings.test_split: len(bad)}
 
 
 def regrade(
@@ -338,22 +328,14 @@ def score_file(args: argparse.Namespace) -> Column:
     return Column(scores, graded, args.out and Path(args.out))
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.split("\n")[0])
     add = parser.add_argument_group("runs to decode and score").add_argument
     add("runs", nargs="*", metavar="RUN", help="run folders, shown side by side")
     add("--decode", action="store_true", help="decode even if the run has its predictions already")
-    forced = "also score the arg-max of teacher-forced logits, as the first published commands did"
-    add("--teacher-forced", action="store_true", help=forced)
-    add("--limit", type=positive, metavar="N", help="only the first N problems")
-    maps = "keep attention maps of the first N decoded problems (%(default)s; 0: off)"
+    add("--teacher-forced", action="store_true", help="also score the teacher-forced rationales")
+    add("--limit", type=int, metavar="N", help="only the first N problems")
+    maps = "attention maps of the first N decoded problems (%(default)s; 0: off)"
     add("--looks", type=int, default=ATTENTION_MAPS, metavar="N", help=maps)
     add("--device", help="cpu or cuda; the run's own by default")
     add = parser.add_argument_group("one question to one run").add_argument
@@ -368,19 +350,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", help="write graded predictions and metrics.json here")
     add("--partial", action="store_true", help="accept problems without prediction")
     add = parser.add_argument_group("how answers are graded and shown").add_argument
-    guess = "guess among A-E what cannot be read, as the original did"
-    add("--faithful-parse", action="store_true", help=guess)
-    gold = "prompt format whose target rationales are compared with (%(default)s)"
+    add("--faithful-parse", action="store_true", help="guess A-E if unreadable, as the original")
+    gold = "prompt format whose target is the gold rationale (%(default)s)"
     add("--rationale-format", default="QCM-LE", metavar="FORMAT", help=gold)
-    judge = "model that judges why answers are right or wrong (as teacher.py --judge), or demo"
-    add("--judge", metavar="SPEC", help=judge)
+    add("--judge", metavar="SPEC", help="model that judges rationales, as teacher.py --judge")
     add("--markdown", action="store_true", help="print the table as markdown")
     add("--all-rows", action="store_true", help="also rows by source, question type and the like")
-    report = "write no report.html into the first run's folder, or --out"
-    add("--no-report", dest="report", action="store_false", help=report)
+    add("--no-report", dest="report", action="store_false", help="write no report.html")
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.predictions) or bool(args.data) != bool(args.predictions):
         parser.error("give run folders, or --predictions FILE together with --data DIR")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit is {args.limit}; it must be at least 1")
     asks = any(x is not None for x in (args.question, args.image, args.choices))
     if asks and (not args.question or len(args.runs) != 1):
         parser.error("--image and --choices go with --question TEXT, which is asked of one RUN")
@@ -401,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = next(iter(columns.values())).folder
     if args.report and folder:  # nothing is written of what was only shown
         write_report(folder, columns)
-        print(f"\nto read on: {folder / 'report.html'}")
+        print(f"\nreport: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -181,49 +181,39 @@ def majority(problems: list[Problem], runs: list[dict[str, dict]]) -> dict[str, 
 
 
 # --- ids as text
-def incremental_decoder(
-    tokenizer: Tokenizer, skip_special_tokens: bool = True
-) -> Callable[[int], str]:
-    """A function that takes ids one by one and gives the text each adds: whole characters, "" while
-    one is incomplete. (tokenizers.decoders.DecodeStream raises on bytes that are no UTF-8.)"""
-    ids = []
-    length = 0
-
-    def decode(token_id):
-        nonlocal length
-        ids.append(token_id)
-        text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-        if text.endswith("\ufffd"):  # the first bytes of a character
-            return ""
-        added = text[length:]
-        length = len(text)
-        return added
-
-    return decode
-
-
 def token_texts(
     tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True
 ) -> list[str]:
-    """The text that each id adds, a list as long as `ids`; "" inside of a character."""
-    decode = incremental_decoder(tokenizer, skip_special_tokens)
-    return [decode(token_id) for token_id in ids]
+    """The text that each id adds, a list as long as `ids`; "" inside of a character. (DecodeStream
+    of tokenizers raises on bytes that are no UTF-8.)"""
+    texts = []
+    length = 0
+    for n in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:n], skip_special_tokens=skip_special_tokens)
+        if text.endswith("\ufffd"):  # the first bytes of a character
+            texts.append("")
+            continue
+        texts.append(text[length:])
+        length = len(text)
+    return texts
 
 
 def token_printer(tokenizer: Tokenizer, between: str) -> OnToken:
     """An `on_token` for one row: prints each text as it is written, and `between` before the next.
     White space at the end of a text is not printed."""
-    decode = None
-    held = ""
+    ids = []
+    printed = 0
 
-    def on_token(t, ids):
-        nonlocal decode, held
+    def on_token(t, new_ids):
+        nonlocal printed
         if t == 0:
-            print(between if decode else "", end="")
-            decode = incremental_decoder(tokenizer)
-            held = ""
-        text = held + decode(ids.item())
-        held = text[len(text.rstrip()) :]
-        print(text.rstrip(), end="", flush=True)
+            print(between if ids else "", end="")
+            ids.clear()
+            printed = 0
+        ids.append(new_ids.item())
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # the first bytes of a character
+            print(text.rstrip()[printed:], end="", flush=True)
+            printed = max(printed, len(text.rstrip()))
 
     return on_token

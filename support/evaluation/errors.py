@@ -57,11 +57,9 @@ def classify(
     """Why an answer is right or wrong: (one of KINDS, the evidence in words, the answer that the
     rationale comes to, in its normal form, or None).
 
-    facts  what the demo's image shows (see `scene_facts`), else None
+    facts  what the demo's image shows (see `scene_facts`), else None: then a sound rationale may
+           have misread it, and one without a readable answer is believed to support the choice
     known  the `problem_type`s of the training data; None: nobody knows, and nothing is novel
-
-    No rule sees an image. Without `facts` a sound rationale may have misread it, and one that comes
-    to no answer that a rule can read is believed to support the choice. See `refine`.
     """
     rationale = rationale_of(prediction)
     # What ended the text before it had an answer of its own.

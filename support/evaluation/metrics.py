@@ -122,13 +122,8 @@ def tally(graded: list[Graded]) -> dict:
     if not n:
         return {"n": 0, "accuracy": None, "ci95": None, "chance": None}
     hits = sum(g.correct for *_, g in graded)
-    by_chance = sum(1 / len(p.choices) for p, *_ in graded if p.choices)
-    return {
-        "n": n,
-        "accuracy": percent(hits / n),
-        "ci95": wilson(hits, n),
-        "chance": percent(by_chance / n),
-    }
+    chance = percent(sum(1 / len(p.choices) for p, *_ in graded if p.choices) / n)
+    return {"n": n, "accuracy": percent(hits / n), "ci95": wilson(hits, n), "chance": chance}
 
 
 # --- rationales
@@ -136,8 +131,7 @@ def rationale_scores(
     graded: list[Graded], rationale_format: str | None, faithful: bool = False
 ) -> dict:
     """Mean ROUGE-L and BLEU in percent of the rationales against the gold target of their stage; {}
-    without rationales. Empty targets do not count. An empty rationale scores 0, but the original
-    (`faithful`) leaves it out of ROUGE-L."""
+    without. An empty rationale scores 0, but the original (`faithful`) leaves it out of ROUGE-L."""
     if rationale_format is None:  # a teacher's rationale has another form than the gold solution
         return {}
     written = [(x["rationale"], p) for p, x, _ in graded if x.get("rationale") is not None]
@@ -219,14 +213,9 @@ def bleu(candidate: str, reference: str, n: int) -> float:
 
 
 def lcs_words(x: list[str], places: dict[str, list[int]]) -> set[str]:
-    """The words, as a set, of one longest common subsequence of the word list x and a second, y.
-
-    `places` maps each word of y to its positions, last first. Hunt and Szymanski (1977): ends[k] is
-    where the shortest prefix of y ends that has k+1 words in common with x so far; only matching
-    pairs cost. Going up from the last row, a word is taken if it stands where that prefix ends: the
-    same choice among equals as walking back the full table and shortening y first.
-    """
-    ends = []
+    """The words, as a set, of one longest common subsequence of the word list x and a second, y:
+    `places` maps each word of y to its positions, last first (Hunt and Szymanski 1977)."""
+    ends = []  # [k]: where the shortest prefix of y ends that has k+1 words in common with x so far
     rows = []
     for word in x:
         if word in places:
@@ -236,6 +225,7 @@ def lcs_words(x: list[str], places: dict[str, list[int]]) -> set[str]:
             rows.append((word, ends.copy()))
     words = set()
     k = len(ends) - 1
+    # Among equals, the choice of walking back the full table and shortening y first.
     for word, ends_then in reversed(rows):
         if k >= 0 and ends_then[k] in places[word]:
             words.add(word)

@@ -150,17 +150,17 @@ def question_features(
     ValueError for an image if the run learned from published features."""
     paligemma = settings.model == "paligemma"
     if image is None:
-        fusion = None if paligemma else models[-1].fusion
-        if fusion is None:
+        if paligemma or models[-1].fusion is None:
             return None
+        fusion = models[-1].fusion
         zeros = np.zeros((1, 1, fusion.image_dense.in_features), np.float16)  # (1, P, F)
         return Features(zeros, {})
     if not paligemma and settings.vision in NO_VISION:
         return None
     if not paligemma and settings.features:
         raise ValueError(
-            f"This run learned from published features ({settings.features}): there is no model "
-            "here that extracts them from another image. Ask without --image."
+            f"This run learned from published features ({settings.features}), which no model here "
+            "extracts from another image: ask without --image."
         )
     encoder = feature_extractor(settings, models[0] if paligemma else None)
     [features] = encoder.extract([encoder.preprocess(image, encoder.size)])  # (P, F)
