@@ -141,29 +141,28 @@ def test_a_loop_is_stopped_and_the_answer_is_asked_for_before_it(heard, tokenize
     assert begun.count("red circle") == 1 and begun.startswith("I look") and "Answer" in begun
 
 
-def test_loops_may_go_on(heard):
-    says = lambda prompt, begun: "C" if begun else LOOP  # noqa: E731
-    result, calls = heard(says, "--no-loop-stop", "--max-output", "60", "4")
-    assert result["forced_after"] == "length" and result["tokens"] == 60 + 2
-    assert [call[3] for call in calls] == [False, False]
-
-
-def test_nothing_is_forced_where_that_is_switched_off(heard):
-    for says, stop in ((LOOP, "loop"), (LONG + LONG + "...", "length"), ("It is red.", "eos")):
-        result, calls = heard(says, "--no-forced-answer", "--max-output", "80", "4")
-        if stop == "length":
-            result, calls = heard(says, "--no-forced-answer", "--max-output", "20", "4")
-        assert result["stop"] == stop and "forced_after" not in result and len(calls) == 1
-        assert (
-            result["rationale"] == result["response"].strip()
-            and "Answer:" not in result["response"]
-        )
-
-
-def test_an_end_without_an_answer_is_asked_for_one(heard):
-    result, _ = heard(lambda prompt, begun: "A" if begun else "It is red.")
-    assert result["stop"] == "forced" and result["forced_after"] == "eos"
+@pytest.mark.parametrize(
+    "text, flags, stop, tokens",
+    [
+        (LOOP, "--no-loop-stop --max-output 60 4", "length", 60),
+        (LONG + "...", "--max-output 20 4", "length", 20),
+        (LOOP, "--max-output 80 4", "loop", None),
+        ("It is red.", "--max-output 80 4", "eos", None),
+    ],
+)
+def test_an_end_without_an_answer_is_asked_for_one_if_that_is_wanted(
+    text, flags, stop, tokens, heard
+):
+    detects = "--no-loop-stop" not in flags
+    result, calls = heard(lambda prompt, begun: "A" if begun else text, *flags.split())
+    assert result["stop"] == "forced" and result["forced_after"] == stop
+    assert tokens is None or result["tokens"] == tokens + 2
+    assert [call[3] for call in calls] == [detects, False]
     assert evaluation.grade(own_problem(), result["response"]).correct
+    result, calls = heard(text, "--no-forced-answer", *flags.split())
+    assert result["stop"] == stop and "forced_after" not in result and len(calls) == 1
+    assert result["rationale"] == result["response"].strip()
+    assert "Answer:" not in result["response"]
 
 
 def test_an_answer_run_has_no_rationale_and_a_short_budget(heard):
@@ -193,29 +192,23 @@ def test_each_recipe_asks_in_its_own_words(tokenizer):
         assert plain_ids(tokenizer, prompts[0])[-len(expected) :] == expected
 
 
-def test_only_cut_rows_are_asked_again_and_each_keeps_its_own(tokenizer):
+@pytest.mark.parametrize("size", ["1", "3", "64"])
+def test_only_cut_rows_are_asked_again_and_each_keeps_its_own(size, tokenizer):
     """Rows of a batch that end differently, and a last answer for each of them."""
-    first_by = {
-        "red": "It is red. Answer: A",
-        "blue": LONG + "...",
-        "green": LOOP,
-        "yellow": "It is yellow.",
-    }
-    answers = {"blue": "B", "green": "C", "yellow": "A"}
+    texts = {"red": ("It is red. Answer: A", None), "blue": (LONG + "...", "B"),
+             "green": (LOOP, "C"), "yellow": ("It is yellow.", "A")}  # fmt: skip
 
     def says(prompt, begun):
-        colour = prompt.split("Which is")[1].split("?")[0].strip()
-        return answers[colour] if begun else first_by[colour]
+        return texts[prompt.split("Which is")[1].split("?")[0].strip()][bool(begun)]
 
-    problems = [own_problem(str(i), question=f"Which is {c}?") for i, c in enumerate(first_by)]
-    for size in ("1", "3", "64"):
-        speaker = Speaker(tokenizer, says)
-        config = settings("paligemma", "--eval-batch-size", size, "--max-output", "50", "4")
-        result = evaluation.predict([speaker], problems, config, tokenizer, None)
-        assert [x["id"] for x in result] == ["0", "1", "2", "3"] and len(speaker.calls) == 7
-        assert [x.get("forced_after") for x in result] == [None, "length", "loop", "eos"]
-        parsed = [evaluation.grade(problems[0], x["response"]).parsed for x in result]
-        assert parsed == ["A", "B", "C", "A"]
+    problems = [own_problem(str(i), question=f"Which is {c}?") for i, c in enumerate(texts)]
+    speaker = Speaker(tokenizer, says)
+    config = settings("paligemma", "--eval-batch-size", size, "--max-output", "50", "4")
+    result = evaluation.predict([speaker], problems, config, tokenizer, None)
+    assert [x["id"] for x in result] == ["0", "1", "2", "3"] and len(speaker.calls) == 7
+    assert [x.get("forced_after") for x in result] == [None, "length", "loop", "eos"]
+    parsed = [evaluation.grade(problems[0], x["response"]).parsed for x in result]
+    assert parsed == ["A", "B", "C", "A"]
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 7, 8, 9, 12])
@@ -230,16 +223,14 @@ def test_what_was_written_before_the_loop(period):
 
 
 def test_what_is_no_loop_to_the_detector_stays_whole():
-    generator = torch.Generator().manual_seed(0)
+    rng = random.Random(0)
     loops_seen = 0
     for _ in range(300):
-        size, words = (
-            int(torch.randint(a, b, (), generator=generator)) for a, b in ((0, 60), (1, 4))
-        )
-        rows = torch.randint(0, words, (1, size), generator=generator)
-        loops, ids = bool(backbones.looping(rows)), rows[0].tolist()
+        words = rng.randint(1, 3)
+        ids = [rng.randrange(words) for _ in range(rng.randrange(60))]
+        loops = bool(backbones.looping(torch.tensor([ids], dtype=torch.long)))
         kept = errors.before_loop(ids)
-        assert ids[: len(kept)] == kept and (len(kept) < size) == loops
+        assert ids[: len(kept)] == kept and (len(kept) < len(ids)) == loops
         loops_seen += loops
     assert 20 < loops_seen < 280
 
@@ -330,64 +321,54 @@ def test_sampling_follows_seed_and_temperature(tokenizer):
 
 # ---- reading PaliGemma's answers ---------------------------------------------------------------
 
+COLOURS = own_problem(choices=("red", "blue", "dark  blue"), index=1)
+TWINS = own_problem(choices=("cat", "Cat.", "dog"), index=1)
+SWAPPED = own_problem(choices=("B", "A"), index=0)  # a letter is a letter first
+
 
 @pytest.mark.parametrize(
-    "response, parsed, rule",
+    "problem, response, parsed, how",
     [
-        ("It is so.\nAnswer: B", "B", "letter"),
-        ("It is so.\n Answer: B", "B", "letter"),
-        ("Answer: (B)", "B", "letter"),
-        ("Answer: (B).", "B", "letter"),
-        ("Answer: b", "B", "letter"),
-        ("Answer: blue", "B", "choice text"),
-        ("Answer:  Dark   Blue. ", "C", "choice text"),
-        ("B", "B", "letter"),
-        (" (b) ", "B", "letter"),
-        ("blue", "B", "choice text"),
-        ("Answer: A\nNo.\nAnswer: B", "B", "letter"),  # the last counts
-        ("Answer: B\nAnswer:", None, "no answer found"),
-        ("Answer: D", None, "no answer found"),
-        ("Answer: A or B", None, "no answer found"),
-        ("Answer: B because", None, "no answer found"),
-        ("It is blue.", None, "no answer found"),
-        ("answer: B", None, "no answer found"),
-        ("Answer:", None, "no answer found"),
+        (COLOURS, "It is so.\nAnswer: B", "B", "letter"),
+        (COLOURS, "It is so.\n Answer: B", "B", "letter"),
+        (COLOURS, "Answer: (B)", "B", "letter"),
+        (COLOURS, "Answer: (B).", "B", "letter"),
+        (COLOURS, "Answer: b", "B", "letter"),
+        (COLOURS, "Answer: blue", "B", "choice text"),
+        (COLOURS, "Answer:  Dark   Blue. ", "C", "choice text"),
+        (COLOURS, "B", "B", "letter"),
+        (COLOURS, " (b) ", "B", "letter"),
+        (COLOURS, "blue", "B", "choice text"),
+        (COLOURS, "Answer: A\nNo.\nAnswer: B", "B", "letter"),  # the last counts
+        (COLOURS, "Answer: B\nAnswer:", None, "no answer found"),
+        (COLOURS, "Answer: D", None, "no answer found"),
+        (COLOURS, "Answer: A or B", None, "no answer found"),
+        (COLOURS, "Answer: B because", None, "no answer found"),
+        (COLOURS, "It is blue.", None, "no answer found"),
+        (COLOURS, "answer: B", None, "no answer found"),
+        (COLOURS, "Answer:", None, "no answer found"),
+        # Multimodal-CoT's own form comes first, an answer line after it last.
+        (COLOURS, "Answer: A. The answer is (B).", "B", "letter"),
+        (COLOURS, "The answer is (A). The answer is (B).", None, "several answers"),
+        (COLOURS, "The answer is (D).", None, "letter not among the options"),
+        (COLOURS, "So: The answer is (A).\nAnswer: B", "B", "letter"),
+        (COLOURS, "The answer is (D).\nAnswer: B", "B", "letter"),
+        (COLOURS, "The answer is (B).\nAnswer:", None, "no answer found"),
+        (TWINS, "Answer: cat", None, "no answer found"),
+        (TWINS, "Answer: dog", "C", "choice text"),
+        (TWINS, "Answer: B", "B", "letter"),
+        (SWAPPED, "Answer: B", "B", "letter"),
     ],
 )
-def test_paligemmas_forms_are_read(response, parsed, rule):
-    problem = own_problem(choices=("red", "blue", "dark  blue"), index=1)
-    assert evaluation.grade(problem, response) == evaluation.Grade(parsed == "B", parsed, rule)
+def test_paligemmas_forms_are_read(problem, response, parsed, how):
+    correct = parsed is not None and "ABC".index(parsed) == problem.meta["answer_index"]
+    assert evaluation.grade(problem, response) == evaluation.Grade(correct, parsed, how)
 
 
-def test_two_equal_texts_are_not_read_as_a_choice():
-    twins = own_problem(choices=("cat", "Cat.", "dog"), index=1)
-    assert evaluation.grade(twins, "Answer: cat").parsed is None
-    assert evaluation.grade(twins, "Answer: dog").parsed == "C"
-    assert evaluation.grade(twins, "Answer: B").correct
-    named = own_problem(choices=("B", "A"), index=0)  # a letter is a letter first
-    assert evaluation.grade(named, "Answer: B").parsed == "B"
-    assert not evaluation.grade(named, "Answer: B").correct
-
-
-def test_multimodal_cots_own_form_comes_first():
-    problem = own_problem(index=1)
-    assert evaluation.grade(problem, "Answer: A. The answer is (B).").parsed == "B"
-    assert evaluation.grade(problem, "The answer is (A). The answer is (B).").parsed is None
-    assert evaluation.grade(problem, "The answer is (D).").parsed is None
-
-
-def test_an_answer_line_after_it_is_the_last_word():
-    problem = own_problem(index=1)
-    assert evaluation.grade(problem, "So: The answer is (A).\nAnswer: B").parsed == "B"
-    assert evaluation.grade(problem, "The answer is (D).\nAnswer: B").parsed == "B"
-    assert evaluation.grade(problem, "The answer is (B).\nAnswer:").parsed is None
-
-
-def test_the_original_guess_knows_nothing_of_these_forms():
-    problem = own_problem(index=1)
-    for response in ("Answer: B", "B", "blue"):
-        read = evaluation.grade(problem, response, random.Random(42))
-        assert read.parsed is None and read.how == "no answer found; guessed A"
+@pytest.mark.parametrize("response", ["Answer: B", "B", "blue"])
+def test_the_original_guess_knows_nothing_of_these_forms(response):
+    read = evaluation.grade(own_problem(index=1), response, random.Random(42))
+    assert read.parsed is None and read.how == "no answer found; guessed A"
 
 
 @pytest.mark.parametrize(
