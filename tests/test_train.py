@@ -62,7 +62,7 @@ def pali_rows():
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def test_t5s_loss_is_the_plain_cross_entropy_of_the_logits():
+def test_the_loss_is_the_plain_cross_entropy_of_the_logits():
     """Padding changes nothing: the released code kept pads (id 0) in the labels, and most of its
     loss was about them."""
     model = tiny_t5(NO_DROPOUT)

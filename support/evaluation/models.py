@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 import data
 import lora
 from model import DETR, PaliGemma
-from support import files
+from support import files, kernels
 from support.checkpoints.hub import resolve
 from support.checkpoints.weights import weight_files
 from support.dataset import images
@@ -62,7 +62,8 @@ def feature_extractor(settings: Settings, model: PaliGemma | None = None) -> Fea
     if model is not None:
         size = model.config.vision.image_size
         return FeatureExtractor(paligemma_extract(model), images.siglip_pixels, size)
-    extract = detr_extract(resolve(settings.vision_weights), settings.device)
+    folder = resolve(settings.vision_weights)
+    extract = detr_extract(folder, settings.device, settings.plain)
     return FeatureExtractor(extract, images.detr_pixels, settings.image_size)
 
 
@@ -78,12 +79,15 @@ def paligemma_extract(model: PaliGemma) -> Callable:
     return extract
 
 
-def detr_extract(folder: Path, device: str) -> Callable:
+def detr_extract(folder: Path, device: str, plain: bool) -> Callable:
     """list of (3, H, W) -> list of (P, F)."""
 
     @functools.cache
     def detr():  # not needed if all features are cached
-        return DETR.from_pretrained(folder).to(device, memory_format=torch.channels_last)
+        model = DETR.from_pretrained(folder).to(device, memory_format=torch.channels_last)
+        if not plain:
+            kernels.enable(model)
+        return model
 
     @torch.inference_mode()
     def extract(pixels):

@@ -321,54 +321,34 @@ def test_sampling_follows_seed_and_temperature(tokenizer):
 
 # ---- reading PaliGemma's answers ---------------------------------------------------------------
 
-COLOURS = own_problem(choices=("red", "blue", "dark  blue"), index=1)
-TWINS = own_problem(choices=("cat", "Cat.", "dog"), index=1)
-SWAPPED = own_problem(choices=("B", "A"), index=0)  # a letter is a letter first
-
 
 @pytest.mark.parametrize(
-    "problem, response, parsed, how",
+    "response, parsed",
     [
-        (COLOURS, "It is so.\nAnswer: B", "B", "letter"),
-        (COLOURS, "It is so.\n Answer: B", "B", "letter"),
-        (COLOURS, "Answer: (B)", "B", "letter"),
-        (COLOURS, "Answer: (B).", "B", "letter"),
-        (COLOURS, "Answer: b", "B", "letter"),
-        (COLOURS, "Answer: blue", "B", "choice text"),
-        (COLOURS, "Answer:  Dark   Blue. ", "C", "choice text"),
-        (COLOURS, "B", "B", "letter"),
-        (COLOURS, " (b) ", "B", "letter"),
-        (COLOURS, "blue", "B", "choice text"),
-        (COLOURS, "Answer: A\nNo.\nAnswer: B", "B", "letter"),  # the last counts
-        (COLOURS, "Answer: B\nAnswer:", None, "no answer found"),
-        (COLOURS, "Answer: D", None, "no answer found"),
-        (COLOURS, "Answer: A or B", None, "no answer found"),
-        (COLOURS, "Answer: B because", None, "no answer found"),
-        (COLOURS, "It is blue.", None, "no answer found"),
-        (COLOURS, "answer: B", None, "no answer found"),
-        (COLOURS, "Answer:", None, "no answer found"),
-        # Multimodal-CoT's own form comes first, an answer line after it last.
-        (COLOURS, "Answer: A. The answer is (B).", "B", "letter"),
-        (COLOURS, "The answer is (A). The answer is (B).", None, "several answers"),
-        (COLOURS, "The answer is (D).", None, "letter not among the options"),
-        (COLOURS, "So: The answer is (A).\nAnswer: B", "B", "letter"),
-        (COLOURS, "The answer is (D).\nAnswer: B", "B", "letter"),
-        (COLOURS, "The answer is (B).\nAnswer:", None, "no answer found"),
-        (TWINS, "Answer: cat", None, "no answer found"),
-        (TWINS, "Answer: dog", "C", "choice text"),
-        (TWINS, "Answer: B", "B", "letter"),
-        (SWAPPED, "Answer: B", "B", "letter"),
+        ("It is so.\nAnswer: B", "B"),
+        ("It is so.\n Answer: (B).", "B"),
+        ("Answer: blue", "B"),
+        ("Answer:  Dark   Blue. ", "C"),
+        (" (b) ", "B"),
+        ("Answer: A\nNo.\nAnswer: B", "B"),  # the last counts
+        ("Answer: B\nAnswer:", None),  # cut
+        ("Answer: D", None),
+        ("Answer: A or B", None),
+        ("The answer is (D).\nAnswer: B", "B"),
+        ("So: The answer is (A).\nAnswer: B", "B"),
     ],
 )
-def test_paligemmas_forms_are_read(problem, response, parsed, how):
-    correct = parsed is not None and "ABC".index(parsed) == problem.meta["answer_index"]
-    assert evaluation.grade(problem, response) == evaluation.Grade(correct, parsed, how)
+def test_paligemmas_forms_are_read(response, parsed):
+    problem = own_problem(choices=("red", "blue", "dark  blue"), index=1)
+    read = evaluation.grade(problem, response)
+    assert (read.correct, read.parsed) == (parsed == "B", parsed)
 
 
-@pytest.mark.parametrize("response", ["Answer: B", "B", "blue"])
-def test_the_original_guess_knows_nothing_of_these_forms(response):
-    read = evaluation.grade(own_problem(index=1), response, random.Random(42))
-    assert read.parsed is None and read.how == "no answer found; guessed A"
+def test_the_original_guess_knows_nothing_of_these_forms():
+    problem = own_problem(index=1)
+    for response in ("Answer: B", "B", "blue"):
+        read = evaluation.grade(problem, response, random.Random(42))
+        assert read.parsed is None and read.how == "no answer found; guessed A"
 
 
 @pytest.mark.parametrize(
