@@ -349,12 +349,3 @@ def test_the_original_guess_knows_nothing_of_these_forms():
     for response in ("Answer: B", "B", "blue"):
         read = evaluation.grade(problem, response, random.Random(42))
         assert read.parsed is None and read.how == "no answer found; guessed A"
-
-
-@pytest.mark.parametrize(
-    "response, correct",
-    [("Answer: 4", True), ("It is 5.\nAnswer: 4.0", True), ("Answer: 5", False)],
-)
-def test_answers_without_choices(response, correct):
-    problem = data.Problem("1", "?", (), "4", "", None, "", "", {"answer_index": None})
-    assert evaluation.grade(problem, response).correct == correct
