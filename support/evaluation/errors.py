@@ -62,7 +62,7 @@ def classify(
     known  the `problem_type`s of the training data; None: nobody knows, and nothing is novel
     """
     rationale = rationale_of(prediction)
-    # What ended the text before it had an answer of its own.
+    # What ended the text before it had an answer of its own:
     stop = prediction.get("forced_after") or (None if grade.parsed else prediction.get("stop"))
     loops = repetition(rationale or prediction["response"])
     if loops is None and stop == "loop":
@@ -251,8 +251,7 @@ def scene_facts(where: str) -> dict[str, dict]:
 def classify_all(
     graded: list[Graded], facts: dict[str, dict] | None = None, known: set | None = None
 ) -> list[Graded]:
-    """What `grade_all` returns, with "kind", "because" and what the rationale "concludes" in each
-    prediction."""
+    """`grade_all`'s, with "kind", "because" and what the rationale "concludes" in predictions."""
     classified = []
     for problem, prediction, grade in graded:
         scene = (facts or {}).get(problem.id)
@@ -264,9 +263,8 @@ def classify_all(
 
 
 def refine(graded: list[Graded], judge: Callable[[list], list[dict]]) -> list[Graded]:
-    """Answers of `classify_all`, their kinds corrected by a judge who is shown the image: a
-    function of (problem, rationale, answer) items that returns a verdict of each, as
-    `filters.judge_many` does. It is asked about rationales that came to an end."""
+    """Answers of `classify_all`, their kinds corrected by a judge who is shown the image, as
+    `filters.judge_many`. It is asked about rationales that came to an end."""
     items = {}
     for i, (problem, prediction, grade) in enumerate(graded):
         rationale = rationale_of(prediction)
@@ -285,9 +283,8 @@ def refine(graded: list[Graded], judge: Callable[[list], list[dict]]) -> list[Gr
 
 
 def refined_kind(kind: str, correct: bool, verdict: dict) -> str:
-    """The kind after a judge's verdict, which is believed where it finds right what the rule finds
-    right. Its "consistent" says whether the rationale leads to the answer, its "picture" whether
-    it agrees with the image."""
+    """The kind after a judge's verdict, which is believed where it agrees about the answer. It says
+    whether the rationale leads there ("consistent") and agrees with the image ("picture")."""
     leads = verdict["consistent"]
     agrees = verdict.get("picture")
     if verdict["correct"] is not correct:

@@ -62,8 +62,7 @@ def feature_extractor(settings: Settings, model: PaliGemma | None = None) -> Fea
     if model is not None:
         size = model.config.vision.image_size
         return FeatureExtractor(paligemma_extract(model), images.siglip_pixels, size)
-    folder = resolve(settings.vision_weights)
-    extract = detr_extract(folder, settings.device, settings.plain)
+    extract = detr_extract(resolve(settings.vision_weights), settings.device, settings.plain)
     return FeatureExtractor(extract, images.detr_pixels, settings.image_size)
 
 
@@ -153,14 +152,12 @@ def question_features(
     """`Features` of the problem "asked", zeros without an image; None for a model that reads none.
     ValueError for an image if the run learned from published features."""
     paligemma = settings.model == "paligemma"
-    if image is None:
-        if paligemma or models[-1].fusion is None:
-            return None
-        fusion = models[-1].fusion
-        zeros = np.zeros((1, 1, fusion.image_dense.in_features), np.float16)  # (1, P, F)
-        return Features(zeros, {})
-    if not paligemma and settings.vision in NO_VISION:
+    reads = image is not None if paligemma else models[-1].fusion is not None
+    if not reads:
         return None
+    if image is None:
+        width = models[-1].fusion.image_dense.in_features
+        return Features(np.zeros((1, 1, width), np.float16), {})  # (1, P, F)
     if not paligemma and settings.features:
         raise ValueError(
             f"This run learned from published features ({settings.features}), which no model here "

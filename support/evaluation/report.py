@@ -114,22 +114,18 @@ def problem_facts(problem: Problem, runs: int) -> dict:
 
 
 def report_images(problems: list[dict]) -> list[str]:
-    """The images as data: addresses, equal files once. "image" of each problem becomes an index
+    """The images as data: addresses, equal ones once. "image" of each problem becomes an index
     into that list, or None and "missing" says why."""
-    digests = {}  # path: what tells its content
-    first = {}  # the same: the first path that has it
-    for path in dict.fromkeys(facts["image"] for facts in problems if facts["image"]):
-        digests[path] = files.checksum(path) if Path(path).is_file() else path
-        first.setdefault(digests[path], path)
+    paths = list(dict.fromkeys(facts["image"] for facts in problems if facts["image"]))
     with ThreadPoolExecutor() as threads:  # Pillow releases the lock while it computes
-        encoded = dict(zip(first, threads.map(data_address, first.values()), strict=True))
-    readable = [digest for digest, image in encoded.items() if isinstance(image, str)]
-    index = {digest: i for i, digest in enumerate(readable)}
+        encoded = dict(zip(paths, threads.map(data_address, paths), strict=True))
+    addresses = dict.fromkeys(x for x in encoded.values() if isinstance(x, str))
+    index = {address: i for i, address in enumerate(addresses)}
     for facts in problems:
-        if digest := digests.get(facts["image"]):
-            facts["image"] = index.get(digest)
-            facts["missing"] = None if digest in index else str(encoded[digest])
-    return [encoded[digest] for digest in readable]
+        if image := encoded.get(facts["image"]):
+            facts["image"] = index.get(image)
+            facts["missing"] = None if image in index else str(image)
+    return list(addresses)
 
 
 def data_address(path: str) -> str | Exception:
@@ -287,9 +283,9 @@ def paligemma_map(model: PaliGemma, example: dict, ids: list[int], tokenizer: To
     "tokens"  text of each
     "p"       probability of each, given all before it, at temperature 1; low where a cue was forced
     "grid"    [rows, columns] of image patches
-    "maps"    {index of a token: base64 of rows * columns bytes}: from where it was predicted (one
-              before its own place), attention to the patches, the mean over the heads of the last
-              third of the layers; 255 is the strongest. For the tokens of `worth_a_map`
+    "maps"    {index of a token `worth_a_map`: base64 of rows * columns bytes}: attention to the
+              patches, 255 the strongest, from where the token was predicted (one before its own
+              place), the mean over the heads of the last third of the layers
     "share"   {index: how much of that attention the image has; the rest is on text}
     """
     device = model.language_model.embed_tokens.weight.device
