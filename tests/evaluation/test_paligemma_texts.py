@@ -166,7 +166,7 @@ def test_an_end_without_an_answer_is_asked_for_one_if_that_is_wanted(
 
 
 def test_an_answer_run_has_no_rationale_and_a_short_budget(heard):
-    result, calls = heard("B", "--recipe", "answer")
+    result, _ = heard("B", "--recipe", "answer")
     assert set(result) == {"id", "response", "ids", "stop", "tokens"} and result["stop"] == "eos"
     result, calls = heard(LOOP, "--recipe", "answer")
     assert result["stop"] == "length" and result["tokens"] == 4
@@ -182,14 +182,14 @@ def test_an_image_token_that_was_said_is_not_shown_again(heard):
     assert second[len(first) :][:2] == [101, 102] and image not in second
 
 
-def test_each_recipe_asks_in_its_own_words(tokenizer):
-    for recipe in ("reason", "answer"):
-        prompts = []
-        speaker = Speaker(tokenizer, lambda p, begun, to=prompts: to.append(p) or "Answer: A")
-        config = settings("paligemma", "--recipe", recipe)
-        evaluation.predict([speaker], [own_problem()], config, tokenizer, None)
-        expected = plain_ids(tokenizer, data.pali_prefix(own_problem(), recipe) + "\n")
-        assert plain_ids(tokenizer, prompts[0])[-len(expected) :] == expected
+@pytest.mark.parametrize("recipe", ["reason", "answer"])
+def test_each_recipe_asks_in_its_own_words(recipe, tokenizer):
+    prompts = []
+    speaker = Speaker(tokenizer, lambda prompt, begun: prompts.append(prompt) or "Answer: A")
+    config = settings("paligemma", "--recipe", recipe)
+    evaluation.predict([speaker], [own_problem()], config, tokenizer, None)
+    expected = plain_ids(tokenizer, data.pali_prefix(own_problem(), recipe) + "\n")
+    assert plain_ids(tokenizer, prompts[0])[-len(expected) :] == expected
 
 
 @pytest.mark.parametrize("size", ["1", "3", "64"])
