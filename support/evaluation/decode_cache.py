@@ -21,7 +21,7 @@ class DecodeCache:
     """predictions.part*.jsonl in a run folder, a line [key, result] for each decoded batch. Under
     torchrun each process writes a file of its own and reads all of them."""
 
-    def __init__(self, folder: str | Path, models: Iterable[nn.Module]):
+    def __init__(self, folder: str | Path, models: Iterable[nn.Module]) -> None:
         self.path = Path(folder) / f"predictions.part{rank() or ''}.jsonl"
         self.results = {}
         tensors = (tensor for model in models for tensor in model.state_dict().values())

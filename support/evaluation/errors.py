@@ -169,8 +169,8 @@ def off_topic(problem: Problem, rationale: str, facts: dict | None) -> str | Non
     about = content_words(rationale)
     asked = content_words(problem.question, *problem.choices)
     if facts is None:
-        # So do none of 335 rationales of Gemini and 574 solutions of ScienceQA; of those given to
-        # another problem 67 and 82 %.
+        # None of 335 rationales of Gemini and 574 solutions of ScienceQA is below that; of those
+        # given to another problem 67 and 82 % are.
         if rationale and len(asked) > 3 and len(about & asked) < 0.15 * len(asked):
             return f"next to nothing about {', '.join(sorted(asked)[:5])}"
         return None

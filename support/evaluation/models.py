@@ -58,16 +58,11 @@ class FeatureExtractor:
 
 
 def feature_extractor(settings: Settings, model: PaliGemma | None = None) -> FeatureExtractor:
-    """PaliGemma's own tower, or the run's DETR."""
-    if model is not None:
-        size = model.config.vision.image_size
-        return FeatureExtractor(paligemma_extract(model), images.siglip_pixels, size)
-    extract = detr_extract(resolve(settings.vision_weights), settings.device, settings.plain)
-    return FeatureExtractor(extract, images.detr_pixels, settings.image_size)
-
-
-def paligemma_extract(model: PaliGemma) -> Callable:
-    """list of (3, S, S) -> list of (I, D), projected: what replaces the <image> tokens."""
+    """PaliGemma's own tower, with the projected features that replace the <image> tokens, or the
+    run's DETR."""
+    if model is None:
+        extract = detr_extract(resolve(settings.vision_weights), settings.device, settings.plain)
+        return FeatureExtractor(extract, images.detr_pixels, settings.image_size)
 
     @torch.inference_mode()
     def extract(pixels):
@@ -75,7 +70,7 @@ def paligemma_extract(model: PaliGemma) -> Callable:
         stacked = torch.stack(pixels).to(device)  # (B, 3, S, S)
         return list(model.image_features(stacked).float().cpu())
 
-    return extract
+    return FeatureExtractor(extract, images.siglip_pixels, model.config.vision.image_size)
 
 
 def detr_extract(folder: Path, device: str, plain: bool) -> Callable:
@@ -127,9 +122,9 @@ def image_features(
     elif settings.features:
         return published_features(settings.features, settings.name_map)
     encoder = feature_extractor(settings, model)
-    fingerprint = checkpoint_hash(
-        resolve(settings.weights[0] if model else settings.vision_weights)
-    )
+    weights = weight_files(resolve(settings.weights[0] if model else settings.vision_weights))
+    digests = [bytes.fromhex(files.checksum(path)) for path in weights]
+    fingerprint = hashlib.sha256(b"".join(digests)).hexdigest()[:12]
     if model:
         dtype = model.language_model.embed_tokens.weight.dtype
         fingerprint += f"-{str(dtype).removeprefix('torch.')}"
@@ -138,12 +133,6 @@ def image_features(
     return cached_features(
         problems, encoder.extract, fingerprint, encoder.size, cache, encoder.preprocess, skipped
     )
-
-
-def checkpoint_hash(folder: Path) -> str:
-    """Twelve hex digits over the weight files of a checkpoint."""
-    digests = [bytes.fromhex(files.checksum(path)) for path in weight_files(folder)]
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:12]
 
 
 def question_features(
