@@ -210,15 +210,11 @@ def load_run(
     split: str | None = None,
     plain: bool | None = None,
 ) -> tuple[Settings, list[torch.nn.Module], Tokenizer]:
-    """(settings, models, tokenizer) of a run folder; `device` and `split` replace the run's own."""
+    """(settings, models, tokenizer) of a run folder; what is not None replaces the run's own."""
     folder = Path(folder)
-    own = read_settings(folder)
-    settings = replace(
-        own,
-        device=device or own.device,
-        test_split=split or own.test_split,
-        plain=own.plain if plain is None else plain,
-    )
+    changed = {"device": device, "test_split": split, "plain": plain}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    settings = replace(read_settings(folder), **changed)
     check_device(settings.device)
     if settings.model == "paligemma":
         models = [load_paligemma(settings, folder)]
