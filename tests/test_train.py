@@ -20,6 +20,7 @@ from small_runs import (
     lines_of,
     loss_of,
     settings,
+    steps,
     t5_row,
     tiny_t5,
 )
@@ -238,7 +239,7 @@ def test_a_run_folder_has_what_the_design_says(short_run):
     config = read_json(short_run / "config.json")
     assert config["seed"] == 42 and config["recipe"] == "two-stage"
     assert "torch" in config["versions"]
-    log = lines_of(short_run / "log.jsonl")
+    log = steps((short_run / "log.jsonl").read_text())
     assert [x["stage"] for x in log] == ["rationale"] * 3 + ["answer"] * 3
     metrics = read_json(short_run / "metrics.json")
     assert metrics["n"] == 24 and 0 < metrics["chance"] < 100

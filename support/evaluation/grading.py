@@ -199,6 +199,7 @@ def lined(problem, reply: Reply) -> tuple[str | None, str]:
     before = [x for x in before if ANYTHING.search(x)]
     lines = before[-1:] if len(before) < len(reply.lines) or EXPLAINS.search(reply.text) else []
     lines += [reply.lines[-1], reply.sentences[-1], reply.lines[0], reply.sentences[0]]
+    lines.sort(key=lambda line: not is_choice(problem, line))
     failure = NOTHING_READ
     for line in lines:
         if bare_line(problem, line) and reply.text.rfind(line) > reply.refused:

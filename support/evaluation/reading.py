@@ -69,8 +69,9 @@ SPELLED = re.compile(  # twenty-five, one hundred and five, two million three hu
     rf"(?: {SCALED}(?:,? (?:and )?{UP_TO_999})?)*",
     re.IGNORECASE)  # fmt: skip
 PRONOUN = re.compile(  # the one, the largest one, one of them, one can see: no numbers
-    r"(?:\b(?:the|this|that|each|every|no|any|which|other|another)|\w(?:est|er|ed)) one\b"
-    r"|\bone (?:of|another|can|could|has to|must|should)\b", re.IGNORECASE)  # fmt: skip
+    r"(?:\b(?:the|this|that|each|every|no|any|which|other|another)"
+    r"|\w(?:er|ed|st|nd|rd|th)) one\b|\bone (?:of|another|can|could|has to|must|should)\b",
+    re.IGNORECASE)  # fmt: skip
 SIGN = re.compile(r"(?<![\d)] )\b(?:minus|negative) (?=\d)", re.IGNORECASE)
 NOTHING = re.compile(r"\b(?:is|are|was|were|has|have) no\b|\bnone of\b", re.IGNORECASE)
 RANGE = re.compile(  # 5-10, 5 to 10, between 5 and 10, 3:15: not one number
@@ -94,7 +95,9 @@ LETTER = re.compile(  # (B)  [b]  【B】  option B  B.  B) 140°  B (no)  b
 )
 ANOTHER = re.compile(r"\s*(?:,?\s*(?:and|or)\b|[,&/])\s*[(\[]?([A-Z])(?:[)\]]|(?=$|\s*[.,;]))")
 NAMED = re.compile(r"(?:[(\[【]|\b[Oo]ption )([A-Z])\b|\b[Ii]t(?:'s| is) ([A-Z])(?=\W*$)")
-ALONE = re.compile(r"\"([A-Z])\"|(?<![\w'/-])([A-Z])(?=$|[.,;:!]| (?:is|has|differs|on|in)\b)")
+ALONE = re.compile(  # the cube "D", the one labelled D, cube D.
+    r"(?:\"|\b(?:label(?:l?ed)?|marked|letter(?:ed)?) )([A-Z])\b|(?<![\w'/-])([A-Z])(?=$|[.,;:!])"
+)
 WORD_AFTER = re.compile(r"[\s).:,(\]-]*(yes|no|true|false)\b", re.IGNORECASE)
 DENIED_FIRST = re.compile(  # not A but C; not A, it's C
     r"\b(?:is |are |it's )?not [^.;\n]{1,60}?"
@@ -410,7 +413,8 @@ def last_of(problem, said: str, trust: int) -> list[float]:
     found = [x for x in found if x.is_integer() == whole] or found
     things = [*ASKS.findall(question), str(problem.meta.get("unit"))]
     thing = "|".join(map(re.escape, things))
-    about = words_of(question) - {x.casefold() for x in things}
+    asks = [x for x in SENTENCE.split(question) if "?" in x] or [question]
+    about = words_of(asks[-1]) - {x.casefold() for x in things}
     clauses = [x for x in CLAUSE.split(said) if set(amounts(x)) & set(found)]
     likeness = [len(about & words_of(x)) for x in clauses]
     most = max([*likeness, 1])

@@ -32,6 +32,7 @@ QUESTION = r"(?:(?:next |new )?(?:question|problem|exercise)|human|user|instruct
 NEXT_QUESTION = any_of(
     rf"^[#*>_ \t-]*{QUESTION}[*_ \t]*[:：]",  # "\n### Human: ..."
     rf"^[#*>_ \t-]*{QUESTION}[*_ \t]*#?\d+[*_ \t]*[:.：)]",  # "\nProblem 2. ..."
+    rf"^[#*>_ \t-]*{QUESTION}[*_ \t]*#?\d+[*_ \t]*$",  # "\n## Question 2\n"
     r"(?<=[.!?)\]]) (?:Question|Human|User|Q) ?\d*:",  # "The answer is B. Question: ..."
 )
 TAG = any_of(
@@ -66,6 +67,7 @@ EXPLAINS = any_of(  # "B\n\nExplanation: ..."
 # --- refusals, of lower case
 CANNOT = (
     r"(?:cannot|can't|can not|couldn't|could not|unable to|impossible to|not possible to|"
+    r"(?:difficult|hard) to|"
     r"(?:not|n't) able to|no way (?:to|of))(?: \w+)?"
 )
 FIND = (
@@ -87,7 +89,7 @@ REFUSES = any_of(
     rf"(?:more|additional) (?:\w+ )?{DATA} (?:(?:is|are|would be) )?(?:needed|required|to)\b",
     r"not (?:specified|given|mentioned|stated|provided) in the\b",
     rf"no {IMAGE}\b[^.\n]{{0,20}}\b(?:provided|attached|available|shown|given|here)\b",
-    rf"i (?:need|(?:see|have|received) no)\b[^.\n]{{0,20}} (?:{IMAGE}|{DATA})\b",
+    rf"i (?:(?:would )?need|(?:see|have|received) no)\b[^.\n]{{0,20}} (?:{IMAGE}|{DATA})\b",
     r"(?:please|could you|can you) (?:\w+ )?(?:provide|describe|upload|share|attach|send)\b",
     r"无法(?:确定|判断|回答)",
     start=r"(?:\b|(?=无法))",
