@@ -31,7 +31,6 @@ from support.evaluation import decoding, errors, tables
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import Graded
 from support.evaluation.grading import CUE, grade
-from support.evaluation.grading import Grade as Grade  # for who imports `grade` from here
 from support.evaluation.metrics import grade_all, metrics_of, rationale_scores
 from support.evaluation.models import (
     Settings,

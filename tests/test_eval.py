@@ -21,7 +21,7 @@ import eval as evaluation
 from demo import scenes
 from fusion import GatedFusion, MultimodalT5
 from model import T5
-from support.evaluation import metrics, tables
+from support.evaluation import grading, metrics, tables
 from support.evaluation.models import image_features
 from support.training import ablations
 from support.training.settings import parse_args
@@ -52,7 +52,7 @@ def test_letter_is_read_or_the_parse_failed(response, parsed, how):
     """By ScienceQA's published rule."""
     right, wrong = problem(index=1), problem(index=0)
     got = evaluation.grade(right, response, strict=True)
-    assert got == evaluation.Grade(parsed == "B", parsed, how)
+    assert got == grading.Grade(parsed == "B", parsed, how)
     assert evaluation.grade(wrong, response, strict=True) == replace(got, correct=False)
 
 
