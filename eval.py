@@ -1,14 +1,9 @@
 """Scoring: from the text that a model wrote to a table somebody else can check.
 
 `predict` turns problems into predictions with a run's models, `evaluate` those into a table and the
-files of a run folder, `regrade` grades what is there; `ask` puts one question to a run. The rooms
-of support/evaluation/ in the order of their use: models.py (a run's models and images), decoding.py
-and decode_cache.py, grading.py (one answer), errors.py (why it is right or wrong), metrics.py (many
-answers), tables.py, report.py (the page and attention maps).
-
-Two rules. A response that cannot be read is a failure, counted and shown, never a guess (the
-original's guess is there to be compared with: `--faithful-parse`). A score is about a named set of
-problems: missing, unknown and repeated predictions are errors.
+files of a run folder, `regrade` grades what is there; `ask` puts one question to a run. A response
+that cannot be read is a failure, counted and shown, never a guess (the original's guess is there to
+be compared with: `--faithful-parse`).
 """
 
 import argparse
@@ -31,12 +26,11 @@ from support.checkpoints.hub import resolve
 from support.dataset import images
 from support.dataset.choices import LETTERS
 from support.dataset.tokenizers import load_tokenizer
-from support.distributed import check_device, rank
+from support.distributed import check_device, gather_dicts, rank
 from support.evaluation import decoding, errors, tables
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import Graded
 from support.evaluation.grading import CUE, grade
-from support.evaluation.grading import Grade as Grade  # for who imports `grade` from here
 from support.evaluation.metrics import grade_all, metrics_of, rationale_scores
 from support.evaluation.models import (
     Settings,
@@ -65,27 +59,8 @@ def predict(
     cache: DecodeCache | None = None,
 ) -> list[dict]:
     """Decode problems with a run's models: one, or rationale and answer. Predictions in order; of
-    PaliGemma with their "ids". `on_token` is as in `model.decode`, and hears no votes. Batches that
-    are in the cache are not decoded again."""
+    PaliGemma with their "ids". `on_token` is as in `model.decode`, and hears no votes."""
     decoder = decoding.Decoder(models[0], tokenizer, settings.eval_batch_size, cache, on_token)
-    if settings.model == "paligemma":
-        reasons = settings.recipe == "reason"
-        options = {
-            "examples": prompt_examples(settings, problems, tokenizer, features),
-            "rationale_budget": settings.max_output[0] if reasons else None,
-            "answer_budget": settings.max_output[-1],
-            "loop_stop": settings.loop_stop,
-            "force_answer": settings.force_answer,
-        }
-        decoder = replace(decoder, temperature=settings.temperature, seed=settings.seed)
-        if settings.samples == 1:
-            results = decoder.paligemma_texts(**options)
-        else:
-            seeds = range(settings.seed, settings.seed + settings.samples)
-            voters = [replace(decoder, seed=seed, on_token=None) for seed in seeds]
-            texts = [voter.paligemma_texts(**options) for voter in voters]
-            results = decoding.majority(problems, texts)
-        return [{"id": p.id} | results[p.id] for p in problems]
 
     def write_stage(stage, rationales=None):
         fmt = fusion.RECIPES[settings.recipe][stage]
@@ -93,7 +68,17 @@ def predict(
         stage_decoder = replace(decoder, model=models[stage])
         return stage_decoder.t5_texts(examples, settings.max_output[stage])
 
-    if len(models) == 2:
+    if settings.model == "paligemma":
+        examples = prompt_examples(settings, problems, tokenizer, features)
+        decoder = replace(decoder, temperature=settings.temperature, seed=settings.seed)
+        if settings.samples == 1:
+            results = decoder.paligemma_texts(examples, settings)
+        else:
+            seeds = range(settings.seed, settings.seed + settings.samples)
+            voters = [replace(decoder, seed=seed, on_token=None) for seed in seeds]
+            texts = [voter.paligemma_texts(examples, settings) for voter in voters]
+            results = decoding.majority(problems, texts)
+    elif len(models) == 2:
         results = fusion.two_stage(partial(write_stage, 0), partial(write_stage, -1))
     else:
         results = {i: {"response": x.pop("text")} | x for i, x in write_stage(0).items()}
@@ -166,10 +151,12 @@ def evaluate(
     graded = grade_all(problems, predictions, faithful_parse)
     scores, graded = assess(graded, subject, vars(settings))
     if teacher_forced and len(models) == 2:
+        # What the first published commands scored; shown to be compared with.
         examples = stage_examples(settings, problems, "QCM-LE", tokenizer, features)
-        batch_size = settings.eval_batch_size
-        texts = decoding.teacher_forced(models[0], examples, tokenizer, batch_size)
-        rationales = [(p, {"rationale": texts[p.id]}, None) for p in problems]
+        batches = decoding.in_batches(examples, settings.eval_batch_size, "teacher-forced")
+        texts = [fusion.teacher_forced_texts(models[0], batch, tokenizer) for batch in batches]
+        by_id = gather_dicts(texts)
+        rationales = [(p, {"rationale": by_id[p.id]}, None) for p in problems]
         scores["rougeL_teacher_forced"] = rationale_scores(rationales, "QCM-LE")["rougeL"]
     if skipped is not None:
         scores["skipped"] = skipped
@@ -222,15 +209,11 @@ def load_run(
     split: str | None = None,
     plain: bool | None = None,
 ) -> tuple[Settings, list[torch.nn.Module], Tokenizer]:
-    """(settings, models, tokenizer) of a run folder; `device` and `split` replace the run's own."""
+    """(settings, models, tokenizer) of a run folder; what is not None replaces the run's own."""
     folder = Path(folder)
-    own = read_settings(folder)
-    settings = replace(
-        own,
-        device=device or own.device,
-        test_split=split or own.test_split,
-        plain=own.plain if plain is None else plain,
-    )
+    changed = {"device": device, "test_split": split, "plain": plain}
+    changed = {name: value for name, value in changed.items() if value is not None}
+    settings = replace(read_settings(folder), **changed)
     check_device(settings.device)
     if settings.model == "paligemma":
         models = [load_paligemma(settings, folder)]
@@ -257,11 +240,15 @@ def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
     decodes = args.decode or args.teacher_forced or not scored
     if decodes:
         settings, models, tokenizer = load_run(folder, args.device, split, args.plain)
-        problems, features, skipped = load_problems(settings, models, args.limit)
+        bad = [] if settings.on_error == "skip" else None
+        problems = data.load(settings.data, split, bad)[: args.limit]
+        model = models[0] if settings.model == "paligemma" else None
+        features = image_features(settings, problems, model, bad)
+        lost = {problem_id for problem_id, _ in bad or ()}
         evaluate(
             out,
             models,
-            problems,
+            [p for p in problems if p.id not in lost],
             settings,
             tokenizer,
             features,
@@ -269,39 +256,14 @@ def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
             teacher_forced=args.teacher_forced,
             attention_maps=args.looks,
             report=False,  # `main` writes one report, of all columns
-            skipped=skipped,
+            skipped=None if bad is None else {split: len(bad)},
         )
     store = decodes or not (args.limit or args.faithful_parse or args.strict_parse)
-    faithful = args.faithful_parse
-    judge = judge_of(args.judge, out)
-    return regrade(out, split, config, faithful, args.strict_parse, args.limit, judge, store)
-
-
-def load_problems(
-    settings: Settings, models: list[torch.nn.Module], limit: int | None
-) -> tuple[list[Problem], ImageSource | None, dict[str, int] | None]:
-    """(problems of the settings' split, the features of their images, {split: how many records
-    were skipped} with --on-error skip)."""
-    bad = [] if settings.on_error == "skip" else None
-    problems = data.load(settings.data, settings.test_split, bad)[:limit]
-    model = models[0] if settings.model == "paligemma" else None
-    features = image_features(settings, problems, model, bad)
-    if bad is None:
-        return problems, features, None
-    lost = {problem_id for problem_id, _ in bad}
-    problems = [p for p in problems if p.id not in lost]
-    return problems, features, {settings.test_split: len(bad)}
+    return regrade(out, split, config, args, store)
 
 
 def regrade(
-    folder: Path,
-    split: str,
-    config: dict,
-    faithful: bool,
-    strict: bool,
-    limit: int | None,
-    judge: Callable | None,
-    store: bool,
+    folder: Path, split: str, config: dict, args: argparse.Namespace, store: bool
 ) -> Column:
     """The `Column` of the predictions in a folder, graded again, so that all columns are read by
     the same rules; without `store` nothing is written. `config`: of the run, {} if it is none.
@@ -310,19 +272,21 @@ def regrade(
     complete = tables.read_metrics(folder)
     where = config.get("data") or stored.get("data", "(no data named)")
     fmt = target_format(config["model"]) if config else stored.get("rationale_format")
-    faithful = faithful or not config and stored.get("faithful_parse", False)
-    strict = strict or not config and stored.get("strict_parse", False)
+    faithful = args.faithful_parse or not config and stored.get("faithful_parse", False)
+    strict = args.strict_parse or not config and stored.get("strict_parse", False)
     try:
         problems = data.load(where, split, [] if config.get("on_error") == "skip" else None)
-        graded = tables.graded_folder(folder, problems[:limit], faithful, limit, strict)
+        some = problems[: args.limit]
+        graded = tables.graded_folder(folder, some, faithful, args.limit, strict)
     except FileNotFoundError as error:
         if not (store and complete):
             raise
         print(f"{folder}: its stored metrics are shown, as {error}", file=sys.stderr)
         return Column(complete)
-    if not limit and len(graded) < len(problems):
+    if not args.limit and len(graded) < len(problems):
         some = f"{len(graded)} of the {len(problems)} problems of {split}"
         print(f"{folder} has predictions of {some}.", file=sys.stderr)
+    judge = judge_of(args.judge, folder)
     scores, graded = assess(graded, about(where, split, fmt, faithful, strict), config, judge)
     if complete.get("n") == scores["n"]:
         # Predictions do not have these two.
@@ -334,30 +298,23 @@ def regrade(
 
 
 # --- one question
-def ask(
-    folder: str | Path,
-    question: str,
-    choices: list[str],
-    image_file: str | None,
-    device: str | None,
-    plain: bool | None = None,
-) -> None:
+def ask(args: argparse.Namespace) -> None:
     """One question about one image (or none) in the terminal, the text as it is written. Why it
     stopped is printed on stderr, unless it came to its end by itself."""
+    choices = args.choices or []
     if len(choices) > len(LETTERS):
         raise ValueError(f"{len(choices)} choices are too many: the letters are {LETTERS}.")
-    image = images.open_image(image_file) if image_file else None
-    settings, models, tokenizer = load_run(folder, device, plain=plain)
+    image = images.open_image(args.image) if args.image else None
+    settings, models, tokenizer = load_run(args.runs[0], args.device, plain=args.plain)
     meta = {"answer_index": 0, "caption": ""}  # unknown: only the unused target has it
-    problem = Problem("asked", question, tuple(choices), "", "", image_file, "", "", meta)
+    problem = Problem("asked", args.question, tuple(choices), "", "", args.image, "", "", meta)
     features = question_features(settings, models, image)
     if image and features is None:
         print("(this run reads no images)", file=sys.stderr)
     between = f"\n{CUE}" if settings.model == "paligemma" else "\n"
     show = decoding.token_printer(tokenizer, between)
     [result] = predict(models, [problem], settings, tokenizer, features, show)
-    votes = settings.model == "paligemma" and settings.samples > 1
-    if votes:  # several texts with a vote each, of which this one was chosen
+    if "votes" in result:  # several texts with a vote each, of which this one was chosen
         print(result["response"], end="")
     parsed = grade(problem, result["response"]).parsed if choices else None
     print(f"  ({choices[LETTERS.index(parsed)]})" if parsed else "", flush=True)
@@ -387,22 +344,14 @@ def score_file(args: argparse.Namespace) -> Column:
     return Column(scores, graded, args.out and Path(args.out))
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.split("\n")[0])
     add = parser.add_argument_group("runs to decode and score").add_argument
     add("runs", nargs="*", metavar="RUN", help="run folders, shown side by side")
     add("--decode", action="store_true", help="decode even if the run has its predictions already")
-    forced = "also score the arg-max of teacher-forced logits, as the first published commands did"
-    add("--teacher-forced", action="store_true", help=forced)
-    add("--limit", type=positive, metavar="N", help="only the first N problems")
-    maps = "keep attention maps of the first N decoded problems (%(default)s; 0: off)"
+    add("--teacher-forced", action="store_true", help="also score the teacher-forced rationales")
+    add("--limit", type=int, metavar="N", help="only the first N problems")
+    maps = "attention maps of the first N decoded problems (%(default)s; 0: off)"
     add("--looks", type=int, default=ATTENTION_MAPS, metavar="N", help=maps)
     add("--device", help="cpu or cuda; the run's own by default")
     keep = "keep every layer's plain class: no kernels (support/kernels.py)"
@@ -419,20 +368,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", help="write graded predictions and metrics.json here")
     add("--partial", action="store_true", help="accept problems without prediction")
     add = parser.add_argument_group("how answers are graded and shown").add_argument
-    guess = "guess among A-E what cannot be read, as the original did"
-    add("--faithful-parse", action="store_true", help=guess)
+    add("--faithful-parse", action="store_true", help="guess A-E if unreadable, as the original")
     add("--strict-parse", action="store_true", help="read ScienceQA by its published rule")
-    gold = "prompt format whose target rationales are compared with (%(default)s)"
+    gold = "prompt format whose target is the gold rationale (%(default)s)"
     add("--rationale-format", default="QCM-LE", metavar="FORMAT", help=gold)
-    judge = "model that judges why answers are right or wrong (as teacher.py --judge), or demo"
-    add("--judge", metavar="SPEC", help=judge)
+    add("--judge", metavar="SPEC", help="model that judges rationales, as teacher.py --judge")
     add("--markdown", action="store_true", help="print the table as markdown")
     add("--all-rows", action="store_true", help="also rows by source, question type and the like")
-    report = "write no report.html into the first run's folder, or --out"
-    add("--no-report", dest="report", action="store_false", help=report)
+    add("--no-report", dest="report", action="store_false", help="write no report.html")
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.predictions) or bool(args.data) != bool(args.predictions):
         parser.error("give run folders, or --predictions FILE together with --data DIR")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit is {args.limit}; it must be at least 1")
     asks = any(x is not None for x in (args.question, args.image, args.choices))
     if asks and (not args.question or len(args.runs) != 1):
         parser.error("--image and --choices go with --question TEXT, which is asked of one RUN")
@@ -442,9 +390,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.question:
-        return ask(
-            args.runs[0], args.question, args.choices or [], args.image, args.device, args.plain
-        )
+        return ask(args)
     columns = {run: score_run(run, args) for run in args.runs}
     if args.predictions:
         columns[args.predictions] = score_file(args)
@@ -455,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = next(iter(columns.values())).folder
     if args.report and folder:  # nothing is written of what was only shown
         write_report(folder, columns)
-        print(f"\nto read on: {folder / 'report.html'}")
+        print(f"\nreport: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

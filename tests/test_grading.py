@@ -236,7 +236,7 @@ def test_how_names_the_pass(reply, how):
 def test_the_official_guess_is_the_nearest_choice_and_draws_nothing():
     dice = random.Random(42)
     got = scoring.grade(YES_NO, "N/A", dice)
-    assert got == scoring.Grade(False, None, "no answer found; guessed B")
+    assert got == grading.Grade(False, None, "no answer found; guessed B")
     assert scoring.grade(ANGLES, "The answer is 115.", dice).how == "no such choice; guessed A"
     assert scoring.grade(ANGLES, "Answer: B", dice).parsed == "B"
     assert scoring.grade(free("integer"), "N/A", dice).how == "no answer found"

@@ -2,8 +2,6 @@
 
 A batch is known by the weights, by the decoding options and by its ids: a line that another model
 wrote is never taken for this one's, and the result is, to the bit, that of decoding at once.
-
-Left out: who decodes (eval.py).
 """
 
 import hashlib
@@ -20,34 +18,26 @@ from support.distributed import rank
 
 
 class DecodeCache:
-    """predictions.part*.jsonl in a run folder, a line [key, result] for each decoded batch.
+    """predictions.part*.jsonl in a run folder, a line [key, result] for each decoded batch. Under
+    torchrun each process writes a file of its own and reads all of them."""
 
-    Under torchrun each process writes a file of its own and reads all of them. A torn last line,
-    of a process that was killed, is dropped.
-    """
-
-    def __init__(self, folder: str | Path, models: Iterable[nn.Module]):
+    def __init__(self, folder: str | Path, models: Iterable[nn.Module]) -> None:
         self.path = Path(folder) / f"predictions.part{rank() or ''}.jsonl"
         self.results = {}
-        self.weights = weights_digest(models)
+        tensors = (tensor for model in models for tensor in model.state_dict().values())
+        self.weights = hashlib.sha256(b"".join(map(fingerprint, tensors))).hexdigest()
         for path in Path(folder).glob("predictions.part*.jsonl"):
-            complete = self.read(path)
+            complete = 0  # bytes up to the torn line of a process that was killed
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    key, result = json.loads(line)
+                except (ValueError, TypeError):
+                    break
+                self.results[key] = result
+                complete += len(line) if line.endswith(b"\n") else 0
             if path == self.path:
                 # The next line must not be appended to a torn one.
                 os.truncate(path, complete)
-
-    def read(self, path: Path) -> int:
-        """Read the lines of a file up to the first torn one; how many bytes these are."""
-        complete = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                key, result = json.loads(line)
-            except (ValueError, TypeError):
-                break
-            self.results[key] = result
-            if line.endswith(b"\n"):
-                complete += len(line)
-        return complete
 
     def get_or_compute(self, key: list, compute: Callable[[], dict]) -> dict:
         """The result of `compute()`, a dict fit for JSON, from the file if it is there. `key` is
@@ -66,21 +56,12 @@ class DecodeCache:
             path.unlink()
 
 
-def weights_digest(models: Iterable[nn.Module]) -> str:
-    """SHA-256 of the fingerprints of all tensors of these models."""
-    digest = hashlib.sha256()
-    for model in models:
-        for tensor in model.state_dict().values():
-            digest.update(fingerprint(tensor))
-    return digest.hexdigest()
-
-
 def fingerprint(tensor: torch.Tensor, block: int = 16384) -> bytes:
     """Bytes that tell trained weights apart: the sum, as 64-bit integers, of each block of 16 KiB,
     and the bytes that do not fill one.
 
     It is computed where the tensor is, at the memory's speed; SHA-256 of all bytes of a 3B model
-    would take ten seconds at every evaluation, and nobody here is out to deceive.
+    would take ten seconds at every evaluation.
     """
     flat = tensor.detach().reshape(-1)
     if flat.storage_offset() * flat.element_size() % 8:

@@ -3,9 +3,6 @@
 Of mmcot each stage is decoded; PaliGemma writes rationale and answer in one text, with a budget for
 the rationale, a stop for loops and a forced "Answer:"; `majority` takes the vote of several samples
 (self-consistency, Wang et al. 2022, arXiv 2203.11171).
-
-Left out: the step from logits to a token (`model.decode`) and the file of decoded batches
-(decode_cache.py).
 """
 
 import itertools
@@ -20,7 +17,7 @@ from tokenizers import Tokenizer
 
 import data
 from data import Problem
-from fusion import MultimodalT5, generate_texts, teacher_forced_texts
+from fusion import MultimodalT5, generate_texts
 from model import PaliGemma, looping
 from support import files
 from support.dataset.tokenizers import plain_ids
@@ -29,6 +26,7 @@ from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import before_loop
 from support.evaluation.grading import CUE, grade
 from support.evaluation.models import paligemma_inputs
+from support.training.settings import Settings
 
 OnToken = Callable[[int, torch.Tensor], None]  # as in `model.decode`
 
@@ -51,20 +49,15 @@ def in_batches(
 
 @dataclass(frozen=True)
 class Decoder:
-    """Writes texts with one model of a run; all results include those of other processes.
-
-    temperature  of sampled texts, which `seed` makes repeatable; 0 is greedy
-    on_token     as in `model.decode`
-    cache        the batches in it are not decoded again
-    """
+    """Writes texts with one model of a run; all results include those of other processes."""
 
     model: MultimodalT5 | PaliGemma
     tokenizer: Tokenizer
     batch_size: int
-    cache: DecodeCache | None = None
+    cache: DecodeCache | None = None  # the batches in it are not decoded again
     on_token: OnToken | None = None
-    temperature: float = 0.0
-    seed: int = 0
+    temperature: float = 0.0  # 0 is greedy
+    seed: int = 0  # makes sampled texts repeatable
 
     def decode(
         self, examples: list[dict], collate: Callable, options: list, decode_batch: Callable
@@ -87,27 +80,18 @@ class Decoder:
 
         return self.decode(examples, data.collate, [max_new_tokens], decode_batch)
 
-    def paligemma_texts(
-        self,
-        examples: list[dict],
-        rationale_budget: int | None,
-        answer_budget: int,
-        loop_stop: bool,
-        force_answer: bool,
-    ) -> dict[str, dict]:
+    def paligemma_texts(self, examples: list[dict], settings: Settings) -> dict[str, dict]:
         """{id: {"response", "ids", "rationale"?, "stop", "tokens"}} of the prompts.
 
-        A reasoning run has a `rationale_budget`, None in one that only answers, and a detector for
-        a rationale that repeats itself; see `forced_answers` for a text that does not get to its
-        answer. The rationale is what stands before the last "Answer:". "ids" are what the model
-        wrote, without <eos>.
-        """
-        if rationale_budget is None:
-            return self.continued(examples, answer_budget)
-        results = self.continued(examples, rationale_budget, stop_loops=loop_stop)
-        if force_answer:
+        A reasoning run has a budget for the rationale, which is what stands before the last
+        "Answer:", and a detector for one that repeats itself; see `forced_answers` for a text that
+        does not get to its answer. "ids" are what the model wrote, without <eos>."""
+        if settings.recipe != "reason":
+            return self.continued(examples, settings.max_output[-1])
+        results = self.continued(examples, settings.max_output[0], settings.loop_stop)
+        if settings.force_answer:
             cut = {i: x for i, x in results.items() if CUE not in x["response"]}
-            results |= self.forced_answers(cut, examples, answer_budget)
+            results |= self.forced_answers(cut, examples, settings.max_output[-1])
         for result in results.values():
             before, cue, rest = result["response"].rpartition(CUE)
             result["rationale"] = (before if cue else rest).strip()
@@ -175,19 +159,20 @@ class Decoder:
         return results
 
 
+def stop_reason(ids: torch.Tensor, eos_id: int, pad_id: int, stop_loops: bool = False) -> str:
+    """Why `decode` ended a row, of which `ids` (U,) are all it gave: "eos", "loop" or "length"."""
+    if (ids == eos_id).any():
+        return "eos"
+    # Only EOS and a loop end a row before the others; a loop may also be complete at the limit.
+    if stop_loops and len(ids) and (ids[-1] == pad_id or looping(ids[None]).item()):
+        return "loop"
+    return "length"
+
+
 def with_suffix(example: dict, ids: list[int]) -> dict:
     """A prompt with some ids of its suffix."""
     types = example["token_type_ids"] + [1] * len(ids)
     return example | {"input_ids": example["input_ids"] + ids, "token_type_ids": types}
-
-
-def teacher_forced(
-    model: MultimodalT5, examples: list[dict], tokenizer: Tokenizer, batch_size: int
-) -> dict[str, str]:
-    """`fusion.teacher_forced_texts` of all examples: what the first published commands scored, and
-    stage 2 then read. Shown to be compared with; nothing here uses these texts."""
-    batches = in_batches(examples, batch_size, "teacher-forced")
-    return gather_dicts([teacher_forced_texts(model, b, tokenizer) for b in batches])
 
 
 def majority(problems: list[Problem], runs: list[dict[str, dict]]) -> dict[str, dict]:
@@ -206,59 +191,39 @@ def majority(problems: list[Problem], runs: list[dict[str, dict]]) -> dict[str, 
 
 
 # --- ids as text
-def incremental_decoder(
-    tokenizer: Tokenizer, skip_special_tokens: bool = True
-) -> Callable[[int], str]:
-    """A function that takes ids one by one and gives the text each adds: whole characters, "" while
-    one is incomplete. (tokenizers.decoders.DecodeStream raises on bytes that are no UTF-8.)"""
-    ids = []
-    length = 0
-
-    def decode(token_id):
-        nonlocal length
-        ids.append(token_id)
-        text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-        if text.endswith("\ufffd"):  # the first bytes of a character
-            return ""
-        added = text[length:]
-        length = len(text)
-        return added
-
-    return decode
-
-
 def token_texts(
     tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool = True
 ) -> list[str]:
-    """The text that each id adds, a list as long as `ids`; "" inside of a character."""
-    decode = incremental_decoder(tokenizer, skip_special_tokens)
-    return [decode(token_id) for token_id in ids]
+    """The text that each id adds, a list as long as `ids`; "" inside of a character. (DecodeStream
+    of tokenizers raises on bytes that are no UTF-8.)"""
+    texts = []
+    length = 0
+    for n in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:n], skip_special_tokens=skip_special_tokens)
+        if text.endswith("\ufffd"):  # the first bytes of a character
+            texts.append("")
+            continue
+        texts.append(text[length:])
+        length = len(text)
+    return texts
 
 
 def token_printer(tokenizer: Tokenizer, between: str) -> OnToken:
     """An `on_token` for one row: prints each text as it is written, and `between` before the next.
     White space at the end of a text is not printed."""
-    decode = None
-    held = ""
+    ids = []
+    printed = 0
 
-    def on_token(t, ids):
-        nonlocal decode, held
+    def on_token(t, new_ids):
+        nonlocal printed
         if t == 0:
-            print(between if decode else "", end="")
-            decode = incremental_decoder(tokenizer)
-            held = ""
-        text = held + decode(ids.item())
-        held = text[len(text.rstrip()) :]
-        print(text.rstrip(), end="", flush=True)
+            print(between if ids else "", end="")
+            ids.clear()
+            printed = 0
+        ids.append(new_ids.item())
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # the first bytes of a character
+            print(text.rstrip()[printed:], end="", flush=True)
+            printed = max(printed, len(text.rstrip()))
 
     return on_token
-
-
-def stop_reason(ids: torch.Tensor, eos_id: int, pad_id: int, stop_loops: bool = False) -> str:
-    """Why `decode` ended a row, of which `ids` (U,) are all it gave: "eos", "loop" or "length"."""
-    if (ids == eos_id).any():
-        return "eos"
-    # Only EOS and a loop end a row before the others; a loop may also be complete at the limit.
-    if stop_loops and len(ids) and (ids[-1] == pad_id or looping(ids[None]).item()):
-        return "loop"
-    return "length"

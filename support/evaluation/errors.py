@@ -3,8 +3,6 @@
 `classify` names one of KINDS for one answer, `classify_all` for many, and `refine` corrects them by
 a judge who was shown the images. The rules read texts and, where the scene behind an image is
 known, as of the demo, the scene: then a statement of the rationale holds or does not.
-
-Left out: a rule that sees an image; a kind for an answer that nobody can read but the judge.
 """
 
 import json
@@ -18,17 +16,8 @@ from data import Problem
 from support import files
 from support.dataset.choices import LETTERS
 from support.dataset.traces import load_traces
-from support.evaluation.grading import (
-    ANSWER,
-    CUE,
-    SENTENCE,
-    Grade,
-    committed,
-    normal,
-    plain,
-    right,
-    squash,
-)
+from support.evaluation import grading
+from support.evaluation.grading import ANSWER, CUE, Grade, committed, right, squash
 
 KINDS = ("sound", "lucky", "novel", "right", "right thought, wrong answer", "loop", "nonsense",
          "cut off", "no parse", "wrong")  # fmt: skip
@@ -51,6 +40,12 @@ class Evidence:
     false: str | None  # a statement of the scene that does not hold
     conclusion: str | None  # the answer it comes to, in its normal form
 
+    def comes_to(self) -> str:
+        """The conclusion in words."""
+        if self.conclusion:
+            return f"the thought comes to {self.conclusion}"
+        return "the thought names no answer"
+
 
 def classify(
     problem: Problem,
@@ -62,14 +57,12 @@ def classify(
     """Why an answer is right or wrong: (one of KINDS, the evidence in words, the answer that the
     rationale comes to, in its normal form, or None).
 
-    facts  what the demo's image shows (see `scene_facts`), else None
+    facts  what the demo's image shows (see `scene_facts`), else None: then a sound rationale may
+           have misread it, and one without a readable answer is believed to support the choice
     known  the `problem_type`s of the training data; None: nobody knows, and nothing is novel
-
-    No rule sees an image. Without `facts` a sound rationale may have misread it, and one that comes
-    to no answer that a rule can read is believed to support the choice. See `refine`.
     """
     rationale = rationale_of(prediction)
-    # What ended the text before it had an answer of its own.
+    # What ended the text before it had an answer of its own:
     stop = prediction.get("forced_after") or (None if grade.parsed else prediction.get("stop"))
     loops = repetition(rationale or prediction["response"])
     if loops is None and stop == "loop":
@@ -92,41 +85,27 @@ def classify(
 def kind_of_right(
     problem: Problem, grade: Grade, evidence: Evidence, facts: dict | None, known: set | None
 ) -> tuple[str, str]:
-    """(kind, evidence) of a right answer, the first that holds:
-
-    right     there is no rationale
-    lucky     the rationale repeats itself, leaves the question, says something false, or comes to
-              another answer or to none
-    novel     nothing of that, and no problem of this type was trained on
-    sound     nothing of that
-    """
+    """(kind, evidence) of a right answer: lucky if its rationale has a flaw, else novel if no
+    problem of its type was trained on."""
     if not evidence.rationale:
         return "right", "there is no thought to judge"
     flaw = evidence.loops or evidence.leaves or evidence.false
     flaw = flaw or unsupported(problem, evidence, grade, facts)
     if flaw:
         return "lucky", flaw
-    kind = problem_type(problem)
-    if known is not None and kind is not None and kind not in known:
-        return "novel", f"{comes_to(evidence)}; no {kind} in training"
+    type_ = problem_type(problem)
+    if known is not None and type_ is not None and type_ not in known:
+        return "novel", f"{evidence.comes_to()}; no {type_} in training"
     if evidence.conclusion:
-        return "sound", comes_to(evidence)
+        return "sound", evidence.comes_to()
     return "sound", "nothing speaks against the thought"
 
 
 def kind_of_wrong(
     problem: Problem, grade: Grade, evidence: Evidence, stop: str | None
 ) -> tuple[str, str]:
-    """(kind, evidence) of a wrong answer, the first that holds; those come first that neither a
-    longer budget nor another answer line would mend:
-
-    loop      the text was cut for a loop, ends in one, or mostly repeats itself
-    nonsense  the rationale leaves the question
-    cut off   the budget ended before an answer of its own
-    no parse  no answer could be read
-    right thought, wrong answer: the rationale comes to the right one and says nothing false
-    wrong     nothing of that
-    """
+    """(kind, evidence) of a wrong answer. Those come first that neither a longer budget nor another
+    answer line would mend; nonsense is a rationale that leaves the question."""
     if evidence.loops:
         return "loop", evidence.loops
     if evidence.leaves:
@@ -138,18 +117,11 @@ def kind_of_wrong(
     if evidence.false:
         return "wrong", evidence.false
     if evidence.conclusion and right(problem, evidence.conclusion):
-        return "right thought, wrong answer", comes_to(evidence)
-    return "wrong", comes_to(evidence) if evidence.rationale else "the answer is another"
+        return "right thought, wrong answer", evidence.comes_to()
+    return "wrong", evidence.comes_to() if evidence.rationale else "the answer is another"
 
 
 # --- the rules
-def comes_to(evidence: Evidence) -> str:
-    """The conclusion of a rationale in words."""
-    if evidence.conclusion:
-        return f"the thought comes to {evidence.conclusion}"
-    return "the thought names no answer"
-
-
 def rationale_of(prediction: dict) -> str:
     """The rationale, or the response without its answer; "" if that is three words at most."""
     rationale = prediction.get("rationale")
@@ -193,16 +165,12 @@ def content_words(*texts: str) -> set[str]:
 
 
 def off_topic(problem: Problem, rationale: str, facts: dict | None) -> str | None:
-    """How a rationale leaves the question, in words, or None.
-
-    Where the scene is known: 40 % of what it is about is neither there nor in the problem's texts.
-    Else: it has less than 15 % of what question and choices are about, if that is four words (of
-    335 rationales of Gemini and 574 solutions of ScienceQA none; of those given to another problem
-    67 and 82 %).
-    """
+    """How a rationale leaves the question, in words, or None."""
     about = content_words(rationale)
     asked = content_words(problem.question, *problem.choices)
     if facts is None:
+        # None of 335 rationales of Gemini and 574 solutions of ScienceQA is below that; of those
+        # given to another problem 67 and 82 % are.
         if rationale and len(asked) > 3 and len(about & asked) < 0.15 * len(asked):
             return f"next to nothing about {', '.join(sorted(asked)[:5])}"
         return None
@@ -227,7 +195,7 @@ def conclusion_of(problem: Problem, rationale: str, facts: dict | None) -> str |
     """The answer that a rationale commits to or, of the demo, the choice in its last sentence.
     (Elsewhere that is no sign: 22 % of ScienceQA's solutions end with a choice that is wrong.)"""
     answer = committed(problem, rationale)
-    sentences = [s for s in SENTENCE.split(rationale) if squash(s)]
+    sentences = [s for s in grading.SENTENCE.split(rationale) if squash(s)]
     if answer is None and facts and sentences:
         answer = committed(problem, f"{CUE} {sentences[-1]}")
     return answer and answer[0]
@@ -240,9 +208,12 @@ def unsupported(
     if grade.parsed is None:
         return grade.how  # a guess of --faithful-parse
     if evidence.conclusion is not None:
-        return None if evidence.conclusion == grade.parsed else comes_to(evidence)
+        return None if evidence.conclusion == grade.parsed else evidence.comes_to()
     text = evidence.rationale
-    numbers = {normal(problem, number) for number in re.findall(r"-?\d[\d.,/]*", plain(text))}
+    numbers = {
+        grading.normal(problem, number)
+        for number in re.findall(r"-?\d[\d.,/]*", grading.plain(text))
+    }
     named = problem.choices or grade.parsed in numbers or grade.parsed in squash(text)
     return None if named and facts is None else "the thought comes to no answer"
 
@@ -280,8 +251,7 @@ def scene_facts(where: str) -> dict[str, dict]:
 def classify_all(
     graded: list[Graded], facts: dict[str, dict] | None = None, known: set | None = None
 ) -> list[Graded]:
-    """What `grade_all` returns, with "kind", "because" and what the rationale "concludes" in each
-    prediction."""
+    """`grade_all`'s, with "kind", "because" and what the rationale "concludes" in predictions."""
     classified = []
     for problem, prediction, grade in graded:
         scene = (facts or {}).get(problem.id)
@@ -293,37 +263,32 @@ def classify_all(
 
 
 def refine(graded: list[Graded], judge: Callable[[list], list[dict]]) -> list[Graded]:
-    """Answers of `classify_all`, their kinds corrected by a judge who is shown the image: a
-    function of (problem, rationale, answer) items that returns a verdict of each, as
-    `filters.judge_many` does. It is asked about rationales that came to an end."""
-    graded = list(graded)
-    rows = []
-    items = []
+    """Answers of `classify_all`, their kinds corrected by a judge who is shown the image, as
+    `filters.judge_many`. It is asked about rationales that came to an end."""
+    items = {}
     for i, (problem, prediction, grade) in enumerate(graded):
         rationale = rationale_of(prediction)
-        if not rationale or prediction["kind"] in ("loop", "cut off", "no parse"):
-            continue
-        letter = LETTERS.find(grade.parsed) if problem.choices and grade.parsed else -1
-        answer = prediction["response"] if letter < 0 else problem.choices[letter]
-        rows.append(i)
-        items.append((problem, rationale, answer))
-    for i, verdict in zip(rows, judge(items), strict=True):
+        if rationale and prediction["kind"] not in ("loop", "cut off", "no parse"):
+            letter = LETTERS.find(grade.parsed) if problem.choices and grade.parsed else -1
+            answer = prediction["response"] if letter < 0 else problem.choices[letter]
+            items[i] = problem, rationale, answer
+    refined = list(graded)
+    for i, verdict in zip(items, judge(list(items.values())), strict=True):
         problem, prediction, grade = graded[i]
         kind = refined_kind(prediction["kind"], grade.correct, verdict)
         if kind != prediction["kind"]:
             because = f"{verdict['why']} ({verdict['by']})"
-            graded[i] = problem, prediction | {"kind": kind, "because": because}, grade
-    return graded
+            refined[i] = problem, prediction | {"kind": kind, "because": because}, grade
+    return refined
 
 
 def refined_kind(kind: str, correct: bool, verdict: dict) -> str:
-    """The kind after a judge's verdict, which is believed where it finds right what the rule finds
-    right. Its "consistent" says whether the rationale leads to the answer, its "picture" whether
-    it agrees with the image."""
-    if verdict["correct"] is not correct:
-        return kind
+    """The kind after a judge's verdict, which is believed where it agrees about the answer. It says
+    whether the rationale leads there ("consistent") and agrees with the image ("picture")."""
     leads = verdict["consistent"]
     agrees = verdict.get("picture")
+    if verdict["correct"] is not correct:
+        return kind
     if correct and (leads is False or agrees is False):
         return "lucky"
     if correct and leads:

@@ -1,19 +1,9 @@
-"""Many answers: from graded ones to the numbers of metrics.json, and the comparison of two runs.
+"""From graded answers to the numbers of metrics.json, and the comparison of two runs.
 
-Implements
-* the categories of ScienceQA (Lu et al. 2022, arXiv 2209.09513) as Multimodal-CoT (Zhang et al.
-  2023, arXiv 2302.00923) reports them, and MathVista's axes;
-* the Wilson (1927) interval of every accuracy, with n and chance; of two runs the paired bootstrap
-  interval of the difference (Efron 1979) and McNemar's exact test (1947);
-* Multimodal-CoT's test for hallucinated rationales, wherever the scene behind an image is known;
-* sentence BLEU without smoothing (Papineni et al. 2002) and summary-level ROUGE-L (Lin 2004) in the
-  set-based form of the PyPI package `rouge` 1.0.1, both as its authors call them.
-
-A score is about a named set of problems: missing, unknown and repeated predictions are errors.
-"Graded" is everywhere a list of (problem, prediction, Grade), in the order of the predictions.
-
-Left out: corrections for many comparisons at once; whether a rationale is true, which ROUGE-L and
-BLEU do not know (errors.py).
+ScienceQA's categories (Lu et al. 2022, arXiv 2209.09513) as Multimodal-CoT (Zhang et al. 2023,
+arXiv 2302.00923) reports them, MathVista's axes, hallucinated rationales where the scene behind an
+image is known, and the text scores as their authors call them. A score is about a named set of
+problems: missing, unknown and repeated predictions are errors.
 
 Axes: `resamples` of a bootstrap.
 """
@@ -23,7 +13,7 @@ import random
 import re
 import sys
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -89,7 +79,6 @@ def grade_all(
 
 
 def listed(ids: list[str]) -> str:
-    """The first five ids in words."""
     return ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
 
 
@@ -97,9 +86,8 @@ def axes(problem: Problem) -> dict[str, list[str]]:
     """{axis: the table rows a problem counts in}.
 
     ScienceQA: subject; TXT has a hint, IMG an image *of the question* (images of the choices do not
-    count, as published), NO neither; grades. The demo's family is a row as well. MathVista: its
-    task, context and skills by their own names, the others as "source: TQA"; rows of different axes
-    never share a name. Your own JSONL: whatever it has of both, all AXES with that prefix.
+    count, as published), NO neither; grades; the demo's family. MathVista: its task, context and
+    skills by their own names, the others as "source: TQA". Your own JSONL: whatever it has of both.
     """
     meta = problem.meta
     mathvista = isinstance(meta.get("skills"), list)
@@ -124,14 +112,13 @@ def axes(problem: Problem) -> dict[str, list[str]]:
 
 def rows_by_axis(graded: list[Graded]) -> dict[str, dict[str, list[Graded]]]:
     """{axis: {row: its graded}}, the rows of AXES by name: for task and skill the paper's order."""
-    by_axis = {}
+    by_axis = defaultdict(lambda: defaultdict(list))
     for item in graded:
         for axis, names in axes(item[0]).items():
             for name in names:
-                by_axis.setdefault(axis, {}).setdefault(name, []).append(item)
-    for axis in by_axis.keys() & set(AXES.values()):
-        by_axis[axis] = dict(sorted(by_axis[axis].items()))
-    return by_axis
+                by_axis[axis][name].append(item)
+    details = set(AXES.values())
+    return {x: dict(sorted(rows.items()) if x in details else rows) for x, rows in by_axis.items()}
 
 
 def tally(graded: list[Graded]) -> dict:
@@ -140,13 +127,8 @@ def tally(graded: list[Graded]) -> dict:
     if not n:
         return {"n": 0, "accuracy": None, "ci95": None, "chance": None}
     hits = sum(g.correct for *_, g in graded)
-    by_chance = sum(1 / len(p.choices) for p, *_ in graded if p.choices)
-    return {
-        "n": n,
-        "accuracy": percent(hits / n),
-        "ci95": wilson(hits, n),
-        "chance": percent(by_chance / n),
-    }
+    chance = percent(sum(1 / len(p.choices) for p, *_ in graded if p.choices) / n)
+    return {"n": n, "accuracy": percent(hits / n), "ci95": wilson(hits, n), "chance": chance}
 
 
 # --- rationales
@@ -154,8 +136,7 @@ def rationale_scores(
     graded: list[Graded], rationale_format: str | None, faithful: bool = False
 ) -> dict:
     """Mean ROUGE-L and BLEU in percent of the rationales against the gold target of their stage; {}
-    without rationales. Empty targets do not count. An empty rationale scores 0, but the original
-    (`faithful`) leaves it out of ROUGE-L."""
+    without. An empty rationale scores 0, but the original (`faithful`) leaves it out of ROUGE-L."""
     if rationale_format is None:  # a teacher's rationale has another form than the gold solution
         return {}
     written = [(x["rationale"], p) for p, x, _ in graded if x.get("rationale") is not None]
@@ -164,18 +145,16 @@ def rationale_scores(
     if not pairs or not any(p.lecture or p.solution for _, p in written):
         return {}
     rouge = [rouge_l(*pair) for pair in pairs if pair[0] or not faithful]
-    return {
-        "n_rationales": len(pairs),
-        "rougeL": percent(sum(rouge) / max(1, len(rouge))),
-        "bleu1": percent(sum(bleu(*pair, 1) for pair in pairs) / len(pairs)),
-        "bleu4": percent(sum(bleu(*pair, 4) for pair in pairs) / len(pairs)),
-    }
+    scores = {"n_rationales": len(pairs), "rougeL": percent(sum(rouge) / max(1, len(rouge)))}
+    for n in (1, 4):
+        scores[f"bleu{n}"] = percent(sum(bleu(*pair, n) for pair in pairs) / len(pairs))
+    return scores
 
 
 def rationale_quality(graded: list[Graded], facts: dict[str, dict] | None = None) -> dict:
     """Of `classify_all`'s answers {"failure_modes": {kind: n}}; of their rationales {"consistency":
     of the "n_consistency" that come to an answer those that give it, "rationale_words": {"mean",
-    "median"}, "loop_share" of all words, "hallucination"?: see there}; rates in percent."""
+    "median"}, "loop_share" of all words, "hallucination"?}; rates in percent."""
     scores = {}
     counts = Counter(x["kind"] for _, x, _ in graded if "kind" in x)
     if counts:
@@ -195,45 +174,41 @@ def rationale_quality(graded: list[Graded], facts: dict[str, dict] | None = None
     scores["rationale_words"] = {"mean": mean, "median": float(np.median(lengths))}
     scores["loop_share"] = percent(looped / max(1, sum(lengths)))
     if facts:
-        scores["hallucination"] = hallucination(rationales, facts)
+        # The test of the Multimodal-CoT paper's section 3, by rule.
+        found = [(g.correct, scene_statements(text, facts.get(p.id))) for p, g, text in rationales]
+        shares = false_shares([statements for _, statements in found])
+        for name, correct in (("right", True), ("wrong", False)):
+            shares[name] = false_shares([x for right, x in found if right is correct])
+        scores["hallucination"] = shares
     return scores
 
 
-def hallucination(rationales: list[tuple], facts: dict[str, dict]) -> dict:
-    """The paper's test (its section 3) by rule, over all (problem, grade, rationale) and over those
-    with right and with wrong answers: "n" rationales with "stated" facts; percent of rationales
-    with a false one, of facts."""
-
-    def rates(rows):
-        statements = [holds for row in rows for _, holds in row]
-        with_false = sum(any(not holds for _, holds in row) for row in rows)
-        return {
-            "n": len(rows),
-            "stated": len(statements),
-            "false_rationales": percent(with_false / max(1, len(rows))),
-            "false_facts": percent(statements.count(False) / max(1, len(statements))),
-        }
-
-    right = []
-    wrong = []
-    every = []
-    for problem, grade_, text in rationales:
-        statements = scene_statements(text, facts.get(problem.id))
-        every.append(statements)
-        (right if grade_.correct else wrong).append(statements)
-    return rates(every) | {"right": rates(right), "wrong": rates(wrong)}
+def false_shares(rationales: list[list[tuple[str, bool]]]) -> dict:
+    """Of the `scene_statements` of each rationale: how many rationales and facts there are, and
+    the percentages of rationales with a false fact and of false facts."""
+    holds = [holds for statements in rationales for _, holds in statements]
+    with_false = sum(any(not holds for _, holds in statements) for statements in rationales)
+    return {
+        "n": len(rationales),
+        "stated": len(holds),
+        "false_rationales": percent(with_false / max(1, len(rationales))),
+        "false_facts": percent(holds.count(False) / max(1, len(holds))),
+    }
 
 
 # --- one rationale against the gold one
 def bleu(candidate: str, reference: str, n: int) -> float:
-    """Sentence BLEU-n in 0..1 with uniform weights; tokens end at white space and full stops. An
-    order without a match counts as the smallest positive float (as in nltk): BLEU-4 of three words
-    is next to 0 even if they are the right ones. Without a common word it is 0."""
-    ours, gold = ([t for t in re.split(r"[\s.]", x) if t] for x in (candidate, reference))
+    """Sentence BLEU-n in 0..1 with uniform weights and no smoothing; tokens end at white space and
+    full stops. An order without a match counts as the smallest positive float (as in nltk), but
+    without a common word it is 0."""
+    ours, gold = (re.findall(r"[^\s.]+", x) for x in (candidate, reference))
     logs = []
     for order in range(1, n + 1):
-        ngrams = ngram_counts(ours, order)
-        hits = (ngrams & ngram_counts(gold, order)).total()
+        ngrams, expected = (
+            Counter(zip(*(tokens[i:] for i in range(order)), strict=False))
+            for tokens in (ours, gold)
+        )
+        hits = (ngrams & expected).total()
         if not hits and order == 1:
             return 0.0
         logs.append(math.log(hits / ngrams.total() if hits else sys.float_info.min))
@@ -242,20 +217,10 @@ def bleu(candidate: str, reference: str, n: int) -> float:
     return brevity * math.exp(math.fsum(x / n for x in logs))
 
 
-def ngram_counts(tokens: list[str], order: int) -> Counter:
-    """How often each sequence of so many tokens occurs."""
-    return Counter(zip(*(tokens[i:] for i in range(order)), strict=False))
-
-
 def lcs_words(x: list[str], places: dict[str, list[int]]) -> set[str]:
-    """The words, as a set, of one longest common subsequence of the word list x and a second, y.
-
-    `places` maps each word of y to its positions, last first. Hunt and Szymanski (1977): ends[k] is
-    where the shortest prefix of y ends that has k+1 words in common with x so far; only matching
-    pairs cost. Going up from the last row, a word is taken if it stands where that prefix ends: the
-    same choice among equals as walking back the full table and shortening y first.
-    """
-    ends = []
+    """The words, as a set, of one longest common subsequence of the word list x and a second, y:
+    `places` maps each word of y to its positions, last first (Hunt and Szymanski 1977)."""
+    ends = []  # [k]: where the shortest prefix of y ends that has k+1 words in common with x so far
     rows = []
     for word in x:
         if word in places:
@@ -265,6 +230,7 @@ def lcs_words(x: list[str], places: dict[str, list[int]]) -> set[str]:
             rows.append((word, ends.copy()))
     words = set()
     k = len(ends) - 1
+    # Among equals, the choice of walking back the full table and shortening y first.
     for word, ends_then in reversed(rows):
         if k >= 0 and ends_then[k] in places[word]:
             words.add(word)
@@ -273,11 +239,11 @@ def lcs_words(x: list[str], places: dict[str, list[int]]) -> set[str]:
 
 
 def rouge_l(candidate: str, reference: str) -> float:
-    """Summary-level ROUGE-L F in 0..1, equal to `rouge` 1.0.1 in the authors' call.
+    """Summary-level ROUGE-L F in 0..1, equal to the package `rouge` 1.0.1 in the authors' call.
 
-    Its peculiarities are kept: sentences end at every full stop, the longest common subsequences of
-    all pairs of sentences join in one *set* of words, and lengths count distinct words (a blank
-    sentence has the word ""). A text without a sentence scores 0; the package raises.
+    Sentences end at every full stop, the longest common subsequences of all pairs of sentences join
+    in one *set* of words, and lengths count distinct words (a blank sentence has the word ""). A
+    text without a sentence scores 0; the package raises.
     """
     ours, gold = (
         [" ".join(s.split()).split(" ") for s in text.split(".") if s]
@@ -286,13 +252,12 @@ def rouge_l(candidate: str, reference: str) -> float:
     if not ours or not gold:
         return 0.0
     common = set()
-    distinct = [set(sentence) for sentence in ours]
     for theirs in gold:
-        places = {}
+        places = defaultdict(list)
         for j in reversed(range(len(theirs))):
-            places.setdefault(theirs[j], []).append(j)
-        for sentence, words in zip(ours, distinct, strict=True):
-            if not common >= places.keys() & words:  # else it cannot add a word
+            places[theirs[j]].append(j)
+        for sentence in ours:
+            if not common >= places.keys() & set(sentence):  # else it cannot add a word
                 common |= lcs_words(sentence, places)
     # Eq. ROUGE-L (Lin 2004): 2 P R / (P + R)
     precision, recall = (len(common) / len(set().union(*x)) for x in (ours, gold))
@@ -317,9 +282,8 @@ def metrics_of(
     families = by_axis.pop("family", {})
     details = {axis: by_axis.pop(axis) for axis in AXES.values() if axis in by_axis}
     groups = {"avg": graded}
-    if by_axis:
-        scienceqa = {name: items for rows in by_axis.values() for name, items in rows.items()}
-        groups |= {name: scienceqa.get(name, []) for name in CATEGORIES if scienceqa}
+    if scienceqa := {name: items for rows in by_axis.values() for name, items in rows.items()}:
+        groups |= {name: scienceqa.get(name, []) for name in CATEGORIES}
     for rows in (families, *details.values()):
         groups |= rows
     by_row = {name: tally(items) for name, items in groups.items()}
@@ -349,14 +313,11 @@ def metrics_of(
 def compare(
     graded_a: list[Graded], graded_b: list[Graded], resamples: int = 10_000, seed: int = 0
 ) -> dict:
-    """Is b better than a, on the problems that both answered? Lists as of `grade_all`.
+    """Is b better than a, on the problems that both answered?
 
     Returns {"n", "difference" (b - a, in points), "ci95": [low, high] in points, "better" (only b
-    is right), "worse" (only a), "p"}. ci95: paired bootstrap over problems, percentiles. As a
-    resampled difference depends only on how often better and worse problems were drawn, these
-    counts are drawn at once, from the multinomial distribution they have. p: McNemar's exact test.
-    Raises ValueError if they have no problem in common, or if problems of the same id are
-    different ones.
+    is right), "worse" (only a), "p"}. Raises ValueError if they have no problem in common, or if
+    problems of the same id are different ones.
     """
     first = {p.id: (p, g.correct) for p, _, g in graded_a}
     common = [(*first[p.id], p, g.correct) for p, _, g in graded_b if p.id in first]
@@ -369,24 +330,21 @@ def compare(
     better = sum(b and not a for _, a, _, b in common)
     worse = sum(a and not b for _, a, _, b in common)
     shares = [better / n, worse / n, (n - better - worse) / n]
-    # Eq. bootstrap (Efron 1979): percentiles of the difference over resampled problems
+    # Eq. bootstrap (Efron 1979): percentiles of the difference over resampled problems. It depends
+    # only on how many better and worse ones were drawn, which have a multinomial distribution.
     drawn = np.random.default_rng(seed).multinomial(n, shares, resamples)  # (resamples, 3)
     ends = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5]).tolist()
-    return {
-        "n": n,
-        "difference": percent((better - worse) / n),
-        "ci95": [percent(x) for x in ends],
-        "better": better,
-        "worse": worse,
-        "p": mcnemar(better, worse),
-    }
+    compared = {"n": n, "difference": percent((better - worse) / n)}
+    compared["ci95"] = [percent(x) for x in ends]
+    return compared | {"better": better, "worse": worse, "p": mcnemar(better, worse)}
 
 
 def mcnemar(better: int, worse: int) -> float:
     """Two-sided: how often a fair coin thrown so many times is at least as lopsided."""
     # Eq. exact test (McNemar 1947): 2 sum of C(n, k) / 2^n, k up to min(better, worse)
+    # Integers: exact, no overflow.
     throws = better + worse
-    ways = 1  # throws over k. Integers: exact, no overflow
+    ways = 1  # throws over k
     total = 0
     for k in range(min(better, worse) + 1):
         total += ways

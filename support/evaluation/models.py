@@ -1,15 +1,12 @@
 """The models of a run and what they read: images and prompts.
 
-`load_paligemma` gives the model that a run started from or trained. `image_features` gives the
-features of images that a run's models read, made by DETR or by PaliGemma's own tower and kept on
-the disk; `question_features` those of the one image a question is about.
-
-Left out: the weights that a run trained with mmcot (`eval.load_run`) and the disk's side of
-features (support/dataset/features.py).
+`load_paligemma` gives the model that a run started from or trained, `image_features` the features
+of images that a run's models read, made by DETR or by PaliGemma's own tower and kept on the disk.
 
 Axes: B images, H W S pixels, n images of a batch, P I image positions, F D their width.
 """
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable
@@ -61,17 +58,11 @@ class FeatureExtractor:
 
 
 def feature_extractor(settings: Settings, model: PaliGemma | None = None) -> FeatureExtractor:
-    """PaliGemma's own tower, or the run's DETR."""
-    if model is not None:
-        size = model.config.vision.image_size
-        return FeatureExtractor(paligemma_extract(model), images.siglip_pixels, size)
-    folder = resolve(settings.vision_weights)
-    extract = detr_extract(folder, settings.device, settings.plain)
-    return FeatureExtractor(extract, images.detr_pixels, settings.image_size)
-
-
-def paligemma_extract(model: PaliGemma) -> Callable:
-    """list of (3, S, S) -> list of (I, D), projected: what replaces the <image> tokens."""
+    """PaliGemma's own tower, with the projected features that replace the <image> tokens, or the
+    run's DETR."""
+    if model is None:
+        extract = detr_extract(resolve(settings.vision_weights), settings.device, settings.plain)
+        return FeatureExtractor(extract, images.detr_pixels, settings.image_size)
 
     @torch.inference_mode()
     def extract(pixels):
@@ -79,27 +70,27 @@ def paligemma_extract(model: PaliGemma) -> Callable:
         stacked = torch.stack(pixels).to(device)  # (B, 3, S, S)
         return list(model.image_features(stacked).float().cpu())
 
-    return extract
+    return FeatureExtractor(extract, images.siglip_pixels, model.config.vision.image_size)
 
 
 def detr_extract(folder: Path, device: str, plain: bool) -> Callable:
-    """list of (3, H, W) -> list of (P, F). The model is loaded at the first call: if all features
-    are cached it is not needed."""
-    loaded = []
+    """list of (3, H, W) -> list of (P, F)."""
+
+    @functools.cache
+    def detr():  # not needed if all features are cached
+        model = DETR.from_pretrained(folder).to(device, memory_format=torch.channels_last)
+        if not plain:
+            kernels.enable(model)
+        return model
 
     @torch.inference_mode()
     def extract(pixels):
-        if not loaded:
-            model = DETR.from_pretrained(folder).to(device, memory_format=torch.channels_last)
-            if not plain:
-                kernels.enable(model)
-            loaded.append(model)
         results = [None] * len(pixels)
         # One size at a time: padding would change DETR's output.
         for size in Counter(tuple(p.shape) for p in pixels):
             rows = [i for i, p in enumerate(pixels) if tuple(p.shape) == size]
             stacked = torch.stack([pixels[i] for i in rows]).to(device)  # (B, 3, H, W)
-            for i, features in zip(rows, loaded[0].features(stacked).cpu(), strict=True):
+            for i, features in zip(rows, detr().features(stacked).cpu(), strict=True):
                 results[i] = features  # (P, F)
         return results
 
@@ -114,11 +105,10 @@ def image_features(
 ) -> data.ImageSource | None:
     """The features that a run's models read of these problems' images; None if it reads none.
 
-    Published feature files are used as they are. Otherwise DETR is loaded only if an image is not
-    in the cache. A PaliGemma `model` makes its own, projected; where its image tower is trained or
-    adapted they are not kept, and `LazyImages` gives the pixels. The cache is named by a hash of
-    the weights, not of the code that makes features of them. With a list `skipped`, problems whose
-    image cannot be used go there, as (id, reason).
+    Published feature files are used as they are. A PaliGemma `model` makes its own, projected;
+    where its image tower is trained or adapted they are not kept, and `LazyImages` gives the
+    pixels. The cache is named by a hash of the weights, not of the code that makes features of
+    them. With a list `skipped`, problems whose image cannot be used go there, as (id, reason).
     """
     if model is not None:
         frozen = all(path.startswith("language_model.") for path in lora.adapters(model))
@@ -132,8 +122,9 @@ def image_features(
     elif settings.features:
         return published_features(settings.features, settings.name_map)
     encoder = feature_extractor(settings, model)
-    folder = resolve(settings.weights[0] if model else settings.vision_weights)
-    fingerprint = checkpoint_hash(folder)
+    weights = weight_files(resolve(settings.weights[0] if model else settings.vision_weights))
+    digests = [bytes.fromhex(files.checksum(path)) for path in weights]
+    fingerprint = hashlib.sha256(b"".join(digests)).hexdigest()[:12]
     if model:
         dtype = model.language_model.embed_tokens.weight.dtype
         fingerprint += f"-{str(dtype).removeprefix('torch.')}"
@@ -144,32 +135,22 @@ def image_features(
     )
 
 
-def checkpoint_hash(folder: Path) -> str:
-    """Twelve hex digits over the weight files of a checkpoint."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        digest.update(bytes.fromhex(files.checksum(path)))
-    return digest.hexdigest()[:12]
-
-
 def question_features(
     settings: Settings, models: list, image: Image.Image | None
 ) -> Features | None:
     """`Features` of the problem "asked", zeros without an image; None for a model that reads none.
     ValueError for an image if the run learned from published features."""
     paligemma = settings.model == "paligemma"
-    if image is None:
-        fusion = None if paligemma else models[-1].fusion
-        if fusion is None:
-            return None
-        zeros = np.zeros((1, 1, fusion.image_dense.in_features), np.float16)  # (1, P, F)
-        return Features(zeros, {})
-    if not paligemma and settings.vision in NO_VISION:
+    reads = image is not None if paligemma else models[-1].fusion is not None
+    if not reads:
         return None
+    if image is None:
+        width = models[-1].fusion.image_dense.in_features
+        return Features(np.zeros((1, 1, width), np.float16), {})  # (1, P, F)
     if not paligemma and settings.features:
         raise ValueError(
-            f"This run learned from published features ({settings.features}): there is no model "
-            "here that extracts them from another image. Ask without --image."
+            f"This run learned from published features ({settings.features}), which no model here "
+            "extracts from another image: ask without --image."
         )
     encoder = feature_extractor(settings, models[0] if paligemma else None)
     [features] = encoder.extract([encoder.preprocess(image, encoder.size)])  # (P, F)

@@ -1,13 +1,8 @@
 """The report: report.html filled in with the answers, curves, attention maps and images of runs.
 
-The page, its style and its script are the template next to this file; here its data is made, JSON
-in script elements that can hold any text and end none. Attention maps come from a second forward
-pass over what was written: of mmcot the fusion's own numbers (Multimodal-CoT, arXiv 2302.00923,
-Eq. 4 and 5) with DETR's labels of its positions; of PaliGemma the attention of the last third of
-its layers to the image.
-
-Left out: why an answer was given. Attention says where numbers came from, not why (Jain and Wallace
-2019, arXiv 1902.10186).
+The template next to this file is the page; its data, made here, is JSON in script elements.
+Attention maps come from a second forward pass over what was written. They say where numbers came
+from, not why (Jain and Wallace 2019, arXiv 1902.10186).
 
 Axes: B batch, T tokens, U of them written, n of them with a map; P I image positions, D width,
 K x G heads, L classes.
@@ -20,7 +15,6 @@ import json
 import math
 import os
 import re
-import time
 from bisect import bisect_right
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,13 +47,8 @@ LOGGED = ("loss", "val_loss", "val_accuracy")
 
 # --- the page
 def write_report(folder: str | Path, columns: dict[str, Column]) -> None:
-    """Write FOLDER/report.html: {name: `Column`} in one file that needs no network. It has their
-    tables, of any two the answers side by side, and from their folders the curves of log.jsonl and
-    the attention maps of looks.json.
-
-    Each image is in it once, at most 384 pixels a side, and decoded when it is shown; one that
-    cannot be read becomes a sentence. A problem is the same in two columns if its id and its
-    question are."""
+    """Write FOLDER/report.html, one file that needs no network: the tables of {name: `Column`}, the
+    answers, and from the columns' folders the curves of log.jsonl and the maps of looks.json."""
     problems, blocks = report_problems(columns)
     for i, image in enumerate(report_images(problems)):
         blocks[f"image-{i}"] = image
@@ -91,7 +80,8 @@ def data_block(name: str, value: object) -> str:
 
 
 def report_problems(columns: dict[str, Column]) -> tuple[list[dict], dict[str, object]]:
-    """(problems with the predictions of all columns, {name of a block: attention maps})."""
+    """(problems with the predictions of all columns, {name of a block: attention maps}). A problem
+    is the same in two columns if its id and its question are."""
     shown = {}
     blocks = {}
     for number, column in enumerate(columns.values()):
@@ -124,26 +114,18 @@ def problem_facts(problem: Problem, runs: int) -> dict:
 
 
 def report_images(problems: list[dict]) -> list[str]:
-    """The images as data: addresses, equal files once. "image" of each problem becomes an index
+    """The images as data: addresses, equal ones once. "image" of each problem becomes an index
     into that list, or None and "missing" says why."""
-    digests = {}  # path: what tells its content
-    first = {}  # the same: the first path that has it
-    for path in dict.fromkeys(facts["image"] for facts in problems if facts["image"]):
-        digests[path] = files.checksum(path) if Path(path).is_file() else path
-        first.setdefault(digests[path], path)
-    start = time.monotonic()
-    encoded = {}
+    paths = list(dict.fromkeys(facts["image"] for facts in problems if facts["image"]))
     with ThreadPoolExecutor() as threads:  # Pillow releases the lock while it computes
-        for digest, image in zip(first, threads.map(data_address, first.values()), strict=True):
-            encoded[digest] = image
-            files.progress("images of the report", len(encoded), len(first), start)
-    readable = [digest for digest, image in encoded.items() if isinstance(image, str)]
-    index = {digest: i for i, digest in enumerate(readable)}
+        encoded = dict(zip(paths, threads.map(data_address, paths), strict=True))
+    addresses = dict.fromkeys(x for x in encoded.values() if isinstance(x, str))
+    index = {address: i for i, address in enumerate(addresses)}
     for facts in problems:
-        if digest := digests.get(facts["image"]):
-            facts["image"] = index.get(digest)
-            facts["missing"] = None if digest in index else str(encoded[digest])
-    return [encoded[digest] for digest in readable]
+        if image := encoded.get(facts["image"]):
+            facts["image"] = index.get(image)
+            facts["missing"] = None if image in index else str(image)
+    return list(addresses)
 
 
 def data_address(path: str) -> str | Exception:
@@ -166,10 +148,8 @@ def run_facts(name: str, column: Column) -> dict:
     config = read_config(home)
     words = [config.get("model"), config.get("recipe"), heading(column.scores)]
     words.append(f"{column.scores['n']} problems")
-    if "seed" in config:
-        words.append(f"seed {config['seed']}")
-    if config.get("commit"):
-        words.append(f"commit {config['commit'][:8]}")
+    words += [f"seed {config['seed']}"] if "seed" in config else []
+    words += [f"commit {config['commit'][:8]}"] if config.get("commit") else []
     log = home / "log.jsonl"
     curves = loss_curves(log) if config and os.path.lexists(log) else []
     return {"name": name, "about": " · ".join(filter(None, words)), "curves": curves}
@@ -179,20 +159,18 @@ def loss_curves(file: Path) -> list[dict]:
     """[{"stage", "loss", "val_loss", "val_accuracy"}], each a list of [step, value]; the training
     loss as means over a window of steps. A stage that starts again is another curve."""
     stages = []
-    last_stage = None
-    last_step = 0
+    last = {"stage": None}
     for where, entry in files.json_lines(file, may_be_torn=True):
         if not is_log_entry(entry):
             raise ValueError(f"{where} is not a line that train.py writes. Delete the file.")
         if "kernel" in entry:  # what was proved before the first step
             continue
-        if entry["stage"] != last_stage or entry["step"] <= last_step:
+        if entry["stage"] != last["stage"] or entry["step"] <= last["step"]:
             stages.append({"stage": entry["stage"]} | {key: [] for key in LOGGED})
-        last_stage = entry["stage"]
-        last_step = entry["step"]
+        last = entry
         for key in LOGGED:
             if key in entry and math.isfinite(entry[key]):
-                stages[-1][key].append([last_step, entry[key]])
+                stages[-1][key].append([entry["step"], entry[key]])
     for stage in stages:
         loss = stage["loss"]
         width = max(1, len(loss) // CURVE_POINTS)
@@ -221,17 +199,15 @@ def fusion_maps(
 ) -> dict[str, list[dict]]:
     """{id: [map of each stage]}: what mmcot's fusion did with each token of its source text.
 
-    stages   {"rationale" or "answer": its examples}, the sources with the rationale that was
-             written; a model each
+    stages   {"rationale" or "answer": its examples}, a model each
     objects  `detected_objects` of the same problems
 
     "tokens"     text of each source token
     "gate"       of each token, Eq. 5's lambda, the mean over D: the share of the image in it
     "attention"  of each token, Eq. 4's weights of the 8 positions that get most of it
     "boxes"      [cx, cy, w, h] of those, in 0..1 of the image; none with published features
-    "labels"     what DETR calls them, else their numbers
-
-    A problem without an image has a gate, and nothing that is attended to."""
+    "labels"     what DETR calls them, else their numbers; none of both without an image
+    """
     maps = {problem_id: [] for problem_id in objects}
     for (stage, examples), model in zip(stages.items(), models, strict=True):
         device = next(model.parameters()).device
@@ -244,29 +220,26 @@ def fusion_maps(
             _, gate, attention = model.fusion.explain(H_language, features)
             for row, problem_id in enumerate(batch["ids"]):
                 real = mask[row].bool()  # (T,), no pads
+                weights = attention[row, real]
+                # At most 8 positions; none where `objects` has none, as there is no image.
+                most = min(8, len(objects[problem_id]["labels"]))
+                best = weights.sum(0).topk(most).indices.tolist()
                 entry = {
                     "stage": stage,
                     "tokens": token_texts(tokenizer, ids[row, real].tolist(), False),
                     "gate": decimals(gate[row, real].mean(-1)),  # T numbers
                 }
-                entry |= strongest(attention[row, real], objects[problem_id])
-                maps[problem_id].append(entry)
+                for name, values in objects[problem_id].items():
+                    entry[name] = [values[i] for i in best]
+                maps[problem_id].append(entry | {"attention": decimals(weights[:, best])})
     return maps
-
-
-def strongest(attention: torch.Tensor, objects: dict[str, list], most: int = 8) -> dict:
-    """Attention (T, P) to the `most` positions that get most of it, and what these are."""
-    count = len(next(iter(objects.values())))
-    best = attention.sum(0).topk(min(most, count)).indices.tolist()
-    kept = {name: [values[i] for i in best] for name, values in objects.items()}
-    return kept | {"attention": decimals(attention[:, best])}
 
 
 def detected_objects(
     problems: list[Problem], features: Mapping, detr: DETR | None
 ) -> dict[str, dict]:
-    """{id: {"boxes", "labels"}} of the P positions, by DETR's two heads on the features that the
-    model read; without the `detr` that made these {"labels": their numbers}."""
+    """{id: {"boxes", "labels"}} of the P positions, by DETR's heads on the features that the model
+    read; without the `detr` that made these {"labels": their numbers}."""
     objects = {}
     for problem in problems:
         count = features.shape[0] if problem.id in features else 0
@@ -285,7 +258,7 @@ def detected_objects(
 
 
 def decimals(tensor: torch.Tensor) -> list:
-    """Nested lists, of three decimals."""
+    """Nested lists of numbers with three decimals."""
     return (tensor.double() * 1000).round().div(1000).tolist()
 
 
@@ -294,16 +267,12 @@ def paligemma_maps(
     model: PaliGemma, examples: list[dict], written: dict[str, list[int]], tokenizer: Tokenizer
 ) -> dict[str, dict]:
     """{id: `paligemma_map`} over the ids that the model wrote, {id: ids}: decode's own, as the text
-    tokenised again may have others. Of a loop that was cut they have one round, as the model had
-    when it answered. An <image> token that it wrote is left out: no image belongs to it."""
+    tokenised again may have others. An <image> token that it wrote is left out: it has no image."""
     image = model.config.image_token_index
-    start = time.monotonic()
     maps = {}
     for example in examples:
-        ids = [i for i in written[example["id"]] if i != image]
-        if ids:
+        if ids := [i for i in written[example["id"]] if i != image]:
             maps[example["id"]] = paligemma_map(model, example, ids, tokenizer)
-        files.progress("attention maps", len(maps), len(examples), start)
     return maps
 
 
@@ -314,9 +283,9 @@ def paligemma_map(model: PaliGemma, example: dict, ids: list[int], tokenizer: To
     "tokens"  text of each
     "p"       probability of each, given all before it, at temperature 1; low where a cue was forced
     "grid"    [rows, columns] of image patches
-    "maps"    {index of a token: base64 of rows * columns bytes}: from where it was predicted (one
-              before its own place), attention to the patches, the mean over the heads of the last
-              third of the layers; 255 is the strongest. For the tokens of `worth_a_map`
+    "maps"    {index of a token `worth_a_map`: base64 of rows * columns bytes}: attention to the
+              patches, 255 the strongest, from where the token was predicted (one before its own
+              place), the mean over the heads of the last third of the layers
     "share"   {index: how much of that attention the image has; the rest is on text}
     """
     device = model.language_model.embed_tokens.weight.device
@@ -363,12 +332,7 @@ def worth_a_map(tokens: list[str], most: int = 24) -> list[int]:
     rank = {}
     for word in re.finditer(r"\d[\d.,]*\d|\w+", text):
         token = bisect_right(ends, word.start())
-        if token in rank:
-            continue
-        if word.start() >= answer:
-            rank[token] = 0
-        elif word[0][0].isdigit():
-            rank[token] = 1
-        elif len(word[0]) >= 4:
-            rank[token] = 2
+        kinds = (word.start() >= answer, word[0][0].isdigit(), len(word[0]) >= 4)
+        if any(kinds):
+            rank.setdefault(token, kinds.index(True))
     return sorted(sorted(rank, key=rank.get)[:most])

@@ -1,15 +1,12 @@
-"""Files of predictions and metrics, and the tables that show them side by side.
-
-Writes predictions.jsonl and metrics.json; makes of metrics a table in the terminal, as markdown or
-for the report's page, a line a run, and the difference of two runs in words.
-
-Left out: how the numbers come about (metrics.py), and the page (report.py).
-"""
+"""Files of predictions and metrics, and the tables that show metrics side by side: in the terminal,
+as markdown, for the report's page, or a line per run; and the difference of two runs in words."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from data import Problem
 from support import files
@@ -23,6 +20,19 @@ OTHER_ROWS = {  # key of the metrics, or the path to it: the label of its row
     "consistency": "rationale agrees %", "rationale_words mean": "rationale words",
     "loop_share": "words in loops %", "hallucination false_rationales": "false rationales %",
     "hallucination false_facts": "false facts %",
+}  # fmt: skip
+SUBJECT = {"data": str, "split": str, "rationale_format": str | None}  # what metrics are about
+NEEDED = {  # what tables show of metrics.json; rows without problems are None
+    "n": int, "chance": float, "ci95": tuple[float, float], "parse_failures": float,
+    "n_by": dict[str, int], "accuracy": dict[str, float | None],
+    "chance_by": dict[str, float | None], "ci95_by": dict[str, tuple[float, float] | None],
+}  # fmt: skip
+OPTIONAL = {  # the same where it is there
+    "families": dict[str, float], "axes": dict[str, list[str]], "stop": dict[str, int],
+    "failure_modes": dict[str, int], "skipped": dict[str, int],
+    "rationale_words": dict[str, float], "hallucination": dict,
+    **dict.fromkeys(["rougeL", "rougeL_teacher_forced", "bleu1", "bleu4"], float),
+    **dict.fromkeys(["consistency", "loop_share", "inconclusive"], float),
 }  # fmt: skip
 
 
@@ -70,17 +80,17 @@ def stored_metrics(folder: str | Path) -> dict:
         scores = files.read_json(Path(folder) / "metrics.json")
     except (OSError, ValueError):
         return {}
-    subject = {"data": str, "split": str, "rationale_format": str | None}
-    known = isinstance(scores, dict)
-    known = known and all(isinstance(scores.get(key, ""), subject[key]) for key in subject)
+    known = isinstance(scores, dict) and all_fit(scores, SUBJECT)
     return scores if known else {}
 
 
 def read_metrics(folder: str | Path) -> dict:
     """A folder's metrics.json; {} also if it lacks what the tables show: it is computed again."""
     scores = stored_metrics(folder)
-    checks = NEEDED | {key: fits for key, fits in OPTIONAL.items() if key in scores}
-    if not all(key in scores and fits(scores[key]) for key, fits in checks.items()):
+    if not NEEDED.keys() <= scores.keys() or not all_fit(scores, NEEDED | OPTIONAL):
+        return {}
+    shares = scores.get("hallucination", {})
+    if not all(fits(shares.get(key, 0), float) for key in ("false_rationales", "false_facts")):
         return {}
     rates = scores["accuracy"] | scores.get("families", {})
     shown = {"avg"} | {name for name, n in scores["n_by"].items() if n}
@@ -89,49 +99,28 @@ def read_metrics(folder: str | Path) -> dict:
     return scores if complete and scores["n"] else {}
 
 
-def is_number(x: object) -> bool:
-    return isinstance(x, int | float) and abs(x) < 1e15  # which nan is not
+def all_fit(scores: dict, kinds: dict[str, Any]) -> bool:
+    return all(fits(scores[key], kind) for key, kind in kinds.items() if key in scores)
 
 
-def is_count(x: object) -> bool:
-    return isinstance(x, int) and 0 <= x < 1e15
-
-
-def is_interval(x: object) -> bool:
-    return isinstance(x, list) and len(x) == 2 and all(map(is_number, x))
-
-
-def is_names(x: object) -> bool:
-    return isinstance(x, list) and all(isinstance(name, str) for name in x)
-
-
-def each(fits: Callable, or_none: bool = False) -> Callable[[object], bool]:
-    """A check of a dict's values."""
-    return lambda x: (
-        isinstance(x, dict)
-        and all(fits(value) or (or_none and value is None) for value in x.values())
-    )
-
-
-def is_hallucination(x: object) -> bool:
-    shares = ("false_rationales", "false_facts")
-    return isinstance(x, dict) and all(is_number(x.get(key, 0)) for key in shares)
-
-
-NEEDED = {  # what the tables show of metrics.json, and a check of each value
-    "n": is_count, "chance": is_number, "ci95": is_interval, "parse_failures": is_number,
-    "n_by": each(is_count),  # of rows without problems the others are None
-    "accuracy": each(is_number, or_none=True), "chance_by": each(is_number, or_none=True),
-    "ci95_by": each(is_interval, or_none=True),
-}  # fmt: skip
-OPTIONAL = {  # the same where it is there
-    "inconclusive": is_number, "families": each(is_number), "axes": each(is_names),
-    "stop": each(is_count),
-    "failure_modes": each(is_count), "skipped": each(is_count), "rationale_words": each(is_number),
-    "hallucination": is_hallucination,
-} | dict.fromkeys(
-    ("rougeL", "rougeL_teacher_forced", "bleu1", "bleu4", "consistency", "loop_share"), is_number
-)  # fmt: skip
+def fits(value: object, kind: Any) -> bool:
+    """Whether a JSON value is of a type such as dict[str, float | None]; an int is a count."""
+    origin = get_origin(kind)
+    inner = get_args(kind)
+    if origin is UnionType:
+        return any(fits(value, x) for x in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(x, inner[1]) for x in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(fits(x, inner[0]) for x in value)
+    if origin is tuple:
+        same = isinstance(value, list) and len(value) == len(inner)
+        return same and all(map(fits, value, inner))
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) < 1e15  # which nan is not
+    if kind is int:
+        return isinstance(value, int) and 0 <= value < 1e15
+    return isinstance(value, kind)
 
 
 # --- tables
@@ -151,18 +140,29 @@ def table(columns: dict[str, dict], markdown: bool = False, all_rows: bool = Fal
     set and split above it. `all_rows`: those of the axes DETAILS as well."""
     texts = []
     hidden = {}
-    if not all_rows:
-        for m in columns.values():
-            hidden |= {axis: names for axis, names in m.get("axes", {}).items() if axis in DETAILS}
-    names = {name for axis in hidden.values() for name in axis}
     for title, block in same_problems(columns):
-        if title:
-            texts.append(title)
-        texts.append(align(rows_of(block, names), markdown))
-    if hidden:
+        texts += [title] if title else []
+        texts.append(align(rows_of(block, all_rows), markdown))
+        for m in block.values():
+            hidden |= {axis: names for axis, names in m.get("axes", {}).items() if axis in DETAILS}
+    if hidden and not all_rows:
         axes = [axis for axis in DETAILS if axis in hidden]
         texts.append(f"(--all-rows: {sum(map(len, hidden.values()))} more, by {', '.join(axes)})")
     return "\n\n".join(texts)
+
+
+def report_tables(scores: dict[str, dict]) -> list[dict]:
+    """As `table`, the rows of DETAILS apart: [{"title", "runs", "rows", "more", "folded"}]."""
+    tables = []
+    for title, block in same_problems(scores):
+        rows = accuracy_rows(block)
+        more = more_rows(list(block.values()))
+        common = {"title": title, "runs": list(block)}
+        kept = [row for row in rows if row["axis"] not in DETAILS]
+        tables.append(common | {"rows": kept, "more": more, "folded": False})
+        if folded := [row for row in rows if row["axis"] in DETAILS]:
+            tables.append(common | {"rows": folded, "more": [], "folded": True})
+    return tables
 
 
 def same_problems(columns: dict[str, dict]) -> list[tuple[str, dict[str, dict]]]:
@@ -177,81 +177,68 @@ def same_problems(columns: dict[str, dict]) -> list[tuple[str, dict[str, dict]]]
 def accuracy_rows(block: dict[str, dict]) -> list[dict]:
     """The rows of one table that have problems: [{"name", "axis", "n", "chance", "cells": [{"rate",
     "ci95"} of each run]}]."""
-    runs = list(block.values())
-    axis_of = {name: axis for axis, names in runs[0].get("axes", {}).items() for name in names}
+    first = next(iter(block.values()))
+    axis_of = {name: axis for axis, names in first.get("axes", {}).items() for name in names}
     rows = []
-    for name, n in runs[0]["n_by"].items():
-        if not n:
-            continue
-        cells = []
-        for m in runs:
-            rate = (m["accuracy"] | m.get("families", {}))[name]
-            cells.append({"rate": rate, "ci95": m["ci95_by"][name]})
-        chance = runs[0]["chance_by"][name]
-        row = {"name": name, "axis": axis_of.get(name), "n": n, "chance": chance}
-        rows.append(row | {"cells": cells})
+    for name, n in first["n_by"].items():
+        if n:
+            cells = []
+            for m in block.values():
+                rate = (m["accuracy"] | m.get("families", {}))[name]
+                cells.append({"rate": rate, "ci95": m["ci95_by"][name]})
+            row = {"name": name, "axis": axis_of.get(name), "n": n}
+            rows.append(row | {"chance": first["chance_by"][name], "cells": cells})
     return rows
 
 
-def rows_of(block: dict[str, dict], hidden: set[str]) -> list[list[str]]:
+def rows_of(block: dict[str, dict], all_rows: bool) -> list[list[str]]:
     """The rows of one table, as lists of strings; those of AXES below the axis' name."""
-    runs = list(block.values())
     names = [name if len(name) <= 20 else ".." + name[-18:] for name in block]
     rows = [["accuracy %", "n", "chance", *names]]
     above = None
     for row in accuracy_rows(block):
-        if row["name"] in hidden:
-            continue
         axis = row["axis"]
+        if axis in DETAILS and not all_rows:
+            continue
         if axis != above:
-            rows.append([f"by {axis}", *[""] * (2 + len(runs))])
+            rows.append([f"by {axis}", *[""] * (2 + len(block))])
             above = axis
         label = f"  {row['name'].removeprefix(f'{axis}: ')[:27]}" if axis else row["name"][:27]
-        cells = [
-            f"{cell['rate']:.2f} [{', '.join(f'{end:.2f}' for end in cell['ci95'])}]"
-            for cell in row["cells"]
-        ]
-        rows.append([label, str(row["n"]), f"{row['chance']:.2f}", *cells])
-    return rows + [[label, "", "", *cells] for label, *cells in more_rows(runs)]
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(x["rate"], *x["ci95"]) for x in row["cells"]]
+        rows.append([label, str(row["n"]), decimal(row["chance"]), *cells])
+    more = more_rows(list(block.values()))
+    return rows + [[label, "", "", *cells] for label, *cells in more]
 
 
 def more_rows(runs: list[dict]) -> list[list[str]]:
-    """The other rows of these runs, [label, a cell for each]: text scores, stops, skipped records,
-    and how answers succeed and fail."""
+    """The other rows of these runs, [label, a cell for each]: text scores, stops, skipped records
+    (with the least the accuracy can be), and how answers succeed and fail."""
     rows = []
     for path, label in OTHER_ROWS.items():
-        values = list(runs)
-        for key in path.split():
-            values = [None if value is None else value.get(key) for value in values]
+        values = [reduce(lambda x, key: (x or {}).get(key), path.split(), m) for m in runs]
         if any(x is not None for x in values):
-            rows.append([label, *("-" if x is None else f"{x:.2f}" for x in values)])
+            rows.append([label, *map(decimal, values)])
     for stop in sorted({stop for m in runs for stop in m.get("stop", {})} - {"eos"}):
-        rows.append([f"stopped by {stop} %", *(f"{stop_share(m, stop):.2f}" for m in runs)])
-    return rows + skipped_rows(runs) + kind_rows(runs)
-
-
-def skipped_rows(runs: list[dict]) -> list[list[str]]:
-    """How many records were skipped, and the least the accuracy can be."""
+        rows.append([f"stopped by {stop} %", *(decimal(stop_share(m, stop)) for m in runs)])
     skipped = [m.get("skipped", {}) for m in runs]
-    rows = []
     for split in dict.fromkeys(split for counts in skipped for split in counts if counts[split]):
         rows.append([f"skipped, {split}", *(str(counts.get(split, 0)) for counts in skipped)])
-    asked = [m["n"] + m.get("skipped", {}).get(m.get("split"), 0) for m in runs]
-    if asked != [m["n"] for m in runs]:
-        rates = [m["accuracy"]["avg"] * m["n"] / n for m, n in zip(runs, asked, strict=True)]
-        rows.append(["avg, skipped as wrong", *(f"{rate:.2f}" for rate in rates)])
-    return rows
-
-
-def kind_rows(runs: list[dict]) -> list[list[str]]:
-    """The share and count of each kind of right and wrong answers."""
+    lost = [counts.get(m.get("split"), 0) for counts, m in zip(skipped, runs, strict=True)]
+    if any(lost):
+        pairs = zip(runs, lost, strict=True)
+        rates = [m["accuracy"]["avg"] * m["n"] / (m["n"] + x) for m, x in pairs]
+        rows.append(["avg, skipped as wrong", *map(decimal, rates)])
     counts = [m.get("failure_modes", {}) for m in runs]
-    rows = [["answers in %", *[""] * len(runs)]] if any(counts) else []
+    rows += [["answers in %", *[""] * len(runs)]] if any(counts) else []
     for kind in KINDS:
         if any(kind in x for x in counts):
             pairs = [(x.get(kind, 0), m["n"]) for x, m in zip(counts, runs, strict=True)]
             rows.append([f"  {kind}", *(f"{percent(c / n):.2f} ({c})" for c, n in pairs)])
     return rows
+
+
+def decimal(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
 
 
 def stop_share(m: dict, stop: str) -> float:
@@ -275,24 +262,21 @@ def runs_table(rows: dict[str, dict]) -> str:
     ROUGE-L of the decoded rationales, and next to it what teacher forcing would have claimed; of
     PaliGemma's how many texts did not end by themselves."""
     first = next(iter(rows.values()))
-    columns = {"run": {name: name for name in rows} | {"chance": "chance"}}
-    for key, title in (("rougeL", "ROUGE-L"), ("rougeL_teacher_forced", "teacher-forced")):
-        columns[title] = {name: f"{m[key]:.2f}" for name, m in rows.items() if key in m}
-    columns["accuracy %"] = {name: f"{m['accuracy']['avg']:.2f}" for name, m in rows.items()}
-    columns["accuracy %"]["chance"] = f"{first['chance']:.2f}"
-    interval = "{:.2f} - {:.2f}".format
-    columns["95 % interval"] = {name: interval(*m["ci95"]) for name, m in rows.items()}
-    columns["no answer %"] = {name: f"{m['parse_failures']:.2f}" for name, m in rows.items()}
-    for stop in ("loop", "length", "forced"):
-        shares = {name: stop_share(m, stop) for name, m in rows.items()}
-        if any(shares.values()):
-            columns[f"{stop} %"] = {name: f"{x:.2f}" for name, x in shares.items()}
-    columns = {title: cells for title, cells in columns.items() if cells}
-    lines = [[column.get(name, "-") for column in columns.values()] for name in ["chance", *rows]]
+    runs = rows.values()
+    texts = {"rougeL": "ROUGE-L", "rougeL_teacher_forced": "teacher-forced"}
+    texts = {key: title for key, title in texts.items() if any(key in m for m in runs)}
+    stops = [x for x in ("loop", "length", "forced") if any(stop_share(m, x) for m in runs)]
+    titles = ["run", *texts.values(), "accuracy %", "95 % interval", "no answer %"]
+    lines = [titles + [f"{stop} %" for stop in stops]]
+    lines.append(["chance", *"-" * len(texts), decimal(first["chance"]), *"-" * (2 + len(stops))])
+    for name, m in rows.items():
+        line = [name, *(decimal(m.get(key)) for key in texts), decimal(m["accuracy"]["avg"])]
+        line += ["{:.2f} - {:.2f}".format(*m["ci95"]), decimal(m["parse_failures"])]
+        lines.append(line + [decimal(stop_share(m, stop)) for stop in stops])
     title = f"{heading(first)}: n = {first['n']} problems".removeprefix(": ")
     if skipped := first.get("skipped", {}).get(first.get("split")):
         title += f", {skipped} skipped"
-    return f"{title}\n\n{align([list(columns), *lines], False)}"
+    return f"{title}\n\n{align(lines, False)}"
 
 
 @dataclass
@@ -330,20 +314,4 @@ def difference(compared: dict, a: Column, b: Column) -> str:
         n += ", those that both answered"
     if heading(a.scores) != heading(b.scores):
         n += f"; {heading(b.scores)} against {heading(a.scores)}"
-    counts = f"{compared['better']} better, {compared['worse']} worse"
-    return f"{points}, {counts}, McNemar p {p} ({n})"
-
-
-def report_tables(scores: dict[str, dict]) -> list[dict]:
-    """As `table`, the rows of DETAILS apart: [{"title", "runs", "rows", "more", "folded"}]."""
-    tables = []
-    for title, block in same_problems(scores):
-        rows = accuracy_rows(block)
-        kept = [row for row in rows if row["axis"] not in DETAILS]
-        folded = [row for row in rows if row["axis"] in DETAILS]
-        more = more_rows(list(block.values()))
-        common = {"title": title, "runs": list(block)}
-        tables.append(common | {"rows": kept, "more": more, "folded": False})
-        if folded:
-            tables.append(common | {"rows": folded, "more": [], "folded": True})
-    return tables
+    return f"{points}, {compared['better']} better, {compared['worse']} worse, McNemar p {p} ({n})"

@@ -126,14 +126,11 @@ def test_tokens_join_to_the_text_and_characters_stay_whole(folder):
         pieces = decoding.token_texts(tokenizer, ids)
         assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids)
         assert "\ufffd" not in "".join(pieces) and sum(map(bool, pieces)) > 4
-
-
-def test_bytes_of_a_character_are_text_when_it_is_complete():
-    tokenizer = needs_gemma()
-    emoji = byte_ids(tokenizer)
-    assert decoding.token_texts(tokenizer, emoji) == ["", "", "", EMOJI]
-    odd = [*emoji[:2], tokenizer.token_to_id("▁the"), emoji[3]]  # no UTF-8: no error either
-    assert "the" in "".join(decoding.token_texts(tokenizer, odd))
+    if folder == "gemma":
+        emoji = byte_ids(tokenizer)
+        assert decoding.token_texts(tokenizer, emoji) == ["", "", "", EMOJI]
+        odd = [*emoji[:2], tokenizer.token_to_id("▁the"), emoji[3]]  # no UTF-8: no error either
+        assert "the" in "".join(decoding.token_texts(tokenizer, odd))
 
 
 def test_on_token_gets_each_token_as_it_is_chosen():
