@@ -31,6 +31,7 @@ from support.evaluation import decoding, errors, tables
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import Graded
 from support.evaluation.grading import CUE, grade
+from support.evaluation.grading import Grade as Grade  # what `grade` gives, for notebooks
 from support.evaluation.metrics import grade_all, metrics_of, rationale_scores
 from support.evaluation.models import (
     Settings,
