@@ -7,6 +7,7 @@ thought is false where the sound thought about the same problem does not make it
 import hashlib
 import inspect
 import json
+import os
 import random
 import re
 import shutil
@@ -348,7 +349,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(teacher.os, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         teacher.traces(folder)
     assert sorted(folder.iterdir()) == before
