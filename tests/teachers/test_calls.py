@@ -58,7 +58,7 @@ def test_a_request_that_is_refused_fails_alone_and_once(ask, server, wire, statu
 def test_a_wrong_key_or_model_stops_at_once(ask, server, wire, status):
     questions(ask.folder, 12)
     server.script = {"*": status}
-    code, out, err = ask(wire, concurrency=2)
+    code, _, err = ask(wire, concurrency=2)
     assert code == 1 and not ask.out.exists() and len(server.sent()) <= 2
     assert status in err and err.count("\n") == 1
 
