@@ -28,7 +28,7 @@ from support.dataset.traces import traces_of, training_notice
 from support.teachers import cache, filters, providers
 from support.teachers.batch_api import Batches
 from support.teachers.cache import Job, Ledger, fingerprint
-from support.teachers.calls import Calls, Halt, highest_cost
+from support.teachers.calls import Calls, highest_cost
 from support.teachers.cli import TeacherSettings, forecast, parse_args, report
 from support.teachers.providers import ASK, Failed, Model, Options, Reply, Request
 
@@ -149,18 +149,9 @@ class Run:
 
     async def all_attempts(self, problem: data.Problem) -> None:
         """All attempts at a problem, one after the other, until enough are kept."""
-        calls = self.calls
-        try:
-            while not calls.stop and (job := self.next_job(problem)):
-                await self.settle(job, await self.reply_to(job))
-                calls.in_a_row = 0
-        except Halt:
-            return
-        except Exception as error:
-            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                raise  # the disk is full
-            calls.fail(problem.id, error if isinstance(error, Failed) else repr(error))
-        calls.progress("asked")
+        while not self.calls.stop and (job := self.next_job(problem)):
+            await self.settle(job, await self.reply_to(job))
+            self.calls.in_a_row = 0
 
     async def reply_to(self, job: Job) -> Reply:
         """From --from, from the pending file, or from the teacher."""
@@ -335,7 +326,8 @@ def main(argv: list[str] | None = None) -> int:
             work = batches.run(left)
         else:
             batches.refuse(jobs)
-            work = calls.pool(left, run.all_attempts)
+            pairs = [(problem.id, problem) for problem in left]
+            work = calls.pool("asked", pairs, run.all_attempts)
         asyncio.run(calls.run(filter(None, (run.teacher, run.judge)), work))
         still = sum(run.next_job(problem) is not None for problem in run.problems)
         report(records(), run.problems, run.tokenizer, calls, still)

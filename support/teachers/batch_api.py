@@ -209,7 +209,6 @@ class Batches:
         calls.reserved -= entry["most"]
         messages = dict(rows)
         replies = {}
-        over = set()
         for key in entry["keys"]:
             if key not in jobs or key in records:
                 continue
@@ -218,9 +217,9 @@ class Batches:
             except (Failed, Lost, *UNREADABLE) as error:
                 calls.failed[jobs[key].problem.id] = str(error)
                 calls.done += 1
-                over.add(key)
-        over |= await self.settle_all(jobs, replies)
-        entry["keys"] = [key for key in entry["keys"] if key not in over and key not in records]
+        await self.settle_all(jobs, replies)
+        failed = {key for key, job in jobs.items() if job.problem.id in calls.failed}
+        entry["keys"] = [key for key in entry["keys"] if key not in records.keys() | failed]
         self.entries = [entry for entry in self.entries if entry["keys"]]
         self.store()
 
@@ -234,22 +233,12 @@ class Batches:
         self.calls.spent += usd or 0.0
         return split_reply(reply) if self.command.settings.reasons_in_reply else reply
 
-    async def settle_all(self, jobs: dict[str, Job], replies: dict[str, Reply]) -> set[str]:
-        """Settle these jobs' replies; the keys of those settled before the run stopped."""
-        settled = set()
+    async def settle_all(self, jobs: dict[str, Job], replies: dict[str, Reply]) -> None:
+        async def settle(key):
+            await self.command.settle(jobs[key], replies[key])
 
-        async def settle_one(key):
-            try:
-                await self.command.settle(jobs[key], replies[key])
-            except Halt:
-                return
-            except (Failed, *UNREADABLE) as error:
-                self.calls.failed[jobs[key].problem.id] = str(error)
-            settled.add(key)
-            self.calls.done += 1
-
-        await self.calls.pool(replies, settle_one)
-        return settled
+        pairs = [(jobs[key].problem.id, key) for key in replies]
+        await self.calls.pool("judged", pairs, settle)
 
     async def run(self, problems: Collection[Problem]) -> None:
         """Send what has no record, wait, settle the replies; then the next attempts likewise."""

@@ -37,13 +37,10 @@ def cost(usage: dict, price: tuple | None, share: float = 1.0) -> float | None:
 
 def input_tokens(provider: str, text: str, size: tuple[int, int] | None) -> int:
     """An estimate for English and an image of (width, height), too high: 3 characters a token."""
-    tokens = math.ceil(len(text) / 3)
-    if size is None:
-        return tokens
-    image = IMAGE_TOKENS.get(provider, 0)
-    if provider == "anthropic":
+    image = IMAGE_TOKENS.get(provider, 0) if size else 0
+    if size and provider == "anthropic":
         image = min(image, math.ceil(size[0] * size[1] / 750))
-    return tokens + image
+    return math.ceil(len(text) / 3) + image
 
 
 def highest_cost(model: Model, text: str, size: tuple[int, int] | None, output: int) -> float:
@@ -101,15 +98,10 @@ class Calls:
         self.halt("interrupted")
 
     def fail(self, id: str, error: object) -> None:
-        """Give up a question; many in a row end the run."""
         self.failed[id] = str(error)
         self.in_a_row += 1
         if self.in_a_row == max(20, 2 * self.concurrency):
             self.halt(f"{self.in_a_row} questions in a row failed, the last with {error}")
-
-    def progress(self, label: str) -> None:
-        self.done += 1
-        files.progress(label, self.done, self.total, self.start, f", ${self.spent:.2f}")
 
     def money_left(self) -> str:
         return f"--max-cost: ${self.limit - self.spent:.4f} of ${self.limit:g} are left"
@@ -171,15 +163,29 @@ class Calls:
                 self.changed.set()
             await self.pause(wait)
 
-    async def pool(self, items: Iterable, work: Callable[[object], Awaitable]) -> None:
-        """await work(item) for all, `concurrency` at a time; none is taken before its turn."""
+    async def pool(
+        self, label: str, items: Iterable[tuple[str, object]], work: Callable[[object], Awaitable]
+    ) -> None:
+        """await work(item) for all (problem id, item), `concurrency` at a time, none before its
+        turn. An error fails its own question; many in a row end the run."""
         items = iter(items)
 
         async def worker():
-            for item in items:
+            for id, item in items:
                 if self.stop:
                     return
-                await work(item)
+                try:
+                    await work(item)
+                    self.in_a_row = 0
+                except Halt:
+                    return
+                except Exception as error:
+                    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                        raise  # the disk is full
+                    self.fail(id, error if isinstance(error, Failed) else repr(error))
+                self.done += 1
+                money = f", ${self.spent:.2f}"
+                files.progress(label, self.done, self.total, self.start, money)
 
         await asyncio.gather(*(worker() for _ in range(self.concurrency)))
 

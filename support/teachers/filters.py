@@ -25,7 +25,7 @@ from support.dataset.tokenizers import plain_ids
 from support.evaluation import grading
 from support.teachers import providers
 from support.teachers.cache import VERSION, Ledger, fingerprint
-from support.teachers.calls import Calls, Halt, highest_cost
+from support.teachers.calls import Calls, highest_cost
 from support.teachers.providers import Failed, Lost, Model, Options, Reply, Request
 
 # --- shaping
@@ -367,19 +367,12 @@ def judge_many(
 
     async def judge_one(job):
         key, (problem, thought, answer) = job
-        if key in ledger.records:
-            return
-        try:
+        if key not in ledger.records:
             verdict, usage = await ask_judge(calls, judge, problem, thought, answer)
-        except Failed as error:
-            return calls.fail(problem.id, error)
-        except Halt:
-            return
-        ledger.add({"key": key, "id": problem.id, "verdict": verdict or {}, "usage": usage})
-        calls.in_a_row = 0
-        calls.progress("judged")
+            ledger.add({"key": key, "id": problem.id, "verdict": verdict or {}, "usage": usage})
 
-    asyncio.run(calls.run([judge], calls.pool(zip(keys, items, strict=True), judge_one)))
+    pairs = [(item[0].id, (key, item)) for key, item in zip(keys, items, strict=True)]
+    asyncio.run(calls.run([judge], calls.pool("judged", pairs, judge_one)))
     ledger.close()
     if calls.stop:
         raise ValueError(f"{spec}: {calls.stop}. Verdicts so far are in {ledger.path}.")
