@@ -1,19 +1,15 @@
 r"""Problems, prompts and batches: from the files on disk to the tensors of a batch.
 
-One `Problem` record for ScienceQA in its original layout (Lu et al., arXiv 2209.09513), MathVista's
-testmini (Lu et al., arXiv 2310.02255), your own JSONL and the built-in demo; the prompt formats of
-Multimodal-CoT (Zhang et al., arXiv 2302.00923, github.com/amazon-science/mm-cot), byte for byte;
-PaliGemma's sequence (Beyer et al., arXiv 2407.07726); padding and bucketing. The readers of files,
-images, features, tokenizers and traces are in support/dataset/.
-
-    python data.py scienceqa        downloads a data set and counts its problems
+The prompt formats are Multimodal-CoT's, byte for byte (Zhang et al., arXiv 2302.00923,
+github.com/amazon-science/mm-cot); the sequence is PaliGemma's (Beyer et al., arXiv 2407.07726).
+The readers of files, images, features, tokenizers and traces are in support/dataset/.
 
 Axes: B batch, T length, U target length; n images of a batch, each P positions of F features, for
 PaliGemma I tokens of D, or S pixels down and across.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,18 +29,14 @@ from support.files import cache_folder
 ImageSource = Features | LazyImages  # where an example's image comes from
 
 
-# --- Problems -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Problem:
     """One question of any data set.
 
     answer  the gold text; of a multiple-choice question, one of `choices`.
     image   a path, or None. ScienceQA: image.png, else choice_0.png, as Multimodal-CoT has it.
-    meta    answer_index (None without choices), split, caption ("" if none), has_image, and the
-            record's other keys (subject, grade, topic, category, skill, task). has_image counts for
-            the IMG score: an image of the question, not one of the choices.
+    meta    answer_index (None without choices), split, caption ("" if none), has_image (the
+            question's, not a choice's: it counts for the IMG score), and the record's other keys.
     """
 
     id: str
@@ -65,33 +57,41 @@ def load(where: str | Path, split: str, skipped: list | None = None) -> list[Pro
              "mathvista" (downloaded).
     skipped  a list: bad records are left out and added to it, as (id, reason). By default the first
              one is the error. (Images are not opened: `images.unusable` checks them.)
-    Raises FileNotFoundError or ValueError with a sentence that names the file and the problem.
+    FileNotFoundError or ValueError name the file and the problem.
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
-    downloaded = where in ("scienceqa", "mathvista")
-    path = cache_folder() / where if downloaded else Path(where)
-    if where == "demo":
+    path = Path(where)
+    advice = ""
+    if where in ("scienceqa", "mathvista"):
+        path = cache_folder() / where
+        advice = f": download it with `python data.py {where}`"
+    elif where == "demo":
         from demo.scenes import demo_folder  # late: only the demo needs it
 
         path = demo_folder()
     read = sources.reader_of(path)
     if read is None:
-        known = "a folder with problems.json or annot_testmini.json nor a .jsonl file"
-        advice = f": run `python data.py {where}` to download it" if downloaded else ""
+        known = "a .jsonl file nor a folder with problems.json or annot_testmini.json"
         raise FileNotFoundError(f"{path} is neither {known}{advice}.")
-    return [Problem(**fields) for fields in read(path, split, skipped)]
+    problems = [Problem(**fields) for fields in read(path, split, skipped)]
+    if not problems:
+        empty = (
+            f'{path} has no problem of the split "{split}" (in a .jsonl file, "train" is default).'
+        )
+        raise ValueError(skipped[0][1] if skipped else empty)
+    return problems
 
 
 # --- Prompts --------------------------------------------------------------------------------------
 # A format is INPUT-OUTPUT: Question, Context (hint and caption), Multiple options, Generated
-# rationale, Lecture, Explanation (the solution), Answer. `prompt(problem, "QCM-LE")` gives
+# rationale, Lecture, Explanation (the solution), Answer. "QCM-LE" gives
 #
 #     source  Question: Will these magnets attract or repel each other? Context: Two magnets are
 #             shown. Options: (A) attract (B) repel Solution:
 #     target  Solution: Poles push or pull. // Like poles repel. Two north poles meet..
 #
-# for the lecture "Poles push or pull.\nLike poles repel."; the doubled full stop is the original's.
+# where // is a newline of the lecture; the doubled full stop is the original's.
 
 NEWLINE = " // "
 INPUTS = {
@@ -138,9 +138,8 @@ def prompt(
     generated  the rationale for G, with its "Solution:"; None puts in the gold one.
     caption    whether the context includes the image's caption.
     faithful   The original turns a newline of lecture or solution into a backslash and an n, which
-               T5 reads as <unk> and "n" ("...light.nThe..."). By default it is " // " here, one T5
-               piece that is nowhere in ScienceQA, so decoded text can be split at it. That is the
-               only difference; all other white space becomes single spaces either way.
+               T5 reads as <unk> and "n". By default it is " // ", one T5 piece that is nowhere in
+               ScienceQA, so decoded text can be split at it: the only difference.
 
     A problem without choices has no options, and its answer reads "The answer is 12." ValueError
     for an unknown format or too many choices.
@@ -155,9 +154,7 @@ def prompt(
     solution = one_line(problem.solution, faithful)
     index = problem.meta.get("answer_index")
     answer = problem.answer if index is None else f"({letters[index]})"
-    context = problem.hint
-    if caption:
-        context += f" {problem.meta.get('caption', '')}"
+    context = f"{problem.hint} {problem.meta.get('caption', '')}" if caption else problem.hint
     parts = {
         "question": f"Question: {problem.question}",
         "context": f"Context: {context.strip() or 'N/A'}",
@@ -201,8 +198,7 @@ def examples(
     features    `Features`, or None for a text-only run.
     generated   {id: rationale} that G stands for; None puts in the gold ones.
     max_input   the most tokens of a source, max_output of a target; more are cut (`encode`).
-    captions    puts captions into the context.
-    faithful    as in `prompt`, and truncation as the original has it.
+    captions, faithful  as in `prompt`; faithful also cuts as the original does.
     """
     pairs = []
     for problem in problems:
@@ -213,67 +209,49 @@ def examples(
     targets = encode(tokenizer, [target for _, target in pairs], max_output, tail)
     rows = []
     for problem, source, target in zip(problems, sources, targets, strict=True):
-        row = {"id": problem.id, "input_ids": source, "labels": target}
+        rows.append({"id": problem.id, "input_ids": source, "labels": target})
         if features is not None:
-            row["image_features"] = features.stored(problem.id)  # (P, F), read in collate
-        rows.append(row)
+            rows[-1]["image_features"] = features.stored(problem.id)  # (P, F), read in collate
     return rows
 
 
+def padded(rows: Iterable[Sequence[int]], value: int = 0, side: str = "right") -> torch.Tensor:
+    """Rows of unequal length as one tensor (B, T)."""
+    tensors = [torch.as_tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
 def collate(examples: Sequence[dict], pad_id: int = 0) -> dict:
-    """A batch of {"id", "input_ids", "labels"?, "image_features"?} dicts, padded on the right.
-
-    Returns ids (list of str), input_ids and attention_mask (B, T); with labels also labels (B, U),
-    -100 at pads so that none is in the loss, and decoder_input_ids (B, U), the labels one to the
-    right after T5's start token, which is its pad; with features also image_features (B, P, F),
-    float32.
-    """
-
-    def column(key):
-        return [torch.as_tensor(example[key]) for example in examples]
-
-    rows = column("input_ids")
-    batch = {
-        "ids": [example["id"] for example in examples],
-        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_id),  # (B, T)
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-    }
-    if "labels" in examples[0]:
-        labels = pad_sequence(column("labels"), batch_first=True, padding_value=-100)  # (B, U)
-        shifted = torch.nn.functional.pad(labels, (1, -1), value=pad_id)
-        batch["labels"] = labels
+    """A batch of `examples`, padded on the right: as `pali_collate` has it, but labels (B, U), and
+    with them decoder_input_ids (B, U): the labels one to the right after T5's start token, which is
+    its pad. Either all rows have image_features (B, P, F) or none."""
+    batch = pali_collate(examples, pad_id, side="right")
+    if "labels" in batch:
+        shifted = torch.nn.functional.pad(batch["labels"], (1, -1), value=pad_id)  # (B, U)
         batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, pad_id)
-    if "image_features" in examples[0]:
-        batch["image_features"] = stack_features(examples)  # (B, P, F)
     return batch
 
 
 def batches(
-    lengths: Sequence[int],
-    batch_size: int,
-    generator: torch.Generator | None = None,
-    chunk: int = 50,
+    lengths: Sequence[int], batch_size: int, generator: torch.Generator | None = None
 ) -> list[list[int]]:
     """Row numbers, one list a batch, rows of like length together so that little is padding.
 
-    With a generator: shuffled, sorted by length within every `chunk` batches, then the batches
-    shuffled. Without: sorted by length, for decoding. Deterministic either way.
+    With a generator: shuffled, sorted by length within every 50 batches, then the batches shuffled.
+    Without: sorted by length, for decoding. Deterministic either way.
     """
 
-    def split(rows, size):
+    def grouped(rows, size):
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def by_length(rows):
-        return split(sorted(rows, key=lambda row: lengths[row]), batch_size)
+        return grouped(sorted(rows, key=lambda row: lengths[row]), batch_size)
 
     if generator is None:
         return by_length(range(len(lengths)))
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    sorted_batches = []
-    for rows in split(order, chunk * batch_size):
-        sorted_batches += by_length(rows)
-    shuffle = torch.randperm(len(sorted_batches), generator=generator).tolist()
-    return [sorted_batches[i] for i in shuffle]
+    ordered = [batch for rows in grouped(order, 50 * batch_size) for batch in by_length(rows)]
+    return [ordered[i] for i in torch.randperm(len(ordered), generator=generator).tolist()]
 
 
 # --- PaliGemma ------------------------------------------------------------------------------------
@@ -294,23 +272,17 @@ def pali_prefix(problem: Problem, task: str) -> str:
 
 
 def question_lines(problem: Problem) -> str:
-    """The question, then a line each for those of Hint, Unit (MathVista) and Choices that the
-    problem has: the text that a student reads, and a teacher."""
-    parts = {
-        "Hint": problem.hint,
-        "Unit": problem.meta.get("unit"),
-        "Choices": lettered(problem),
-    }
+    """The question, then a line each of Hint, Unit (MathVista) and Choices, where it has them: the
+    text that a student reads, and a teacher."""
+    parts = {"Hint": problem.hint, "Unit": problem.meta.get("unit"), "Choices": lettered(problem)}
     lines = [f"{name}: {text}" for name, text in parts.items() if text]
     return "\n".join([problem.question, *lines])
 
 
 def pali_suffix(problem: Problem, trace: dict | None = None) -> str:
-    """PaliGemma's target: the letter, or the text of a problem without choices.
-
-    With a trace (traces.py) its thought comes first, and the last line is "Answer: B": the gold
-    answer if the trace was judged correct, else the teacher's own, if it has one.
-    """
+    """PaliGemma's target: the letter, or the text of a problem without choices. With a trace its
+    thought comes first, and the last line is "Answer: B": the gold answer if the trace was judged
+    correct, else the teacher's own, if it has one."""
     index = problem.meta.get("answer_index")
     gold = problem.answer if index is None else LETTERS[index]
     if trace is None:
@@ -335,8 +307,8 @@ def sequence(
     layout          "seed" puts <bos> after the prefix, as pali_reason did.
     eos_in_loss     False keeps <eos> in the row but out of the loss, so nothing teaches to stop.
 
-    The newline is tokenised on its own: no neighbour changes its id. A training row ends in its
-    only <eos>, since no text can hold one (`plain_ids`). ValueError for an unknown layout.
+    The newline is tokenised on its own: no neighbour changes its id. No text can hold an <eos>
+    (`plain_ids`). ValueError for an unknown layout.
     """
     if layout not in ("paligemma", "seed"):
         raise ValueError(f"There is no layout {layout!r}; there are paligemma and seed.")
@@ -355,13 +327,12 @@ def sequence(
 
 
 class TrainRow(NamedTuple):
-    """One sequence for PaliGemma: a problem, a task ("answer" or "reason"), a teacher's trace or
-    None, and whether the row has a suffix (to train on) or not (to decode from)."""
+    """One sequence for PaliGemma."""
 
     problem: Problem
-    task: str
-    trace: dict | None = None
-    has_suffix: bool = True
+    task: str  # "answer" or "reason"
+    trace: dict | None = None  # a teacher's
+    has_suffix: bool = True  # to train on; else to decode from
 
 
 def pali_examples(
@@ -380,7 +351,6 @@ def pali_examples(
     features         `Features` of I positions, or `LazyImages`; None for a run without images. A
                      problem without an image has no image tokens.
     max_suffix       tokens, with <eos>. A longer row is left out and counted on stderr, never cut.
-    layout           and eos_in_loss: see `sequence`.
     shuffle_choices  `shuffled` by `seed`, where no text names a choice by its letter.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -398,8 +368,7 @@ def pali_examples(
         if has_image:
             example["image_features"] = features.stored(problem.id)  # (I, D)
         examples.append({"id": problem.id} | example)
-    left_out = len(rows) - len(examples)
-    if left_out:
+    if left_out := len(rows) - len(examples):
         text = f"{left_out} of {len(rows)} rows were left out: over max_suffix {max_suffix}."
         print(text, file=sys.stderr)
     return examples
@@ -408,25 +377,16 @@ def pali_examples(
 def pali_collate(examples: Sequence[dict], pad_id: int = 0, side: str = "left") -> dict:
     """A batch of `pali_examples`, padded on the left or the right.
 
-    Returns ids (list of str); input_ids, attention_mask (0 at pads), token_type_ids and, where the
-    rows have suffixes, labels (-100 at pads), (B, T). Of the n rows with an image, in their order,
-    image_features (n, I, D), float32, or (`LazyImages`) pixel_values (n, 3, S, S); neither if n is
-    0.
+    Returns ids (list of str); input_ids, attention_mask (0 at pads) and, where the rows have them,
+    token_type_ids and labels (-100 at pads, so that none is in the loss), (B, T); and of the n rows
+    with an image, if any, image_features (n, I, D), float32, or (`LazyImages`) pixel_values
+    (n, 3, S, S).
     """
-
-    def padded(rows, value=0):
-        rows = [torch.as_tensor(row) for row in rows]
-        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
-    rows = [example["input_ids"] for example in examples]
-    batch = {
-        "ids": [example["id"] for example in examples],
-        "input_ids": padded(rows, pad_id),  # (B, T)
-        "attention_mask": padded([[1] * len(row) for row in rows]),
-        "token_type_ids": padded([example["token_type_ids"] for example in examples]),
-    }
-    if "labels" in examples[0]:
-        batch["labels"] = padded([example["labels"] for example in examples], -100)
+    batch = {"ids": [example["id"] for example in examples]}
+    batch["attention_mask"] = padded([[1] * len(e["input_ids"]) for e in examples], side=side)
+    for key, pad in (("input_ids", pad_id), ("token_type_ids", 0), ("labels", -100)):
+        if key in examples[0]:
+            batch[key] = padded([example[key] for example in examples], pad, side)
     with_image = [example for example in examples if "image_features" in example]
     if with_image:
         stacked = stack_features(with_image)  # n x I x D, or n x 3 x S x S

@@ -25,6 +25,7 @@ import data
 from support import files
 from support.dataset.tokenizers import load_tokenizer
 from support.dataset.traces import traces_of, training_notice
+from support.evaluation import grading
 from support.teachers import cache, filters, providers
 from support.teachers.batch_api import Batches
 from support.teachers.cache import Job, Ledger, fingerprint
@@ -215,10 +216,10 @@ class Run:
             if reply.stop != "end":
                 why = f"{reply.stop}: {reply.why}" if reply.why else reply.stop
             return {"correct": False, "consistent": None, "by": "teacher", "why": why}, {}
-        grade = filters.graded(problem, reply.answer)
+        grade = grading.grade(problem, reply.answer)
         verdict = filters.rule_verdict(problem, reply.thought, reply.answer)
         unclear = verdict["correct"] and verdict["consistent"] is None and bool(reply.thought)
-        final = filters.is_conclusive(grade) and not unclear and not self.settings.judge_all
+        final = grading.is_conclusive(grade) and not unclear and not self.settings.judge_all
         if judge.provider == "rule" or (final and judge.provider != "demo"):
             return verdict, {}
         if self.pending and job.key not in self.pending.records:

@@ -7,7 +7,6 @@ batches is averaged over its tokens, not over its batches.
 
 paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555): a teacher's traces, judged
 right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them.
-
 What is trained is fp32, without autocast. What a first reading may skip is in support/training/.
 
 Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss. A row
@@ -32,7 +31,7 @@ import eval as evaluation
 import fusion
 import lora
 from model import PaliGemma
-from support import distributed, files
+from support import distributed, files, kernels
 from support.checkpoints.hub import resolve
 from support.dataset.images import LazyImages
 from support.dataset.tokenizers import load_tokenizer
@@ -94,16 +93,15 @@ def t5_loss(
         batch["decoder_input_ids"],
     )  # (B, U, D)
     t5 = model.t5
-    weight = (t5.lm_head or t5.shared).weight
-    return cross_entropy(t5.head, weight, states, batch["labels"], weighting, label_smoothing)
+    head = t5.shared if t5.lm_head is None else t5.lm_head
+    return cross_entropy(t5.head, head.weight, states, batch["labels"], weighting, label_smoothing)
 
 
 def paligemma_loss(
     model: PaliGemma, batch: dict, weighting: str = "token", label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, int]:
     """As `cross_entropy`; token t is predicted by the state at t - 1."""
-    inputs = models.paligemma_inputs(model, batch)
-    states = model.states(**inputs)[:, :-1]  # (B, T-1, D)
+    states = model.states(**models.paligemma_inputs(model, batch))[:, :-1]  # (B, T-1, D)
     labels = batch["labels"][:, 1:]  # (B, T-1)
     weight = model.language_model.embed_tokens.weight
     return cross_entropy(model.head, weight, states, labels, weighting, label_smoothing)
@@ -139,6 +137,7 @@ def make_plan(
         validate=validate,
         weight_decay=s.weight_decay,
         shard=s.model == "paligemma" and s.full,
+        plain=s.plain,
         seed=s.seed,
     )
 
@@ -150,12 +149,17 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     is an error: see support/training/checks.py."""
     loss_of = plan.loss_of
     model = loss_of.model.to(loss_of.device)
+    # Before DDP and FSDP, which wrap what they find.
+    verdicts = [] if plan.plain else kernels.enable(model)
     if plan.windows:
         checks.stop_if_it_leaks(loss_of, plan.windows[0][0], plan.stage)
     forward = distributed.on_devices(loss_of, plan.shard)
     # After that, as FSDP replaces the parameters by its shards of them.
     optimizer = optim.make_optimizer(model, plan.weight_decay)
     progress = checkpoints.begin(plan.stage, model, optimizer, plan.rows)
+    if progress.step == 0:
+        for verdict in verdicts:
+            checkpoints.log.write({"stage": plan.stage, "step": 0} | verdict)
     distributed.own_dropout(plan.seed, progress.step)
     start = time.monotonic() - progress.seconds
     steps = len(plan.windows)
@@ -264,6 +268,8 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
                     tokenizer.save(str(out / name / "tokenizer.json"))
             else:
                 model = fusion.MultimodalT5.from_pretrained(out / name).to(settings.device)
+                if not settings.plain:
+                    kernels.enable(model)
             stages.append(model)
             if settings.stage == name != names[-1]:
                 return runs.complete(out)  # nothing to score yet
@@ -346,6 +352,8 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
     counts = examples.write_skipped_report(out, skipped)
     if rows and settings.data != "demo":  # its splits are disjoint by construction
         examples.warn_of_overlap([row.problem for row in rows], splits[settings.test_split])
+    if not epochs and not settings.plain:
+        kernels.enable(model)
     if epochs:
         with runs.opened_checkpoints(settings, stop) as checkpoints:
             model = fit(plan_tuning(settings, model, rows, inputs), checkpoints)
@@ -360,9 +368,8 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
 
 
 def make_trainable(settings: PaliGemmaSettings, model: PaliGemma) -> None:
-    """What is to be trained gets gradients: new adapters, those of --adapter or, with --full, all
-    weights. Before the image features are computed: they are not cached if the image tower is
-    adapted too."""
+    """New adapters, those of --adapter or, with --full, all weights get gradients. Comes before the
+    image features, which are not cached if the image tower is adapted too."""
     torch.manual_seed(settings.seed)
     if settings.full:
         model.requires_grad_(True)
@@ -407,8 +414,7 @@ def run_one(settings: Settings, stop: StopRequest) -> dict | None:
     if runs.is_complete(settings):
         print(f"{settings.out}: complete already", flush=True)
         return tables.read_metrics(settings.out)
-    run = {"mmcot": run_mmcot, "paligemma": run_paligemma}[settings.model]
-    return run(settings, stop)
+    return {"mmcot": run_mmcot, "paligemma": run_paligemma}[settings.model](settings, stop)
 
 
 def score(
@@ -441,8 +447,8 @@ def dry_run(settings: Settings) -> None:
     tokenizer = load_tokenizer(resolve(settings.weights[0]))
     plans = []  # their models stay in memory, as in a run
     for plan in dry_plans(settings, splits, tokenizer):
-        plans.append(plan)
         dry_step(plan, settings.eval_batch_size, max(settings.max_output))
+        plans.append(plan)
     if not plans:
         print("  nothing is trained: it only decodes")
 

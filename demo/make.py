@@ -3,15 +3,14 @@
 They take the place of UnifiedQA-T5, DETR and PaliGemma 2 on a machine without a network, in the
 same files (Hub layout, safetensors, tokenizer.json) and through the same code:
 
-  t5    a T5 v1.0 of a quarter of a million parameters, trained on text questions: the scenes of
-        demo/scenes.py described in words, as UnifiedQA was trained on text QA. It knows no image.
-  detr  a small DETR, trained to find the objects of such images. It knows no question.
-  paligemma  a PaliGemma 2 of a third of a million parameters: it has described images, answered
-        questions about them with a bare letter (which taught it little), and reasoned in steps
-        about scenes described in words. It has never reasoned about an image.
+  t5         T5 v1.0, trained on text questions: scenes of demo/scenes.py described in words. It
+             knows no image.
+  detr       trained to find the objects of such images. It knows no question.
+  paligemma  PaliGemma 2: it has described images, answered questions about them with a bare letter
+             (which taught it little), and reasoned in steps about scenes described in words, but
+             never about an image.
 
-None was trained on a val or test scene, nor on the held-out family. In place of DETR's Hungarian
-matching an object belongs to the query of the grid cell of its centre.
+None was trained on a val or test scene, nor on the held-out family.
 
 Axes: n scenes, B batch, S pixels down and across, Q queries, L classes, N heads, H width of one.
 """
@@ -20,8 +19,7 @@ import argparse
 import itertools
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +51,7 @@ from model import (
 )
 from support.dataset.choices import LETTERS
 from support.dataset.images import detr_pixels
+from support.dataset.sources import problem_fields
 from support.dataset.tokenizers import encode
 
 HERE = Path(__file__).parent
@@ -68,17 +67,7 @@ FORMATS = ["QCM-LE"] * 4 + ["QCMG-A"] * 5 + ["QCM-A"]
 
 def problem_of(record: dict, hint: str) -> data.Problem:
     """A scene's record as a text question: without its image, with this hint."""
-    return data.Problem(
-        id="",
-        question=record["question"],
-        choices=tuple(record["choices"]),
-        answer=record["choices"][record["answer"]],
-        hint=hint,
-        image=None,
-        lecture=record["lecture"],
-        solution=record["solution"],
-        meta={"answer_index": record["answer"]},
-    )
+    return data.Problem(**problem_fields("", record | {"hint": hint}, "A scene", None, ""))
 
 
 def drawn_scene(index: int) -> tuple[Tensor, list] | None:
@@ -110,7 +99,7 @@ def many(make: Callable[[int], Any], count: int) -> list:
 
 def optimise(
     name: str, model: nn.Module, losses: Callable, steps: int, lr: float, device: str
-) -> nn.Module:
+) -> None:
     """AdamW, 5 % warm-up, linear decay, clipping at 1; `losses(step)` gives the step's loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
 
@@ -119,8 +108,6 @@ def optimise(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
     model.to(device).train()
-    start = time.monotonic()
-    total = 0.0
     for step in range(steps):
         loss = losses(step)
         optimizer.zero_grad(set_to_none=True)
@@ -128,14 +115,27 @@ def optimise(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        total = total + loss.detach()
         if (step + 1) % 100 == 0:
-            rate = (step + 1) / (time.monotonic() - start)
-            left = (steps - step - 1) / rate
-            line = f"loss {total.item() / 100:.4f}  {rate:.1f}/s  {left:.0f} s left"
-            print(f"{name} {step + 1}/{steps}  {line}", flush=True)
-            total = 0.0
-    return model.cpu().eval()
+            print(f"{name} {step + 1}/{steps}  loss {loss.item():.4f}", flush=True)
+    model.cpu().eval()
+
+
+def endless_batches(rows: list[dict], generator: torch.Generator) -> Iterator[list[dict]]:
+    """48 rows of like length at a time, one epoch after another."""
+    lengths = [len(row["input_ids"]) + len(row["labels"]) for row in rows]
+    while True:
+        for batch in reversed(data.batches(lengths, 48, generator)):
+            yield [rows[i] for i in batch]
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> int:
+    """Write tokenizer.json; returns the vocabulary's size, rounded up to a multiple of 32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return -(-tokenizer.get_vocab_size() // 32) * 32
+
+
+# ---- detr --------------------------------------------------------------------------------------
 
 
 def swap_norms(module: nn.Module, old: type, new: type) -> None:
@@ -151,7 +151,8 @@ def swap_norms(module: nn.Module, old: type, new: type) -> None:
 
 
 def detr_targets(objects: list) -> tuple[Tensor, Tensor]:
-    """Class (Q,) and box (Q, 4) per query: an object belongs to the grid cell of its centre."""
+    """Class (Q,) and box (Q, 4) per query. In place of Hungarian matching an object belongs to the
+    query of the grid cell of its centre."""
     classes = torch.full((scenes.GRID**2,), len(scenes.CLASSES))
     boxes = torch.zeros(scenes.GRID**2, 4)
     for name, (x0, y0, x1, y1) in objects:
@@ -166,14 +167,15 @@ def detr_targets(objects: list) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def report_detr(model: DETR, pixels: Tensor, classes: Tensor, boxes: Tensor) -> None:
     """Print the detector's accuracy on images it was not trained on."""
-    logits, predicted = model(pixels.cpu())
-    right = logits.argmax(-1) == classes.cpu()  # (B, Q)
-    full = classes.cpu() < model.config.num_labels  # (B, Q)
-    error = (predicted - boxes.cpu())[full].abs().mean() * scenes.SIDE
+    logits, predicted = model(pixels)
+    full = classes < model.config.num_labels  # (B, Q)
+    right = logits.argmax(-1) == classes  # (B, Q)
+    named = right[full].float().mean()
+    empty = right[~full].float().mean()
+    error = (predicted - boxes)[full].abs().mean() * scenes.SIDE
     print(
-        f"detr, {len(pixels)} new images: {right[full].float().mean():.2%} of the objects named, "
-        f"{right[~full].float().mean():.2%} of the empty cells left empty, "
-        f"boxes off by {error:.2f} of {scenes.SIDE} pixels"
+        f"detr, {len(pixels)} new images: {named:.2%} of the objects named, {empty:.2%} of the "
+        f"empty cells left empty, boxes off by {error:.2f} of {scenes.SIDE} pixels"
     )
 
 
@@ -186,20 +188,13 @@ def make_detr(args: argparse.Namespace) -> None:
     targets = [detr_targets(objects) for _, objects in drawn]
     classes, boxes = (torch.stack(t).to(args.device) for t in zip(*targets, strict=True))
     config = DETRConfig(
-        backbone="resnet50",
+        backbone="resnet50", dilation=True, d_model=64,
         backbone_kwargs={"layers": [1, 1, 1, 1], "channels": [16, 24, 32, 48]},
-        dilation=True,
-        d_model=64,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=128,
-        decoder_ffn_dim=128,
-        num_queries=scenes.GRID**2,
-        num_labels=len(scenes.CLASSES),
+        encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128,
+        decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=128,
+        num_queries=scenes.GRID**2, num_labels=len(scenes.CLASSES),
         id2label={str(i): name for i, name in enumerate(scenes.CLASSES)},
-    )
+    )  # fmt: skip
     model = DETR(config).to(memory_format=torch.channels_last)  # twice as fast on a CPU
     swap_norms(model, FrozenBatchNorm, nn.BatchNorm2d)
     weight = torch.ones(config.num_labels + 1, device=args.device)
@@ -217,8 +212,11 @@ def make_detr(args: argparse.Namespace) -> None:
 
     optimise("detr", model, losses, args.detr_steps, 1e-3, args.device)
     swap_norms(model, nn.BatchNorm2d, FrozenBatchNorm)
-    report_detr(model, pixels[-512:].float(), classes[-512:], boxes[-512:])
+    report_detr(model, pixels[-512:].float().cpu(), classes[-512:].cpu(), boxes[-512:].cpu())
     model.save_pretrained(args.out / "detr")
+
+
+# ---- t5 ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -226,8 +224,8 @@ def attend_to_neighbours(model: T5) -> None:
     """Start some heads on the previous and the next token.
 
     T5 knows positions only through its bias table, which starts near zero and which Adam moves by
-    at most lr a step. Without this the model does not learn to find the letter of an answer (its
-    loss on that stays at chance for 4,000 steps); with it, it does in 1,000.
+    at most lr a step: without this it does not learn to find the letter of an answer in 4,000
+    steps, with it in 1,000.
     """
     before = 1  # the bucket of -1
     after = 17  # and of +1
@@ -243,33 +241,20 @@ def make_t5(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     pairs = many(text_question, args.texts)
     tokenizer = t5_tokenizer([text for pair in pairs for text in pair])
-    (args.out / "t5").mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(args.out / "t5" / "tokenizer.json"))
-    config = T5Config(
-        vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32,
-        d_model=64,
-        d_kv=16,
-        d_ff=192,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-    )
+    vocab_size = save_tokenizer(tokenizer, args.out / "t5")
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 192, "num_layers": 2, "num_heads": 4}
+    model = T5(T5Config(vocab_size=vocab_size, dropout_rate=0.0, **sizes))
     sources, targets = (encode(tokenizer, texts, 512) for texts in zip(*pairs, strict=True))
-    examples = [
-        {"id": str(i), "input_ids": source, "labels": target}
-        for i, (source, target) in enumerate(zip(sources, targets, strict=True))
+    rows = [
+        {"id": "", "input_ids": source, "labels": target}
+        for source, target in zip(sources, targets, strict=True)
     ]
-    model = T5(config)
-    generator = torch.Generator().manual_seed(0)
-    queue = []
+    batches = endless_batches(rows, torch.Generator().manual_seed(0))
     model.init_weights()
     attend_to_neighbours(model)
 
     def losses(step):
-        if not queue:
-            lengths = [len(e["input_ids"]) + len(e["labels"]) for e in examples]
-            queue.extend(data.batches(lengths, 48, generator))
-        batch = data.collate([examples[i] for i in queue.pop()])
+        batch = data.collate(next(batches))
         batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}
         logits = model(batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"])
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
@@ -284,81 +269,65 @@ THETA = 30.0  # rotary base: with the usual 10,000 and 8 angles a head hardly te
 
 
 class Lesson(NamedTuple):
-    """One pretraining sequence, and whether the image is shown with it."""
+    """One pretraining sequence, and the image shown with it: its bytes, (S, S, 3)."""
 
     prefix: str
     suffix: str
-    with_image: bool
+    pixels: bytes | None = None
 
 
-def scene_lessons(index: int) -> tuple[bytes | None, list[Lesson]]:
-    """Pretraining scene `index`: its pixels, or None, and its lessons."""
+def scene_lessons(index: int) -> list[Lesson]:
+    """The lessons of pretraining scene `index`."""
     scene = scenes.problem(FAMILIES[index % len(FAMILIES)], "train", SEED + 1, index)
     tasks = ["solve", "lookup"]
-    pixels = None
     if scene.image:
         extra = ("answer", "caption")[index // len(FAMILIES) % 2]
         tasks = ["describe", "solve", "lookup", extra]
-        pixels = scene.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
     for attempt in itertools.count():
         reply = teacher.think(scene.record, scene.facts, f"pretraining {attempt}")
         if reply["kind"] == "sound":
-            return pixels, [lesson(task, scene, reply["thought"]) for task in tasks]
+            return [lesson(task, scene, reply["thought"]) for task in tasks]
 
 
 def lesson(task: str, scene: scenes.Scene, thought: str) -> Lesson:
     """The lesson of one task about one scene."""
-    if task == "describe":
-        return Lesson("describe en", scene.description, True)
-    if task == "caption":
-        return Lesson("caption en", scene.caption, True)
     hint = scene.record["hint"]
-    suffix = LETTERS[scene.record["answer"]]
-    if task == "solve":
-        if scene.image:
-            hint = f"{hint} {scene.description}".strip()
-        suffix = f"{thought}\nAnswer: {suffix}"
-    elif task == "lookup":  # finding the letter of an answer is the hardest part to learn
-        hint = thought.split(". ")[-1]
-        suffix = f"Answer: {suffix}"
-    name = "answer" if task == "answer" else "solve"
-    prefix = data.pali_prefix(problem_of(scene.record, hint), name)
-    return Lesson(prefix, suffix, task == "answer")
+    letter = LETTERS[scene.record["answer"]]
+    if task == "solve":  # in words
+        words = f"{hint} {scene.description}".strip() if scene.image else hint
+        prefix = data.pali_prefix(problem_of(scene.record, words), "solve")
+        return Lesson(prefix, f"{thought}\nAnswer: {letter}")
+    if task == "lookup":  # finding the letter of an answer is the hardest part to learn
+        last = thought.split(". ")[-1]
+        prefix = data.pali_prefix(problem_of(scene.record, last), "solve")
+        return Lesson(prefix, f"Answer: {letter}")
+    pixels = scene.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
+    if task == "describe":
+        return Lesson("describe en", scene.description, pixels)
+    if task == "caption":
+        return Lesson("caption en", scene.caption, pixels)
+    return Lesson(data.pali_prefix(problem_of(scene.record, hint), "answer"), letter, pixels)
 
 
-def paligemma_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
+def paligemma_config(vocab_size: int, image_id: int) -> PaliGemmaConfig:
     """A PaliGemma 2 with one image token for each cell of the scenes' grid."""
-    return PaliGemmaConfig(
-        SigLIPConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=SIDE // scenes.GRID,
-        ),
-        Gemma2Config(
-            vocab_size=-(-tokenizer.get_vocab_size() // 32) * 32,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            query_pre_attn_scalar=16,
-            rope_theta=THETA,
-        ),
-        image_token_index=tokenizer.token_to_id("<image>"),
-    )
+    vision = SigLIPConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        image_size=SIDE, patch_size=SIDE // scenes.GRID,
+    )  # fmt: skip
+    text = Gemma2Config(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=192, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
+        rope_theta=THETA,
+    )  # fmt: skip
+    return PaliGemmaConfig(vision, text, image_token_index=image_id)
 
 
 @torch.no_grad()
 def attend_near(gemma: Gemma2) -> None:
-    """Start the first layer's heads on the tokens one, two and three back and one ahead.
-
-    As in `attend_to_neighbours`: without it finding the letter of an answer is not learned in time.
-    Rotary attention needs something constant to turn: the embedding's first dimension.
-    """
+    """Start the first layer's heads on the tokens one, two and three back and one ahead, as in
+    `attend_to_neighbours`. Rotary attention needs something constant to turn: the embedding's first
+    dimension."""
     c = gemma.config
     H = c.head_dim
     attention = gemma.layers[0].self_attn
@@ -377,35 +346,27 @@ def attend_near(gemma: Gemma2) -> None:
 def make_paligemma(args: argparse.Namespace) -> None:
     """Write OUT/paligemma, with its tokenizer: trained on the lessons of drawn scenes."""
     torch.manual_seed(0)
-    scene_list = many(scene_lessons, args.scenes)
-    lessons = [lesson for _, group in scene_list for lesson in group]
+    lessons = list(itertools.chain(*many(scene_lessons, args.scenes)))
     tokenizer = gemma_tokenizer([text for x in lessons for text in (x.prefix, x.suffix)])
-    model = PaliGemma(paligemma_config(tokenizer))
+    vocab_size = save_tokenizer(tokenizer, args.out / "paligemma")
+    model = PaliGemma(paligemma_config(vocab_size, tokenizer.token_to_id("<image>")))
     model.init_weights()
     attend_near(model.language_model)
-    out = args.out / "paligemma"
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
-    rows = []  # of pixels, or None, and a sequence
-    for pixels, group in scene_list:
-        for x in group:
-            image_tokens = model.config.image_tokens * x.with_image
-            row = data.sequence(tokenizer, x.prefix, x.suffix, image_tokens)
-            rows.append((pixels if x.with_image else None, row))
-    lookups = [i for i, x in enumerate(lessons) if x.suffix.startswith("Answer:")]
+    rows = []
+    for x in lessons:
+        image_tokens = model.config.image_tokens if x.pixels else 0
+        row = data.sequence(tokenizer, x.prefix, x.suffix, image_tokens)
+        rows.append({"id": "", "lesson": x} | row)
+    lookups = [row for row in rows if row["lesson"].suffix.startswith("Answer:")]
     generator = torch.Generator().manual_seed(0)
-    queue = []
+    first = endless_batches(lookups, generator)
+    later = endless_batches(rows, generator)
 
     def losses(step):
-        if not queue or step == args.lookup_steps:
-            known = lookups if step < args.lookup_steps else range(len(rows))
-            lengths = [len(rows[i][1]["input_ids"]) for i in known]
-            batches = data.batches(lengths, 48, generator)
-            queue[:] = [[known[i] for i in batch] for batch in batches]
-        chosen = [rows[i] for i in queue.pop()]
-        batch = data.pali_collate([{"id": ""} | row for _, row in chosen])
+        chosen = next(first if step < args.lookup_steps else later)
+        batch = data.pali_collate(chosen)
         batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}
-        images = [noisy_image(pixels) for pixels, _ in chosen if pixels]
+        images = [noisy_image(x["lesson"].pixels) for x in chosen if x["lesson"].pixels]
         features = model.image_features(torch.stack(images).to(args.device)) if images else None
         labels = batch.pop("labels")[:, 1:]
         states = model.states(**batch, image_features=features)[:, :-1]
@@ -413,7 +374,7 @@ def make_paligemma(args: argparse.Namespace) -> None:
         return F.cross_entropy(model.head(states[supervised]), labels[supervised])
 
     optimise("paligemma", model, losses, args.paligemma_steps, 2e-3, args.device)
-    model.save_pretrained(out)
+    model.save_pretrained(args.out / "paligemma")
 
 
 def noisy_image(pixels: bytes) -> Tensor:

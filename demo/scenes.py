@@ -1,10 +1,9 @@
 """The built-in benchmark: procedural image questions in ScienceQA's file layout.
 
-Seeded drawings (128 x 128 RGB) with a multiple-choice question, a lecture, a solution that first
-describes the image, and facts that decide every statement of that solution. Unlimited, and the same
-bytes for the same (family, split, seed, index) and Pillow version. It stands in for ScienceQA
-(arXiv 2209.09513) where nothing can be downloaded. The two bar magnets are the example of a
-hallucinated rationale in Multimodal-CoT (arXiv 2302.00923, section 3).
+Seeded drawings with a multiple-choice question, a lecture, a solution that first describes the
+image, and facts that decide every statement of that solution; the same bytes for the same (family,
+split, seed, index) and Pillow version. It stands in for ScienceQA (arXiv 2209.09513). The two bar
+magnets are the example of a hallucinated rationale in Multimodal-CoT (arXiv 2302.00923, section 3).
 
 Three things hold by construction, and the tests check them:
 * Splits are disjoint. A hash of the classes and boxes of an image (without one, of the facts)
@@ -13,15 +12,12 @@ Three things hold by construction, and the tests check them:
   them, and only then a scene in which it is right. Only "text" can be answered without an image.
 * No two objects of an image have their centres in the same cell of a 6 x 6 grid, there are at
   most 12, and no side is under 12 pixels: a DETR with 36 location-bound queries can read it.
-
-demo/drawing.py draws, demo/wording.py has the sentences; a change of any may change the benchmark.
 """
 
 import hashlib
 import json
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -30,10 +26,9 @@ from pathlib import Path
 from PIL import Image
 
 from demo.drawing import MAGNETS, RGB, SIDE, SPECIES, level, render
-from demo.wording import PHRASES, TOPICS, Topic, joined, plural
+from demo.wording import PHRASES, TOPICS, joined, plural
 from support.files import cache_folder
 
-SCRIPTS = [Path(__file__).with_name(f"{name}.py") for name in ("scenes", "drawing", "wording")]
 GRID = 6  # cells a side
 CELL = SIDE / GRID
 SPLITS = {"train": range(0, 12), "val": range(12, 15), "test": range(15, 20)}  # hash buckets of 20
@@ -58,8 +53,8 @@ HELD_OUT = ("position",)  # known objects, a new type of question: only in test
 
 @dataclass(frozen=True)
 class Scene:
-    """One problem. `description` says in words everything the image shows. It is there only
-    to pretrain the text model on text questions, as UnifiedQA was; the benchmark never holds it."""
+    """One problem. `description` says in words everything the image shows, only to pretrain the
+    text model on text questions, as UnifiedQA was; the benchmark never holds it."""
 
     record: dict  # ScienceQA's fields; "image" is "image.png" or None
     image: Image.Image | None  # RGB, 128 x 128
@@ -111,7 +106,7 @@ def draft_magnets(rng: random.Random) -> Draft:
         placed(MAGNETS[left], x, y + rng.randint(-3, 3), w, h),
         placed(MAGNETS[right], x + w + gap, y + rng.randint(-3, 3), w, h),
     ]
-    poles = [{"N": "north", "S": "south"}[pole] for pole in left + right]
+    poles = ["north" if pole == "N" else "south" for pole in left + right]
     words = dict(zip("abcd", poles, strict=True))
     words["rule"] = "Opposite poles attract." if left == right else "The same poles repel."
     return Draft("magnets", choices, answer, {"left": left, "right": right}, words, objects)
@@ -201,10 +196,10 @@ def draft_bars(rng: random.Random) -> Draft:
     width = rng.randint(14, 18)
     x = rng.randint(14, 22)
     base = rng.randint(106, 118)
-    objects = []
-    for i, (colour, height) in enumerate(bars):
-        x0 = x + 5 + i * step
-        objects.append((f"{colour} bar", (x0, round(base - height * unit), x0 + width, base)))
+    objects = [
+        (f"{c} bar", (x + 5 + i * step, round(base - h * unit), x + 5 + i * step + width, base))
+        for i, (c, h) in enumerate(bars)
+    ]
     chart = (x, base - 5 * unit, x + 4 + len(bars) * step, base)
     return Draft(kind, choices, answer, facts, words, objects, chart)
 
@@ -314,13 +309,6 @@ def split_of(draft: Draft) -> str:
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
-def caption_template(rng: random.Random, topic: Topic) -> str:
-    roll = rng.random()
-    detail = topic.true if roll < 0.5 else ""
-    detail = topic.wrong if roll < 0.15 else detail
-    return f"{rng.choice(topic.caption.split(' | '))} {detail}".strip()
-
-
 def problem(family: str, split: str, seed: int, index: int) -> Scene:
     """Problem `index` of a family in a split, the same one each time.
 
@@ -355,7 +343,12 @@ def scene(rng: random.Random, family: str, split: str, draft: Draft) -> Scene:
         "category": draft.kind, "skill": topic.skill, "lecture": topic.lecture,
         "solution": solution, "split": split, "family": family,  # the last key is not ScienceQA's
     }  # fmt: skip
-    caption = fill_in(caption_template(rng, topic)) if image else ""
+    caption = ""
+    if image:
+        roll = rng.random()
+        detail = topic.true if roll < 0.5 else ""
+        detail = topic.wrong if roll < 0.15 else detail
+        caption = fill_in(f"{rng.choice(topic.caption.split(' | '))} {detail}".strip())
     return Scene(record, image, caption, facts, draft.objects, fill_in(topic.description))
 
 
@@ -368,26 +361,9 @@ def write(folder: str | Path, sizes: dict[str, int] = SIZES, seed: int = 0) -> N
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; remove it or name another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        fill(temporary, sizes, seed)
-        temporary.chmod(0o755)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def demo_folder() -> Path:
-    """The demo, drawn at first use. The folder's name has a hash of the scripts that draw it."""
-    scripts = b"".join(script.read_bytes() for script in SCRIPTS)
-    folder = cache_folder() / f"demo-{hashlib.sha256(scripts).hexdigest()[:10]}"
-    if not folder.is_dir():
-        try:
-            write(folder)
-        except OSError:
-            if not folder.is_dir():  # else another run has drawn the same meanwhile
-                raise
-    return folder
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        fill(Path(temporary, "new"), sizes, seed)
+        os.rename(Path(temporary, "new"), folder)
 
 
 def fill(folder: Path, sizes: dict[str, int], seed: int) -> None:
@@ -413,3 +389,17 @@ def fill(folder: Path, sizes: dict[str, int], seed: int) -> None:
     tables["scenes"] = facts
     for name, table in tables.items():
         (folder / f"{name}.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+
+
+def demo_folder() -> Path:
+    """The demo, drawn at first use. The folder's name has a hash of the scripts that draw it."""
+    scripts = [Path(__file__).with_name(f"{name}.py") for name in ("scenes", "drawing", "wording")]
+    content = b"".join(script.read_bytes() for script in scripts)
+    folder = cache_folder() / f"demo-{hashlib.sha256(content).hexdigest()[:10]}"
+    if not folder.is_dir():
+        try:
+            write(folder)
+        except OSError:
+            if not folder.is_dir():  # else another run has drawn the same meanwhile
+                raise
+    return folder

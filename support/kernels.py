@@ -102,6 +102,8 @@ class NormGrad(torch.autograd.Function):
 
 class LeanGemmaNorm(plain.GemmaNorm):
     def forward(self, x):
+        if not torch.is_grad_enabled():  # nothing is kept then
+            return super().forward(x)
         return NormGrad.apply(x, self.weight, self.eps)
 
 
@@ -125,6 +127,8 @@ class GatedGELU(torch.autograd.Function):
 
 class LeanGemmaMLP(plain.GemmaMLP):
     def forward(self, x):
+        if not torch.is_grad_enabled():
+            return super().forward(x)
         return self.down_proj(GatedGELU.apply(self.gate_proj(x), self.up_proj(x)))
 
 

@@ -607,7 +607,12 @@ def two_stages(args, folder, questions, lengths, B, cache=None):
 
         def run():
             spoken = Spoken(questions.tokenizer)
-            fusion.two_stage(model, model, make_batches, spoken, lengths)
+
+            def generate(length, generated=None):
+                [batch] = make_batches(generated)
+                return fusion.generate_texts(model, batch, spoken, length)
+
+            fusion.two_stage(partial(generate, lengths[0]), partial(generate, lengths[1]))
             return spoken.rows
     else:
         model = hf_multimodal(folder, args.device)
@@ -999,7 +1004,7 @@ example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().n
 log = io.StringIO()
 plan = train.make_plan(flags, "start", 1.0, pg, [example], lambda loss_of: {})
 train.fit(plan, Checkpoints(Log(log)))
-print(json.loads(log.getvalue())["loss"], flush=True)
+print(json.loads(log.getvalue().splitlines()[-1])["loss"], flush=True)
 os._exit(0)
 """
 THEIR_START = """

@@ -1,8 +1,7 @@
 """Features that the image towers extract, kept on disk: our cache, and the published files.
 
-`Features` gives an example the features of its image; `cached_features` computes each distinct
-image once and keeps it; `published_features` reads the files of Multimodal-CoT (Zhang et al., arXiv
-2302.00923: DETR's, CLIP's, ResNet's and ViT's) by problem id. The models come as a function.
+`cached_features` computes each distinct image once; `published_features` reads the files of
+Multimodal-CoT (Zhang et al., arXiv 2302.00923: DETR's, CLIP's, ResNet's and ViT's) by problem id.
 
 Axes: N images of a file, each P positions of F features; H W pixels down and across.
 """
@@ -12,7 +11,6 @@ import math
 import os
 import time
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,30 +20,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from support import files
 from support.dataset.images import FORMATS, detr_pixels, open_image
-from support.files import (
-    atomic_write,
-    checksum,
-    field,
-    is_index,
-    lock,
-    noted,
-    progress,
-    read_json,
-    regular_file,
-)
+from support.files import checksum, field, is_index, noted, read_json, regular_file
 
 Extract = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 Pixels = Callable[[Image.Image, int], torch.Tensor]  # (image, size): detr_pixels, siglip_pixels
 
 
 class Features:
-    """Image features on disk: `features[id]` is float32 (P, F), zeros without an image.
+    """Image features on disk: `features[id]` is float32 (P, F), as published zeros where no image
+    is (`id not in features`)."""
 
-    Zeros are the published behaviour; `id in features` tells whether there is an image.
-    """
-
-    def __init__(self, array: np.ndarray, rows: dict[str, int]):
+    def __init__(self, array: np.ndarray, rows: dict[str, int]) -> None:
         self.array = array  # (N, P, F)
         self.rows = rows  # {id: row}
         self.shape = array.shape[1:]
@@ -89,16 +76,15 @@ def cached_features(
 ) -> Features:
     """Features of every distinct image of `problems`, computed once and kept in `folder`.
 
-    extract      list of (3, H, W) tensors -> list of (P, F) tensors. It gets up to 32 images of
-                 mixed sizes and must not pad them together: pads change DETR's output.
-    pixels       makes a tensor of an image: detr_pixels or siglip_pixels.
+    extract      a list of up to 32 (3, H, W) of mixed sizes -> list of (P, F). It must not pad them
+                 together: pads change DETR's output.
     fingerprint  a hash of the checkpoint. A cache of another one, or another size, is refused.
     skipped      a list: problems whose image cannot be used have no features and are added to it,
                  as (id, reason). By default the first one is the error.
 
-    The folder holds features.npy, fp16 (N, P, F), read by memory map, and manifest.json:
-    {"fingerprint", "size", "shape": [P, F], "rows": {sha256 of the image file: row}}. Only rows in
-    the manifest count, so an interrupted run is resumed, and new images are added at the end.
+    The folder holds features.npy, fp16 (N, P, F), and manifest.json: {"fingerprint", "size",
+    "shape": [P, F], "rows": {sha256 of the image file: row}}. Only rows in the manifest count, so
+    an interrupted run is resumed, and new images are added at the end.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,26 +93,32 @@ def cached_features(
     for problem in problems:
         if problem.image is not None:
             with noted(skipped, problem.id):
-                sha = image_hash(problem)
-                hashes[problem.id] = sha
-                by_hash[sha] = problem
+                hashes[problem.id] = image_hash(problem)
+                by_hash[hashes[problem.id]] = problem
     with open(folder / "lock", "w") as writer:
-        lock(writer)  # a second run waits, then finds the work done
+        files.lock(writer)  # a second run waits, then finds the work done
         manifest = read_manifest(folder, fingerprint, size)
+        rows = manifest["rows"]
         if manifest["shape"] is None:
             manifest["shape"] = list(extract([torch.zeros(3, size, size)])[0].shape)
-        todo = [(sha, p) for sha, p in by_hash.items() if sha not in manifest["rows"]]
+        todo = [(sha, problem) for sha, problem in by_hash.items() if sha not in rows]
         todo.sort(key=lambda item: aspect_ratio(item[1]))  # equal sizes share a batch of `extract`
-        array = open_array(folder, manifest, len(manifest["rows"]) + len(todo))
+        before = len(rows)
+        array = open_array(folder, manifest, before + len(todo))
         save_manifest(array, manifest, folder)
-        unusable = add_rows(array, manifest, todo, extract, pixels, folder, skipped is not None)
-    rows = {}
+        start = time.monotonic()
+        unusable = {}  # {sha256: reason}
+        for items in decoded(todo, size, pixels):
+            unusable |= add_rows(array, rows, items, extract)
+            save_manifest(array, manifest, folder)
+            if unusable and skipped is None:
+                raise ValueError(next(iter(unusable.values())))
+            files.progress("images", len(rows) + len(unusable) - before, len(todo), start)
     for id, sha in hashes.items():
-        if sha in manifest["rows"]:
-            rows[id] = manifest["rows"][sha]
-        else:
+        if sha in unusable:
             skipped.append((id, unusable[sha]))
-    return Features(np.load(folder / "features.npy", mmap_mode="r"), rows)
+    known = {id: rows[sha] for id, sha in hashes.items() if sha in rows}
+    return Features(np.load(folder / "features.npy", mmap_mode="r"), known)
 
 
 def aspect_ratio(problem: Any) -> float:
@@ -157,22 +149,20 @@ def read_manifest(folder: Path, fingerprint: str, size: int) -> dict:
         counted = all(type(x) is int for x in rows + shape) and sorted(rows) == [*range(len(rows))]
         if not counted or len(shape) != 2 or min(shape) < 1 or math.prod(shape) > 10**8:
             raise ValueError(f"{file} does not list which image is in which row.")
-        field(manifest, "fingerprint", str, file)
-        field(manifest, "size", int, file)
+        found = (field(manifest, "fingerprint", str, file), field(manifest, "size", int, file))
     except ValueError as error:
         raise ValueError(f"{error} Delete {folder}.") from None
-    if (manifest["fingerprint"], manifest["size"]) != (fingerprint, size):
+    if found != (fingerprint, size):
         raise ValueError(
-            f"The feature cache {folder} comes from checkpoint {manifest['fingerprint']} at size "
-            f"{manifest['size']}, but this run has checkpoint {fingerprint} at size {size}. Delete "
-            f"{folder} or name another folder with --features-cache."
+            f"The feature cache {folder} is of checkpoint {found[0]} at size {found[1]}, not "
+            f"{fingerprint} at size {size}. Delete it or name another with --features-cache."
         )
     return manifest
 
 
 def save_manifest(array: np.memmap, manifest: dict, folder: Path) -> None:
     array.flush()  # first the rows, then the list that counts them
-    with atomic_write(folder / "manifest.json") as file:
+    with files.atomic_write(folder / "manifest.json") as file:
         file.write(json.dumps(manifest))
 
 
@@ -185,10 +175,10 @@ def open_array(folder: Path, manifest: dict, count: int) -> np.memmap:
         try:
             old = np.load(regular_file(file), mmap_mode="r+")
             fits = old.dtype == np.float16 and old.shape[1:] == shape
+            if not fits or len(old) < len(manifest["rows"]):
+                raise ValueError("it does not fit its manifest")
         except Exception as error:  # numpy's reader of headers raises almost anything
             raise ValueError(f"{file} cannot be read ({error}). Delete {folder}.") from None
-        if not fits or len(old) < len(manifest["rows"]):
-            raise ValueError(f"{file} does not fit its manifest. Delete {folder}.")
         if len(old) >= count:
             return old
     temporary = folder / "features.npy.part"
@@ -198,59 +188,42 @@ def open_array(folder: Path, manifest: dict, count: int) -> np.memmap:
     return array
 
 
-def add_rows(
-    array: np.memmap,
-    manifest: dict,
-    todo: list[tuple[str, Any]],
-    extract: Extract,
-    pixels: Pixels,
-    folder: Path,
-    skip: bool,
-) -> dict[str, str]:
-    """Add the features of each (sha, problem) of todo. With `skip`, {sha: reason} of the images
-    that cannot be used; otherwise ValueError, when the images before it are done."""
-    chunk = 32
-    start = time.monotonic()
-    unusable = {}
-    decoded = decoded_pixels([problem for _, problem in todo], manifest["size"], pixels)
-    for first in range(0, len(todo), chunk):
-        items = [(sha, problem, next(decoded)) for sha, problem in todo[first : first + chunk]]
-        unusable |= {sha: reason for sha, _, reason in items if isinstance(reason, str)}
-        usable = [item for item in items if item[0] not in unusable]
-        results = extract([image for *_, image in usable]) if usable else []
-        for (sha, problem, _), features in zip(usable, results, strict=True):
-            features = features.detach().cpu().half()  # fp16 ends at 65504
-            if torch.isfinite(features).all():
-                row = len(manifest["rows"])
-                array[row] = features.numpy()  # (P, F)
-                manifest["rows"][sha] = row
-            else:
-                unusable[sha] = f"Problem {problem.id}: the features of its image are not finite."
-        save_manifest(array, manifest, folder)
-        if unusable and not skip:
-            raise ValueError(next(iter(unusable.values())))
-        progress("images", first + len(items), len(todo), start)
+def add_rows(array: np.memmap, rows: dict[str, int], items: list, extract: Extract) -> dict:
+    """Add the features of (sha, problem, pixels) items to array and rows. Returns {sha: reason} of
+    those that cannot be used."""
+    unusable = {sha: pixels for sha, _, pixels in items if isinstance(pixels, str)}
+    usable = [item for item in items if item[0] not in unusable]
+    results = extract([pixels for *_, pixels in usable]) if usable else []
+    for (sha, problem, _), features in zip(usable, results, strict=True):
+        features = features.detach().cpu().half()  # fp16 ends at 65504
+        if torch.isfinite(features).all():
+            array[len(rows)] = features.numpy()  # (P, F)
+            rows[sha] = len(rows)
+        else:
+            unusable[sha] = f"Problem {problem.id}: the features of its image are not finite."
     return unusable
 
 
-def decoded_pixels(problems: list, size: int, pixels: Pixels) -> Iterator[torch.Tensor | str]:
-    """The problems' pixels in order, or the reason in place of pixels that cannot be had. A few
-    threads decode at most 64 images in advance."""
+def decoded(todo: list[tuple[str, Any]], size: int, pixels: Pixels) -> Iterator[list[tuple]]:
+    """Lists of 32 (sha, problem, pixels), or the reason in place of pixels that cannot be had. A
+    few threads decode the next list in advance."""
 
-    def decode(problem):
+    def decode(item):
+        sha, problem = item
         try:
-            return pixels(open_image(problem.image), size)
+            return sha, problem, pixels(open_image(problem.image), size)
         except (OSError, ValueError) as error:
-            return f"Problem {problem.id}: {error}"
+            return sha, problem, f"Problem {problem.id}: {error}"
 
     with ThreadPoolExecutor(4) as pool:
-        queue = deque()
-        for problem in problems:
-            queue.append(pool.submit(decode, problem))
-            if len(queue) == 64:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+        due = None
+        for first in range(0, len(todo), 32):
+            ahead = pool.map(decode, todo[first : first + 32])  # starts now
+            if due:
+                yield list(due)
+            due = ahead
+        if due:
+            yield list(due)
 
 
 # --- Published files ------------------------------------------------------------------------------
@@ -264,30 +237,27 @@ PUBLISHED = {
 
 
 def published_features(path: str | Path, name_map: str | Path) -> Features:
-    """The feature files of cooelf/vision_features (PUBLISHED), memory-mapped, by problem id.
-
-    name_map  mm-cot's name_map.json, {problem id: row}. It includes the problems whose only
-              images are the choices'. resnet.npy has one vector an image, used 512 times.
+    """The feature files of cooelf/vision_features, memory-mapped, by problem id: name_map is
+    mm-cot's name_map.json, {problem id: row}. resnet.npy has one vector an image, used 512 times.
     """
     path = Path(path)
     rows = field({"names": read_json(name_map)}, "names", dict, name_map)
     if path.name not in PUBLISHED:  # vit.npy is another model's: (11208, 577, 768)
         raise ValueError(f"{path} is none of {', '.join(PUBLISHED)}, which the checkpoints read.")
     regular_file(path)
+    needed = PUBLISHED[path.name]
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
         else:
             mmap = zipfile.is_zipfile(path)
             array = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap).numpy()
-        shape = array.shape[1:]
-        kind = array.dtype.kind
+        if array.shape[1:] != needed or array.dtype.kind != "f":
+            found = f"{array.dtype} rows of {array.shape[1:]}"
+            raise ValueError(f"{found}, not {needed}, of floats")
     except Exception as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is not a feature file ({why}).") from None
-    if shape != PUBLISHED[path.name] or kind != "f":
-        needed = f"{PUBLISHED[path.name]}, of floats"
-        raise ValueError(f"{path} has {array.dtype} rows of {shape}, not {needed}.")
     for id, row in rows.items():
         if not is_index(str(row)) or int(row) >= len(array):
             found = f"{id:.60} has row {row!s:.60}"

@@ -1,9 +1,7 @@
 """Images: a file becomes upright RGB, and that becomes the input pixels of DETR or of SigLIP.
 
 Multimodal-CoT's resizing for DETR (Zhang et al., arXiv 2302.00923), PaliGemma's for SigLIP (Beyer
-et al., arXiv 2407.07726); problems that cannot be asked. Files come from strangers: one that is not
-a whole image, or is too large, is refused with a sentence. No random crops and flips: they may
-change an answer.
+et al., arXiv 2407.07726). No random crops and flips: they may change an answer.
 
 Axes: H W pixels down and across, S both of a square, I image tokens.
 """
@@ -32,11 +30,10 @@ def open_image(path: str | Path) -> Image.Image:
     """The image in RGB, upright.
 
     As in the original, alpha is dropped and not blended, and of an animation the first frame is
-    taken. The EXIF orientation is obeyed, as every viewer does; the original ignores it, but no
-    image of ScienceQA or MathVista is known to have one. 16 bits of grey are scaled to 8, where PIL
-    would make all but the darkest white.
-    Raises FileNotFoundError, or ValueError for a file that is not a whole image and for one of over
-    Image.MAX_IMAGE_PIXELS (89 million), which is not decoded.
+    taken. The EXIF orientation is obeyed; the original ignores it, but no image of ScienceQA or
+    MathVista is known to have one. 16 bits of grey are scaled to 8, where PIL would make all but
+    the darkest white. FileNotFoundError, or ValueError for a file that is not a whole image and for
+    one of over Image.MAX_IMAGE_PIXELS (89 million), which is not decoded.
     """
     try:
         with Image.open(regular_file(path), formats=FORMATS) as image:
@@ -98,7 +95,7 @@ class LazyImages:
     """In place of `features.Features` where the image tower is trained too: pixels, decoded at each
     use. side: S, of the pixels; tokens: I, the number of <image> tokens for an image."""
 
-    def __init__(self, problems: Sequence, side: int, tokens: int):
+    def __init__(self, problems: Sequence, side: int, tokens: int) -> None:
         self.paths = {p.id: p.image for p in problems if p.image is not None}
         self.side = side
         self.shape = (tokens,)
@@ -129,8 +126,6 @@ def unusable(
     check  has to succeed on an image's path: by default reading the file is possible; `open_image`
            decodes it whole.
     """
-    start = time.monotonic()
-    reasons = []
 
     def reason(problem):
         try:
@@ -138,10 +133,12 @@ def unusable(
             if problem.image is not None:
                 check(problem.image)
         except (OSError, ValueError) as error:
-            return str(error)
+            return problem.id, str(error)
 
+    start = time.monotonic()
+    found = []
     with ThreadPoolExecutor(4) as pool:
-        for problem, why in zip(problems, pool.map(reason, problems), strict=True):
-            reasons.append((problem.id, why))
-            progress("problems", len(reasons), len(problems), start)
-    return [pair for pair in reasons if pair[1] is not None]
+        for count, pair in enumerate(pool.map(reason, problems), 1):
+            found += [pair] if pair else []
+            progress("problems", count, len(problems), start)
+    return found

@@ -1,22 +1,17 @@
 """Where problems come from: ScienceQA, MathVista and your own JSONL, read from disk or downloaded.
 
 ScienceQA in its original layout (Lu et al., arXiv 2209.09513), MathVista's testmini (Lu et al.,
-arXiv 2310.02255). Each reader takes (path, split, skipped) and gives dicts of the fields of
-`data.Problem`, in file order. Files come from strangers: whatever is wrong with one is a sentence
-that names the file and the problem; it is an error or, with a list `skipped`, an entry
-(id, reason) of it.
-
-`python data.py scienceqa` and `python data.py mathvista` download from the authors' hosts. An
-interrupted download resumes, checksums are compared where one is on record, and no archive writes
-outside its folder. ScienceQA's parquet files on the Hub are not used: they have no problem ids, so
-neither captions nor published features can be joined to them.
+arXiv 2310.02255). A reader takes (path, split, skipped) and gives dicts of the fields of
+`data.Problem`, in file order. A bad record is an error that names the file and the problem or, with
+a list `skipped`, an entry (id, reason) of it. (ScienceQA's parquet files on the Hub are not used:
+they have no problem ids, so neither captions nor published features can be joined to them.)
 """
 
 import argparse
 import errno
-import functools
 import http.client
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -24,12 +19,13 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from support import files
 from support.files import field, inside, is_index, json_lines, noted, read_json, unix_newlines
 
 SPLITS = ("train", "val", "test", "trainval", "minitrain", "minival", "minitest", "testmini")
+OWN_SPLITS = tuple(name for name in SPLITS if name != "trainval")  # of a line of JSONL
 FIELDS = ("id", "question", "choices", "answer", "hint", "image", "lecture", "solution", "meta")
 MOST_TEXT = 100_000  # characters of one text of a problem; the longest in ScienceQA has 3,076
 
@@ -38,8 +34,7 @@ MOST_TEXT = 100_000  # characters of one text of a problem; the longest in Scien
 
 
 def problem_fields(id: str, record: dict, where: str, image: Path | None, caption: str) -> dict:
-    """{name: value} of a Problem's FIELDS, checked; the record's other keys go to meta. ValueError
-    with `where` and the fault."""
+    """{name: value} of a Problem's FIELDS, checked; the record's other keys go to meta."""
     choices = tuple(field(record, "choices", list, where, []))
     if not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f'{where}: "choices" is not a list of texts.')
@@ -48,15 +43,12 @@ def problem_fields(id: str, record: dict, where: str, image: Path | None, captio
     if choices:
         index = choices.index(answer) if answer in choices else answer
         if not isinstance(index, int) or not 0 <= index < len(choices):
-            raise ValueError(
-                f'{where}: "answer" is {answer!r}, but there are {len(choices)} choices: '
-                "it must be one of their texts or an index that counts from 0."
-            )
+            needed = f"one of the {len(choices)} choices or an index that counts from 0"
+            raise ValueError(f'{where}: "answer" is {answer!r}; it must be {needed}.')
         answer = choices[index]
-    others = {key: value for key, value in record.items() if key not in FIELDS}
-    has_image = record.get("image") is not None
-    meta = {"split": "train", "caption": caption, **others}
-    meta |= {"answer_index": index, "has_image": has_image}
+    meta = {"split": "train", "caption": caption}
+    meta |= {key: value for key, value in record.items() if key not in FIELDS}
+    meta |= {"answer_index": index, "has_image": record.get("image") is not None}
     for key in ("split", "caption"):
         field(meta, key, str, where)
     texts = {key: field(record, key, str, where, "") for key in ("hint", "lecture", "solution")}
@@ -68,29 +60,21 @@ def problem_fields(id: str, record: dict, where: str, image: Path | None, captio
     return {"id": id, "choices": choices, "image": path, "meta": meta} | texts
 
 
-def not_empty(problems: list, skipped: list | None, message: str) -> list:
-    """The problems; without any, ValueError with the first reason in `skipped`, or the message."""
-    if not problems:
-        raise ValueError(skipped[0][1] if skipped else message)
-    return problems
-
-
 def scienceqa(folder: Path, split: str, skipped: list | None = None) -> list[dict]:
     """problems.json, pid_splits.json and, if it exists, captions.json. The image is the question's,
     images/{split}/{pid}/image.png, else the first choice's, if it has one."""
     file = folder / "problems.json"
     splits = folder / "pid_splits.json"
+    caption_file = folder / "captions.json"
     records = field({"problems": read_json(file)}, "problems", dict, file)
     pids = field(read_json(splits), split, list, splits)
     if not all(isinstance(pid, str) for pid in pids) or len(set(pids)) < len(pids):
         raise ValueError(f"{splits}: {split} is not a list of different problem ids.")
-    caption_file = folder / "captions.json"
     captions = {}
     if caption_file.is_file():
         captions = field(read_json(caption_file), "captions", dict, caption_file)
-    known = [pid for pid in pids if pid in records]
     problems = []
-    for pid in known:
+    for pid in [pid for pid in pids if pid in records]:
         with noted(skipped, pid):
             record = records[pid]
             where = f"{file}, problem {pid:.60}"
@@ -103,9 +87,7 @@ def scienceqa(folder: Path, split: str, skipped: list | None = None) -> list[dic
                 image = image if os.path.isfile(image) else None
             caption = field(captions, pid, str, caption_file, "")
             problems.append(problem_fields(pid, record, where, image, caption))
-    missing = len(pids) - len(known)
-    message = f"{file} has none of the {missing} problems of the split {split}."
-    not_empty(problems, skipped, message)
+    missing = len(set(pids) - records.keys())
     if missing:
         print(f"{file} lacks {missing} of the {len(pids)} problems of {split}.", file=sys.stderr)
     return problems
@@ -151,8 +133,7 @@ def mathvista(folder: Path, split: str, skipped: list | None = None) -> list[dic
             if not 0 <= field(known, "precision", int | float, where, 0) < 9:
                 raise ValueError(f'{where}: "precision" is not a number of decimals.')
             problems.append(problem_fields(pid, record, where, image, ""))
-    message = f"{file} has none of the problems of the split {split}."
-    return not_empty(problems, skipped, message)
+    return problems
 
 
 def own_jsonl(file: Path, split: str, skipped: list | None = None) -> list[dict]:
@@ -166,12 +147,12 @@ def own_jsonl(file: Path, split: str, skipped: list | None = None) -> list[dict]
     record is training data. Other keys (caption, subject, grade) go to meta.
     """
     wanted = ("train", "val") if split == "trainval" else (split,)
-    unwanted = [name for name in SPLITS if name not in wanted]
     problems = []
     ids = set()
     for where, record in json_lines(file, skipped=skipped):
         keys = record if isinstance(record, dict) else {}
-        elsewhere = keys.get("split", "train") in unwanted
+        name = keys.get("split", "train")
+        elsewhere = name in OWN_SPLITS and name not in wanted
         # A bad record of another split is noted when that split is read, not here as well.
         bad = [] if elsewhere and skipped is not None else skipped
         with noted(bad, str(keys.get("id") or where.rpartition(", ")[2])):
@@ -179,13 +160,17 @@ def own_jsonl(file: Path, split: str, skipped: list | None = None) -> list[dict]
             if id in ids:
                 raise ValueError(f"{where}: the id {id[:60]!r} was used before.")
             ids.add(id)
+            if name not in OWN_SPLITS:
+                raise ValueError(
+                    f'{where}: "split" is {name!r:.60}, none of {", ".join(OWN_SPLITS)}.'
+                )
             image = record.get("image")
             if image is not None:
                 image = inside(file.parent, field(record, "image", str, where), where)
-            problems.append(problem_fields(id, record, f"{where} (id {id:.60})", image, ""))
-    problems = [problem for problem in problems if problem["meta"]["split"] in wanted]
-    message = f'{file} has no record with "split": "{split}" (the default is "train").'
-    return not_empty(problems, skipped, message)
+            fields = problem_fields(id, record, f"{where} (id {id:.60})", image, "")
+            if not elsewhere:
+                problems.append(fields)
+    return problems
 
 
 def reader_of(path: Path) -> Callable | None:
@@ -248,38 +233,36 @@ def fetch_rest(url: str, part: Path) -> None:
     """One attempt to append to `part` whatever it lacks of the file at url."""
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    start = time.monotonic()
     with urllib.request.urlopen(request, timeout=60) as reply:
         if not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = 0  # the server ignores Range and sends the whole file
         length = reply.headers.get("Content-Length", "0")
-        total = have + (int(length) if length.isdecimal() else 0)
-        first = have
-        start = time.monotonic()
+        rest = int(length) if length.isdecimal() else 0
+        fetched = 0
         with open(part, "ab" if have else "wb") as file:
             while block := reply.read(1 << 20):
-                have += file.write(block)
-                files.progress(
-                    f"{part.stem}, MB", (have - first) / 1e6, (total - first) / 1e6, start
-                )
-    if have < total:  # http.client does not report it
-        raise ConnectionError(f"the connection was lost after {have} of {total} bytes")
+                fetched += file.write(block)
+                files.progress(f"{part.stem}, MB", fetched / 1e6, rest / 1e6, start)
+    if fetched < rest:  # http.client does not report it
+        total = have + rest
+        raise ConnectionError(f"the connection was lost after {have + fetched} of {total} bytes")
 
 
 def unpack(archive: Path, folder: Path, top: str) -> None:
     """Unzip the archive's folder `top` as folder/top.
 
-    Nothing is unpacked, and ValueError says why, if an entry would leave the folder (an absolute
-    path, a drive, "..", a symbolic link), or if all entries together state over MOST_EXPANSION
-    times the archive's size; zipfile gives no entry more than it states.
+    Nothing is unpacked, and ValueError says why, if the archive is broken, an entry would leave the
+    folder (an absolute path, a drive, "..", a link), or all entries together state over
+    MOST_EXPANSION times the archive's size; zipfile gives no entry more than it states.
     """
     size = os.path.getsize(files.regular_file(archive))
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         try:
             with zipfile.ZipFile(archive) as file:
                 for entry in file.infolist():
-                    name = PurePosixPath(entry.filename.replace("\\", "/"))
-                    leaves = name.is_absolute() or ".." in name.parts or ":" in entry.filename
-                    if leaves or stat.S_ISLNK(entry.external_attr >> 16):
+                    link = stat.S_ISLNK(entry.external_attr >> 16)
+                    if link or re.search(r"^[/\\]|:|(^|[/\\])\.\.([/\\]|$)", entry.filename):
                         raise ValueError(f"{entry.filename!r:.60} would leave the folder")
                 if sum(entry.file_size for entry in file.infolist()) > MOST_EXPANSION * size:
                     raise ValueError(f"it would unpack to over {MOST_EXPANSION} times its size")
@@ -295,15 +278,12 @@ def unpack(archive: Path, folder: Path, top: str) -> None:
 
 def download_mathvista(folder: Path) -> None:
     """MathVista's testmini and all 6,141 images (0.9 GB) from the Hub into `folder`."""
-    from huggingface_hub import hf_hub_download
+    import huggingface_hub
 
-    fetch = functools.partial(
-        hf_hub_download,
-        "AI4Math/MathVista",
-        repo_type="dataset",
-        revision=MATHVISTA_COMMIT,
-        local_dir=folder,
-    )
+    def fetch(name):
+        options = {"repo_type": "dataset", "revision": MATHVISTA_COMMIT, "local_dir": folder}
+        return huggingface_hub.hf_hub_download("AI4Math/MathVista", name, **options)
+
     try:
         if not (folder / "images").is_dir():
             unpack(fetch("images.zip"), folder, "images")
@@ -320,13 +300,12 @@ def download_scienceqa(folder: Path, addresses: dict[str, tuple[str, str | None]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, (url, checksum) in addresses.items():
         path = folder / name
-        images = folder / "images" / path.stem
-        if images.is_dir():
+        if (folder / "images" / path.stem).is_dir():
             continue
         if not path.is_file():
             download(url, path, checksum)
         if path.suffix == ".zip":
-            unpack(path, images.parent, images.name)
+            unpack(path, folder / "images", path.stem)
             path.unlink()
 
 
@@ -338,12 +317,12 @@ def download_command(argv: list[str] | None = None) -> Path:
     table = 'JSON {"train.zip": [address, checksum or null], ...} that replaces built-in addresses'
     parser.add_argument("--addresses", metavar="FILE", help=f"scienceqa: {table}")
     args = parser.parse_args(argv)
-    folder = Path(args.to) if args.to else files.cache_folder() / args.name
-    changed = read_addresses(args.addresses) if args.addresses else {}
+    folder = Path(args.to or files.cache_folder() / args.name)
+    addresses = SCIENCEQA | (read_addresses(args.addresses) if args.addresses else {})
     if args.name == "mathvista":
         download_mathvista(folder)
     else:
-        download_scienceqa(folder, SCIENCEQA | changed)
+        download_scienceqa(folder, addresses)
     return folder
 
 
@@ -351,9 +330,9 @@ def read_addresses(file: str) -> dict[str, list]:
     """A table of other addresses for some of SCIENCEQA's files, checked."""
     changed = field({"table": read_json(file)}, "table", dict, file)
     for name, entry in changed.items():
-        if name not in SCIENCEQA:
-            raise ValueError(f"{file}: {name:.60} is none of {', '.join(SCIENCEQA)}.")
-        url, checksum = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        if not isinstance(url, str) or not isinstance(checksum, str | None):
-            raise ValueError(f"{file}: {name} is not [address, checksum or null].")
+        match entry:
+            case [str(), str() | None] if name in SCIENCEQA:
+                continue
+        entries = f"{', '.join(SCIENCEQA)} with [address, checksum or null]"
+        raise ValueError(f"{file}: {name:.60} is none of {entries}.")
     return changed

@@ -7,6 +7,7 @@ tokenizer.json is read by the tokenizers library. spiece.model, which is all tha
 """
 
 import base64
+import io
 import re
 import string
 import struct
@@ -59,13 +60,13 @@ def t5_tokenizer(file: str | Path) -> Tokenizer:
             charsmap = dict(protobuf(value)).get(2, b"")
     if charsmap is None:
         raise ValueError("it has no normalizer: the file is cut off")
-    if charsmap:
-        check_charsmap(charsmap)
     ids = {text: i for i, (text, _) in enumerate(vocabulary)}
     extras = [f"<extra_id_{i}>" for i in reversed(range(100))]
     vocabulary += [(extra, 0.0) for extra in extras]
     clean = [normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), "▁")]
-    clean = [normalizers.Precompiled(charsmap), *clean] if charsmap else clean
+    if charsmap:
+        check_charsmap(charsmap)
+        clean.insert(0, normalizers.Precompiled(charsmap))
     tokenizer = Tokenizer(models.Unigram(vocabulary, ids["<unk>"], byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence(clean)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
@@ -85,35 +86,30 @@ def check_charsmap(content: bytes) -> None:
 
 def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) pairs of one protobuf message: int for a varint, otherwise bytes."""
-    at = 0
+    stream = io.BytesIO(data)
 
     def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
+        value = 0
+        for shift in range(0, 64, 7):
+            [byte] = stream.read(1)
             value |= (byte & 127) << shift
-            shift += 7
             if byte < 128:
                 return value
-            if shift > 63:
-                raise ValueError("it has a number of more than 64 bits")
+        raise ValueError("it has a number of more than 64 bits")
 
-    while at < len(data):
+    while stream.tell() < len(data):
         number, wire = divmod(varint(), 8)
         if wire == 0:
             yield number, varint()
             continue
         size = {1: 8, 5: 4}.get(wire) or varint()
-        if at + size > len(data):
+        value = stream.read(size)
+        if len(value) < size:
             raise ValueError("it ends in the middle of a field")
-        yield number, data[at : at + size]
-        at += size
+        yield number, value
 
 
 # --- Texts in which nothing is a special token ----------------------------------------------------
-
 
 NO_TAGS = dict.fromkeys(map(ord, "<\N{FULLWIDTH LESS-THAN SIGN}\N{SMALL LESS-THAN SIGN}"), "⟨")
 
@@ -127,9 +123,9 @@ def encode(
     a target its end. tail=1 is the original's truncation, which keeps </s> only. The number of
     texts that were cut goes to stderr.
 
-    No text holds a special token: T5's tokenizers find "</s>" and "<extra_id_0>" anywhere, as added
-    tokens and as pieces. Where that happened, the text is encoded again with another character for
-    "<"; T5 has a piece for neither, so the "<" is <unk> either way and the rest is spelled out.
+    No text holds a special token: T5's tokenizers find "</s>" and "<extra_id_0>" anywhere. Where
+    one did, the text is encoded again with another character for "<"; T5 has a piece for neither,
+    so the "<" is <unk> either way and the rest is spelled out.
     """
     tail = min(tail, max_length)
     rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]

@@ -1,13 +1,11 @@
 """A teacher's traces, in every form they come in, and whether training leaks into the test.
 
 Traces as teacher.py writes them; the files of github.com/axeld5/pali_reason, whose teacher was
-Gemini and whose judge was Claude; the images that two splits share; whether MathVista (Lu et
-al., arXiv 2310.02255) may be trained on.
+Gemini and whose judge was Claude; the images that two splits share.
 """
 
 import contextlib
 import csv
-import functools
 import hashlib
 import re
 import sys
@@ -16,27 +14,18 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from support import files
 from support.dataset.images import open_image
-from support.files import (
-    field,
-    is_index,
-    json_lines,
-    noted,
-    progress,
-    read_json,
-    regular_file,
-    unix_newlines,
-)
+from support.files import field, is_index, noted, read_json, regular_file, unix_newlines
 
 
 def load_traces(path: str | Path, skipped: list | None = None) -> list[dict]:
     """A teacher's traces: dicts of id, question, thought, answer, gold, verdict and teacher.
 
-    path     Trace JSONL as teacher.py writes it, or a file of github.com/axeld5/pali_reason:
+    path     JSONL as teacher.py writes it (then also with kept, stop and reply), or pali_reason's
              training.csv, training_correct.csv, training_dict.json and its shorter versions.
     id       the problem's; several traces may have the same one.
     verdict  {"correct", "consistent", "by", "why"}; like gold and teacher, None where not known.
-    kept, stop, reply  as teacher.py wrote them, where it did.
 
     Traces without a thought (a failed call) are left out and counted on stderr; one without an
     answer was cut, or repeated itself. With a list `skipped`, bad ones are left out and added to
@@ -46,7 +35,7 @@ def load_traces(path: str | Path, skipped: list | None = None) -> list[dict]:
     readers = {
         ".csv": pali_reason_csv,
         ".json": pali_reason_json,
-        ".jsonl": functools.partial(json_lines, may_be_torn=True, skipped=skipped),
+        ".jsonl": lambda path: files.json_lines(path, may_be_torn=True, skipped=skipped),
     }
     if path.suffix not in readers:
         raise ValueError(f"{path} is not a file of traces: they end in {', '.join(readers)}.")
@@ -79,29 +68,26 @@ def traces_of(ids: Collection[str], path: str | Path, source: str) -> dict[str, 
     return matches
 
 
+OPTIONAL = {"gold": str | int | float, "teacher": str, "stop": str, "reply": dict}
+
+
 def checked_trace(record: dict, where: str) -> dict:
     """A trace; a text that is null becomes empty, a missing verdict unknown (None)."""
-    trace = {"id": str(field(record, "id", str | int, where))}
+    trace = {"id": str(field(record, "id", str | int, where)), "gold": None, "teacher": None}
     for key in ("question", "thought", "answer"):
         trace[key] = unix_newlines(field(record, key, str | None, where) or "")
-    for key, kind in (("gold", str | int | float), ("teacher", str)):
-        known = record.get(key) is not None
-        trace[key] = unix_newlines(field(record, key, kind, where)) if known else None
+    for key, kind in OPTIONAL.items():
+        if record.get(key) is not None:
+            trace[key] = unix_newlines(field(record, key, kind, where))
+    for key in ("thought", "answer") if "reply" in trace else ():
+        field(trace["reply"], key, str, f"{where}, reply")
     verdict = dict.fromkeys(("correct", "consistent", "by", "why"))
     verdict |= field({"verdict": record.get("verdict") or {}}, "verdict", dict, where)
-    for key in ("correct", "consistent"):
-        if not isinstance(verdict[key], bool | None):
-            raise ValueError(f'{where}: "{key}" is {verdict[key]!r}, not true, false or null.')
-    for key, kind in (("kept", bool), ("stop", str), ("reply", dict)):  # only teacher.py has them
-        if key not in record:
-            continue
-        if not isinstance(record[key], kind):
-            found = f"{record[key]!r:.60}, which is not of type {kind.__name__}"
-            raise ValueError(f'{where}: "{key}" is {found}.')
-        trace[key] = record[key]
-    if "reply" in record:
-        for key in ("thought", "answer"):
-            field(record["reply"], key, str, f"{where}, reply")
+    for owner, key in ((verdict, "correct"), (verdict, "consistent"), (record, "kept")):
+        if not isinstance(owner.get(key), bool | None):
+            raise ValueError(f'{where}: "{key}" is {owner[key]!r:.60}, not true, false or null.')
+    if record.get("kept") is not None:
+        trace["kept"] = record["kept"]
     return trace | {"verdict": verdict}
 
 
@@ -116,7 +102,6 @@ def pali_reason_csv(path: Path) -> Iterator[tuple[str, dict]]:
         "thought": "thoughts",
         "answer": "generated_answers",
         "gold": "true_answers",
-        "index": "indexes",
     }
     try:
         with open(regular_file(path), newline="", encoding="utf-8-sig") as file:
@@ -126,9 +111,10 @@ def pali_reason_csv(path: Path) -> Iterator[tuple[str, dict]]:
     for number, row in enumerate(rows, 1):
         where = f"{path}, row {number}"
         record = {key: field(row, column, str, where) for key, column in columns.items()}
-        if not is_index(record["index"]):
-            raise ValueError(f'{where}: "indexes" is {record["index"][:60]!r}, not a position.')
-        record["id"] = int(record["index"]) + 1  # positions count from 0, MathVista's ids from 1
+        index = field(row, "indexes", str, where)
+        if not is_index(index):
+            raise ValueError(f'{where}: "indexes" is {index[:60]!r}, not a position.')
+        record["id"] = int(index) + 1  # positions count from 0, MathVista's ids from 1
         record["teacher"] = GEMINI
         if "validity" in row:
             record["verdict"] = {"correct": row["validity"] == "yes", "by": CLAUDE}
@@ -153,21 +139,18 @@ def pali_reason_json(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def overlap(train: Sequence, test: Sequence) -> list[tuple[str, str]]:
-    """[(train id, test id), ...] of problems whose images are the same pixel by pixel.
+    """[(train id, test id), ...] of problems whose images have the same size and RGB pixels.
 
-    Hashed are size and decoded RGB pixels, so a copy of the file and a lossless copy in another
-    format are found; a JPEG copy, a crop or another size is not. (Hashes that survive JPEG mistake
-    diagrams for one another: 8 x 8 average hashes join 3,717 pairs of 1,060 ScienceQA images, the
-    pixels 179.) Problems may share an image and no answer, as many of ScienceQA do: whether a pair
-    is a leak is for the caller to decide. Images that cannot be read are counted on stderr.
+    So a copy of the file or a lossless one in another format is found; a JPEG copy, a crop or
+    another size is not. (Hashes that survive JPEG mistake diagrams for one another: 8 x 8 average
+    hashes join 3,717 pairs of 1,060 ScienceQA images, the pixels 179.) Problems may share an image
+    and no answer: whether a pair is a leak is for the caller to decide. Images that cannot be read
+    are counted on stderr.
     """
     ids = {}
     for id, digest in pixel_hashes(train):
         ids.setdefault(digest, []).append(id)
-    pairs = []
-    for test_id, digest in pixel_hashes(test):
-        pairs += [(train_id, test_id) for train_id in ids.get(digest, [])]
-    return pairs
+    return [(one, two) for two, digest in pixel_hashes(test) for one in ids.get(digest, [])]
 
 
 def pixel_hashes(problems: Sequence) -> list[tuple[str, bytes]]:
@@ -179,17 +162,16 @@ def pixel_hashes(problems: Sequence) -> list[tuple[str, bytes]]:
             return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
 
     with_image = [problem for problem in problems if problem.image is not None]
-    hashes = []
     start = time.monotonic()
+    hashes = []
     with ThreadPoolExecutor(4) as pool:
-        for problem, digest in zip(with_image, pool.map(pixel_hash, with_image), strict=True):
-            hashes.append((problem.id, digest))
-            progress("images", len(hashes), len(with_image), start)
-    readable = [pair for pair in hashes if pair[1] is not None]
-    if len(readable) < len(hashes):
-        count = f"{len(hashes) - len(readable)} of {len(hashes)}"
+        for count, digest in enumerate(pool.map(pixel_hash, with_image), 1):
+            hashes.append(digest)
+            files.progress("images", count, len(with_image), start)
+    if None in hashes:
+        count = f"{hashes.count(None)} of {len(hashes)}"
         print(f"{count} images cannot be read and were not compared.", file=sys.stderr)
-    return readable
+    return [(p.id, digest) for p, digest in zip(with_image, hashes, strict=True) if digest]
 
 
 def training_notice(where: str | Path) -> str:

@@ -20,6 +20,7 @@ import torch
 import data
 import lora
 from model import PaliGemma
+from support import kernels
 from support.checkpoints.hub import resolve
 from support.checkpoints.weights import headers
 from support.dataset.features import Features
@@ -62,6 +63,8 @@ def dry_step(plan: Plan, decoded_rows: int, new_tokens: int) -> None:
     loss_of = plan.loss_of
     device = loss_of.device
     model = loss_of.model.to(device)
+    if not plan.plain:
+        kernels.enable(model)
     optimizer = make_optimizer(model, plan.weight_decay)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what another stage freed

@@ -122,6 +122,7 @@ class Plan:
     validate: Callable[[LossOf], dict]
     weight_decay: float
     shard: bool  # the weights over all devices, by FSDP
+    plain: bool  # without kernels
     seed: int
 
 

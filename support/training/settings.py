@@ -55,6 +55,7 @@ class Settings:
     save_every: int | None = None
     device: str = DEVICE
     threads: int = ALL_THREADS
+    plain: bool = False  # True: every layer computes by the formula in its class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +196,7 @@ HELP = {  # {heading: {flag: help}}
         "time)",
         "device": "cpu, cuda, cuda:1 ...",
         "threads": "CPU threads (demo: 1, else all)",
+        "plain": "keep every layer's plain class: no kernels (support/kernels.py)",
     },
     "mmcot: images": {
         "vision": "what stands for the image",
@@ -299,7 +301,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_flag(group, name: str, hint: Any, text: str) -> None:
+def add_flag(group: Any, name: str, hint: Any, text: str) -> None:
     """A field's flag, made from its type."""
     if name in OFF:
         group.add_argument(OFF[name], dest=name, action="store_false", help=text)

@@ -132,20 +132,13 @@ def test_detr_pixels(size):
     """The shape rule of torchvision's Resize(224), ToTensor's scale, ImageNet's normalisation."""
     noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    width, height = size
-    if width <= height:
-        resized = image.resize((224, int(224 * height / width)), Image.BILINEAR)
-    else:
-        resized = image.resize((int(224 * width / height), 224), Image.BILINEAR)
+    resized = image.resize([int(224 * side / min(size)) for side in size], Image.BILINEAR)
     expected = np.asarray(resized, np.float32).transpose(2, 0, 1) / 255
     expected = expected - np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
     expected = expected / np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
     pixels = detr_pixels(image)
     assert pixels.dtype == torch.float32 and pixels.is_contiguous()
     np.testing.assert_array_equal(pixels.numpy(), expected)
-
-
-def test_detr_pixels_of_a_sliver():
     with pytest.raises(ValueError, match="2 x 101"):
         detr_pixels(Image.new("RGB", (2, 101)))
     assert detr_pixels(Image.new("RGB", (2, 100)), 4).shape == (3, 200, 4)

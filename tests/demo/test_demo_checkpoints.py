@@ -100,8 +100,8 @@ def test_the_documented_command_makes_all(tmp_path, monkeypatch):
 def test_the_paligemma_sees_and_finds_letters_but_never_reasoned_about_an_image():
     """Training has to add reasoning about the image."""
     lessons = [make.scene_lessons(i) for i in range(80)]
-    thoughts = [x for _, rows in lessons for x in rows if "So the answer" in x.suffix]
-    assert len(thoughts) == 80 and not any(x.with_image for x in thoughts)
+    thoughts = [x for group in lessons for x in group if "So the answer" in x.suffix]
+    assert len(thoughts) == 80 and not any(x.pixels for x in thoughts)
     pg, tokenizer = PaliGemma.from_pretrained(PG_FOLDER), load_tokenizer(PG_FOLDER)
     families = [f for f in scenes.FAMILIES if f not in (*scenes.HELD_OUT, "text")]
     right = {"describe": [], "lookup": []}
@@ -109,12 +109,13 @@ def test_the_paligemma_sees_and_finds_letters_but_never_reasoned_about_an_image(
         pixels = siglip_pixels(made.image, make.SIDE)[None]
         answer = made.record["choices"][made.record["answer"]]
         for task, results in right.items():
-            prefix, suffix, with_image = make.lesson(task, made, f"So. So the answer is {answer}.")
-            row = data.sequence(tokenizer, prefix, suffix, pg.config.image_tokens * with_image)
+            prefix, suffix, shown = make.lesson(task, made, f"So. So the answer is {answer}.")
+            tokens = pg.config.image_tokens if shown else 0
+            row = data.sequence(tokenizer, prefix, suffix, tokens)
             batch = data.pali_collate([{"id": ""} | row])
             labels = batch.pop("labels")[:, 1:]
             del batch["ids"]
-            logits = pg(**batch, pixel_values=pixels if with_image else None)[:, :-1]
+            logits = pg(**batch, pixel_values=pixels if shown else None)[:, :-1]
             results += (logits.argmax(-1) == labels)[labels != -100].tolist()
     assert sum(right["describe"]) / len(right["describe"]) > 0.8
     assert sum(right["lookup"]) / len(right["lookup"]) > 0.98

@@ -133,18 +133,10 @@ def mathvista(folder, *records):
 
 
 def asked(**changes):
-    base = {
-        "id": "1",
-        "question": "Which is it?",
-        "choices": ("rope", "belt", "neither"),
-        "answer": "belt",
-        "hint": "",
-        "image": None,
-        "lecture": "",
-        "solution": "",
-        "meta": {"answer_index": 1},
-    }
-    return data.Problem(**base | changes)
+    fields = dict.fromkeys(("hint", "lecture", "solution"), "") | {"id": "1", "image": None}
+    fields |= {"question": "Which is it?", "choices": ("rope", "belt", "neither")}
+    fields |= {"answer": "belt", "meta": {"answer_index": 1}}
+    return data.Problem(**fields | changes)
 
 
 def trace(thought="It is long.", answer="(C)", correct=True):
@@ -164,9 +156,9 @@ def field(number, value):
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def zipped(entries):
+def zipped(entries, compression=zipfile.ZIP_STORED):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
+    with zipfile.ZipFile(buffer, "w", compression) as file:
         for entry, content in entries:
             file.writestr(entry, content)
     return buffer.getvalue()
