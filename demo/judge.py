@@ -2,10 +2,7 @@
 
 It parses a thought sentence by sentence (`claims`), compares every statement with the facts of the
 scene, and the last conclusion with the answer. `claims` takes any text, so it also finds the false
-statements of a student's own rationale.
-
-Left out: general knowledge (a lecture, word for word) is no claim about the scene; neither is the
-conclusion.
+statements of a student's own rationale. A lecture, word for word, is no claim about the scene.
 """
 
 import re
@@ -68,7 +65,8 @@ def true_statements(facts: dict) -> dict[str, set[tuple]]:
     if true["pole"]:  # the other rule is true, but not of these magnets
         same = facts["left"][1] == facts["right"][0]
         true["rule"] = {("same", "repel") if same else ("opposite", "attract")}
-    shapes = shape_counts(facts)
+    # Shapes may be there for their order alone.
+    shapes = facts.get("shapes") or Counter(n for n in facts.get("order", ()) if n in KINDS)
     for colour, shape in product((None, *COLOURS), (*SHAPES, "shape")):
         words = {colour, shape} - {None, "shape"}
         n = sum(n for kind, n in shapes.items() if words <= set(kind.split()))
@@ -98,11 +96,6 @@ def true_statements(facts: dict) -> dict[str, set[tuple]]:
     return true
 
 
-def shape_counts(facts: dict) -> dict[str, int]:
-    """{kind: number of shapes}, also where their order is what matters."""
-    return facts.get("shapes") or Counter(n for n in facts.get("order", ()) if n in KINDS)
-
-
 def others_hold(match: re.Match, facts: dict) -> bool | None:
     """None of the "other shapes" may be one that the question asks for."""
     if facts["kind"] != "count":
@@ -118,9 +111,8 @@ def equation_holds(match: re.Match, facts: dict) -> bool:
     terms = sorted(int(n) for n in re.findall(r"\d+", match[1]))
     result = int(match[2])
     if "x" in match[1]:
-        return prod(terms) == result and terms == sorted(
-            [facts.get("rings", 0), facts.get("dots", 0)]
-        )
+        factors = sorted([facts.get("rings", 0), facts.get("dots", 0)])
+        return prod(terms) == result and terms == factors
     numbers = facts.get("blocks") or {}
     if facts["kind"] == "count":
         numbers = asked_numbers(facts, "shapes")

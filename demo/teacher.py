@@ -2,16 +2,11 @@
 
 It "thinks" about a problem of demo/scenes.py and is right about as often as the Gemini of
 pali_reason (72 % of 345 traces). It never looks at an image: it has the facts of the scene, and for
-some problems one of them is wrong. None of its text is random: `REASONING` has the statements and
-the conclusion of somebody who saw these facts, and a misread thought is the same for facts with as
+some problems one of them is wrong. A misread thought is what somebody states who saw facts with as
 few changes as lead to another of the choices. demo/judge.py does not know which ones it misread.
-
-Left out: invented objects, wrong general knowledge, doubt and second thoughts.
 """
 
-import hashlib
 import json
-import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +15,7 @@ from pathlib import Path
 
 from demo.judge import NAME, POLES, asked_numbers, food_chain, judge
 from demo.wording import joined, plural
-from support.files import read_json
+from support.files import digest, read_json
 
 VERSION = 1  # of the wording, which a test pins; another one replaces old trace files
 # What the teacher does, and the share of it. "sound" and "lucky" end in the right answer: 72 %.
@@ -45,6 +40,14 @@ def only_extreme(numbers: dict[str, int], best: Callable = max) -> str | None:
     return top[0] if len(top) == 1 else None
 
 
+def counted(numbers: dict[str, int], noun: str = "{}") -> str:
+    return joined(plural(n, noun.format(name)) for name, n in numbers.items())
+
+
+def added(numbers: Iterable[int]) -> str:
+    return f"{' + '.join(map(str, numbers))} = {sum(numbers)}."
+
+
 def state_magnets(facts: dict) -> Stated:
     left = facts["left"][1]
     right = facts["right"][0]
@@ -61,14 +64,6 @@ def state_count(facts: dict) -> Stated:
     if len(kinds) > 1:
         stated.append(added(kinds.values()))
     return stated, str(sum(kinds.values()))
-
-
-def counted(numbers: dict[str, int], noun: str = "{}") -> str:
-    return joined(plural(n, noun.format(name)) for name, n in numbers.items())
-
-
-def added(numbers: Iterable[int]) -> str:
-    return f"{' + '.join(map(str, numbers))} = {sum(numbers)}."
 
 
 def state_compare(facts: dict) -> Stated:
@@ -145,26 +140,20 @@ def state_word(facts: dict) -> Stated:
 Misread = Callable[[dict, int], Iterable[dict]]
 
 
-def altered(numbers: dict[str, int], values: Iterable[int], n: int) -> Iterator[dict]:
-    for names in combinations(numbers, n):
-        for new in product(values, repeat=n):
-            if all(numbers[name] != value for name, value in zip(names, new, strict=True)):
-                yield numbers | dict(zip(names, new, strict=True))
-
-
 def misread_numbers(
     values: Iterable[int], *keys: str, table: str = "", only_asked: bool = False
 ) -> Misread:
     """Facts that are numbers themselves, or a table of numbers, or what is asked for in it."""
 
     def misread(facts, n):
-        if not table:
-            for new in altered({key: facts[key] for key in keys}, values, n):
-                yield facts | new
-            return
-        numbers = asked_numbers(facts, table) if only_asked else facts[table]
-        for new in altered(numbers, values, n):
-            yield facts | {table: facts[table] | new}
+        numbers = {key: facts[key] for key in keys} or facts[table]
+        if only_asked:
+            numbers = asked_numbers(facts, table)
+        for names in combinations(numbers, n):
+            for new in product(values, repeat=n):
+                if all(numbers[name] != value for name, value in zip(names, new, strict=True)):
+                    changed = dict(zip(names, new, strict=True))
+                    yield facts | ({table: facts[table] | changed} if table else changed)
 
     return misread
 
@@ -221,13 +210,10 @@ def misreading(rng: random.Random, facts: dict, wrong: list[str]) -> Stated:
 
 
 def think(record: dict, facts: dict, seed: object) -> dict:
-    """The teacher's {"thought", "answer", "kind"} for a problem; the same for the same seed.
-
-    record and facts: a problem of scenes.py and its facts, as problems.json and scenes.json hold
-    them. seed: anything that prints. Two images can have the same facts, and then the same seed
-    brings the same thought: `traces` has one for each problem. The answer is the text of a choice,
-    "" if the thought never ends; kind is one of SHARES.
-    """
+    """The teacher's {"thought", "answer", "kind"} for a problem, by its record and facts in
+    problems.json and scenes.json; the same for the same seed, which is anything that prints. Two
+    images can have the same facts, and then the same seed brings the same thought. The answer is
+    the text of a choice, "" if the thought never ends; kind is one of SHARES."""
     problem = json.dumps([record["question"], record["choices"], facts], sort_keys=True)
     rng = random.Random(f"{seed}/{problem}")
     (kind,) = rng.choices(list(SHARES), SHARES.values())
@@ -249,8 +235,30 @@ def think(record: dict, facts: dict, seed: object) -> dict:
 # ---- the trace file ----------------------------------------------------------------------------
 
 
-def trace_key(id: str, seed: int) -> str:
-    return hashlib.sha256(json.dumps([id, NAME, VERSION, seed]).encode()).hexdigest()
+def traces(folder: str | Path, seed: int = 0) -> Path:
+    """Path of traces.jsonl in a folder of scenes.write: a judged trace for each train problem.
+
+    Written at the first call, whole or not at all; later the path is returned at once. A file by
+    another VERSION or with another seed is replaced. Raises FileNotFoundError for other folders."""
+    folder = Path(folder)
+    path = folder / "traces.jsonl"
+    ids = read_json(folder / "pid_splits.json")["train"]
+    keys = {id: digest([id, NAME, VERSION, seed]) for id in ids}
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            if json.loads(file.readline() or "{}").get("key") == keys[ids[0]]:
+                return path
+    problems = read_json(folder / "problems.json")
+    scenes = read_json(folder / "scenes.json")
+    # In a folder of its own, as another process may be writing them too.
+    with tempfile.TemporaryDirectory(prefix=".traces.", dir=folder) as temporary:
+        made = Path(temporary) / path.name
+        with made.open("w", encoding="utf-8") as file:
+            for id, key in keys.items():
+                trace = make_trace(id, problems[id], scenes[id], seed)
+                file.write(json.dumps(trace | {"key": key}) + "\n")
+        made.replace(path)
+    return path
 
 
 def make_trace(id: str, record: dict, facts: dict, seed: int) -> dict:
@@ -264,31 +272,4 @@ def make_trace(id: str, record: dict, facts: dict, seed: int) -> dict:
         "verdict": judge(record, facts, reply["thought"], reply["answer"]),
         "teacher": NAME,
         "usage": {},
-        "key": trace_key(id, seed),
     }
-
-
-def traces(folder: str | Path, seed: int = 0) -> Path:
-    """Path of traces.jsonl in a folder of scenes.write: a judged trace for each train problem.
-
-    Written at the first call, whole or not at all; later the path is returned at once. A file by
-    another VERSION or with another seed is replaced. Raises FileNotFoundError for other folders."""
-    folder = Path(folder)
-    path = folder / "traces.jsonl"
-    ids = read_json(folder / "pid_splits.json")["train"]
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            if json.loads(file.readline() or "{}").get("key") == trace_key(ids[0], seed):
-                return path
-    problems = read_json(folder / "problems.json")
-    facts = read_json(folder / "scenes.json")
-    lines = [json.dumps(make_trace(id, problems[id], facts[id], seed)) for id in ids]
-    handle, temporary = tempfile.mkstemp(prefix=".traces.", dir=folder)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path

@@ -29,6 +29,7 @@ def test_thoughts_and_answers_are_kept_apart(ask, server, wire):
     questions(ask.folder, 3)
     server.script = {"Q2": {"redacted": True}}
     assert ask(wire)[0] == 0
+    keys = "id question thought answer gold verdict teacher usage key stop attempt hint kept reply"
     for i, record in enumerate(sorted(ask.records(), key=lambda record: record["id"]), 1):
         letter = "ABC"[gold(f"Q{i}")]
         thought = loopback.THOUGHTS[1].format(tag=f"Q{i}", letter=letter)
@@ -36,6 +37,7 @@ def test_thoughts_and_answers_are_kept_apart(ask, server, wire):
         assert record["answer"] == record["gold"] == letter and record["kept"]
         assert record["verdict"]["correct"] is record["verdict"]["consistent"] is True
         assert (record["stop"], record["attempt"], record["hint"]) == ("end", 0, False)
+        assert set(record) == set(keys.split()) and re.fullmatch("[0-9a-f]{64}", record["key"])
         (sent,) = server.sent(f"Q{i}")
         assert sent["images"] == (i == 3) and sent["key"]
         usage = record["usage"]
@@ -45,29 +47,18 @@ def test_thoughts_and_answers_are_kept_apart(ask, server, wire):
         usd = (usage["input"] * price[0] + usage["output"] * price[1]) / 1e6
         assert usage["cost"] == pytest.approx(usd)
         assert usage["tries"] == 1 and usage["seconds"] > 0
-
-
-def test_the_fields_of_a_record(ask, server):
-    questions(ask.folder, 1)
-    ask()
-    keys = "id question thought answer gold verdict teacher usage key stop attempt hint kept reply"
-    (record,) = ask.records()
-    assert set(record) == set(keys.split()) and re.fullmatch("[0-9a-f]{64}", record["key"])
-    assert {"correct", "consistent", "by", "why"} <= set(record["verdict"])
-    assert load_traces(ask.out)[0]["thought"] == record["thought"]
+    assert [t["thought"] for t in load_traces(ask.out)] == [r["thought"] for r in ask.records()]
 
 
 @both_wires
 def test_a_reply_without_a_thought_is_kept_as_answer_only(ask, server, wire):
     questions(ask.folder, 2)
     server.think = False
-    rows = [line.split() for line in ask(wire)[1].splitlines()]
+    heads, total, *_ = ask(wire)[1].splitlines()
     for record in ask.records():
         assert record["thought"] == "" and record["verdict"]["correct"] is True
         assert not record["kept"] and record["dropped"] == "no thought"
-    heads = next(row for row in rows if "questions" in row)
-    row = next(row for row in rows if row[0] == "all")
-    table = dict(zip(heads, row[1:], strict=True))
+    table = dict(zip(heads.split(), total.split()[1:], strict=True))
     expected = {"asked": "2", "answered": "2", "thought": "0", "correct": "2", "kept": "0"}
     assert table.items() >= expected.items()
 
@@ -80,9 +71,10 @@ def test_blocked_refused_and_truncated_replies_are_records(ask, server, wire):
     assert ask(wire)[0] == 0
     records = ask.by_id()
     words = ("SAFETY", "SAFETY", "RECITATION", "MAX_TOKENS")
+    held = "blocked"
     if wire == "anthropic":
         words = ("refusal", "refusal", "refusal", "max_tokens")
-    held = "blocked" if wire == "gemini" else "refused"
+        held = "refused"
     for i, (stop, word) in enumerate(zip(stops, words, strict=True), 1):
         record = records[f"q{i}"]
         verdict = record["verdict"]
@@ -178,51 +170,36 @@ def test_the_judge_is_asked_where_the_rule_is_not_conclusive(ask, server):
 
 
 def test_a_judge_without_valid_json_is_asked_again(ask, server):
-    questions(ask.folder, 2)
-    broken = [{"text": "Yes."}, {"text": '{"why": "half'}, {"text": '{"why": "x"}'}]
-    server.script = {"judge Q1": broken, "judge Q2": {"stop": "refused"}}
-    assert ask(*JUDGE)[0] == 0 and counts(server, 2, "judge") == [4, 1]
-    assert len(server.sent()) == 2
-    assert {id: r["verdict"]["by"] for id, r in ask.by_id().items()} == {
-        "q1": WIRES["anthropic"],
-        "q2": "rule",
-    }
-
-
-def test_a_paid_reply_waits_for_its_judge(ask, server):
     questions(ask.folder, 3)
-    server.script = {"judge *": "503"}
-    code, _, err = ask(*JUDGE, retries=2)
+    server.script = {"judge Q1": [{"text": "Yes."}, {"text": '{"why": "half'}, {"text": "{}"}]}
+    server.script |= {"judge Q2": {"stop": "refused"}}
+    # Half a surrogate pair can be judged.
+    server.script |= {"Q3": {"thought": "A face \ud83d is drawn.", "text": "\ud83d I pass."}}
+    assert ask(*JUDGE)[0] == 0 and counts(server, 3, "judge") == [4, 1, 1]
+    assert len(server.sent()) == 3
+    judges = {id: record["verdict"]["by"] for id, record in ask.by_id().items()}
+    assert judges == {"q1": WIRES["anthropic"], "q2": "rule", "q3": WIRES["anthropic"]}
+
+
+@pytest.mark.parametrize("status", ["503", "401"])
+def test_a_paid_reply_waits_for_its_judge(ask, server, status):
+    """Also where a judge that refuses the key stops the run."""
+    questions(ask.folder, 8)
+    server.script = {"judge *": status}
+    code, _, err = ask(*JUDGE, retries=2, concurrency=2)
     pending = ask.folder / "t.jsonl.pending"
-    assert code == 1 and len(pending.read_text().splitlines()) == 3 and "q1" in err
+    paid = sum(entry["answered"] for entry in server.sent())
+    assert code == 1 and status in err and len(pending.read_text().splitlines()) == paid
+    assert paid == 8 if status == "503" else 1 <= paid <= 4
     server.script = {}
-    assert ask(*JUDGE, retries=2)[0] == 0
-    assert len(server.sent()) == 3 and len(server.sent(kind="judge")) == 9
-    assert len(ask.records()) == 3 and not pending.exists()
+    assert ask(*JUDGE, retries=2, concurrency=2)[0] == 0
+    assert len(server.sent()) == len(ask.records()) == 8 and not pending.exists()
 
 
 def test_a_judge_that_repeats_a_key_is_quoted_without_it(ask, server):
     questions(ask.folder, 1)
     server.script = {"judge Q1": {"text": f"Not JSON, but {KEY}."}}
     assert "Not JSON, but [GOOGLE_API_KEY]" in ask(*JUDGE, retries=2)[2]
-
-
-def test_half_a_surrogate_pair_in_a_reply_can_be_judged(ask, server):
-    questions(ask.folder, 1)
-    server.script = {"Q1": {"thought": "A face \ud83d is drawn.", "text": "\ud83d I pass."}}
-    assert ask(*JUDGE)[0] == 0
-    assert ask.records()[0]["verdict"]["by"] == WIRES["anthropic"]
-
-
-def test_a_judge_that_refuses_the_key_stops_the_run_and_loses_no_reply(ask, server):
-    questions(ask.folder, 8)
-    server.script = {"judge *": "401"}
-    code, _, err = ask(*JUDGE, concurrency=2)
-    paid = sum(entry["answered"] for entry in server.sent())
-    assert code == 1 and "401" in err and 1 <= paid <= 4
-    server.script = {}
-    assert ask(*JUDGE, concurrency=2)[0] == 0
-    assert len(server.sent()) == len(ask.records()) == 8
 
 
 # --- offline

@@ -4,9 +4,6 @@ OUT.batches.json lists the batches that are out: name, keys, most (USD), id, bef
 written there before it is sent, with the ids that the provider lists then, and again when its id is
 known. After a crash between the two it is looked for, by name (Gemini) or as one of this size that
 was not there before (Anthropic has no names), and sent again only if it is not found.
-
-A request is known here by its key alone; teacher.py makes the requests, and the traces of their
-replies. Left out: batches for the judge.
 """
 
 import functools
@@ -19,17 +16,16 @@ from pathlib import Path
 from data import Problem
 from support import files
 from support.teachers import providers
-from support.teachers.calls import Calls, Halt, cost
+from support.teachers.cache import Job
+from support.teachers.calls import Halt, cost
 from support.teachers.filters import split_reply
-from support.teachers.providers import FATAL, UNREADABLE, Failed, Lost, Model, Reply, hide
+from support.teachers.providers import FATAL, UNREADABLE, Failed, Lost, Reply, hide
 
 BATCH_BYTES = {"gemini": 14e6, "anthropic": 150e6}  # the limits are 20 and 256 MB
 BATCH_REQUESTS = 10_000
 BATCH_SHARE = 0.5  # of the price
 
-Jobs = dict[str, tuple[Problem, int]]  # {key of the record: (problem, number of the attempt)}
-
-# --- the same four steps with each provider
+# --- the same three steps with each provider
 
 
 async def list_anthropic(client: object) -> dict[str, int]:
@@ -110,20 +106,15 @@ APIS = {
 
 
 class Batches:
-    """The batches of a trace file that are out, in `entries`, as OUT.batches.json lists them.
+    """The batches of a command that are out, in `entries`, as OUT.batches.json lists them; an
+    entry's keys are those of the requests still to be collected. run: a Run of teacher.py."""
 
-    model, calls      the teacher, and the Calls that ask it
-    reasons_in_reply  whether a thought is to be split off each answer
-    An entry's keys are those of the requests that are still to be collected.
-    """
-
-    def __init__(
-        self, traces: str, model: Model | None, calls: Calls, reasons_in_reply: bool = False
-    ) -> None:
-        self.file = Path(f"{traces}.batches.json")
-        self.model = model
-        self.calls = calls
-        self.reasons_in_reply = reasons_in_reply
+    def __init__(self, run: object) -> None:
+        self.command = run
+        self.calls = run.calls
+        self.model = run.teacher
+        self.api = run.teacher and APIS.get(run.teacher.provider)
+        self.file = Path(f"{run.settings.out}.batches.json")
         self.entries = files.read_json(self.file) if self.file.is_file() else []
 
     def keys(self) -> set[str]:
@@ -135,10 +126,6 @@ class Batches:
             text = f"{len(out)} of these questions are out in batches: collect them with --batch"
             raise ValueError(f"{self.file}: {text}.")
 
-    def most(self) -> float:
-        """The most USD that the batches that are out may cost."""
-        return sum(entry["most"] for entry in self.entries)
-
     def store(self) -> None:
         """Write the list, whole or not at all; an empty one is no file."""
         with files.atomic_write(self.file) as file:
@@ -146,14 +133,13 @@ class Batches:
         if not self.entries:
             self.file.unlink()
 
-    def add(self, keys: Iterable[str], request_of: Callable) -> list[dict]:
-        """Plan batches of as many of these requests as --max-cost allows: their entries.
-        request_of(key): the Request, and the USD that it may cost outside of a batch."""
+    def add(self, jobs: Iterable[Job]) -> list[dict]:
+        """Plan batches of as many of these jobs as --max-cost allows: their entries."""
         calls = self.calls
         entries = []
         room = 0  # bytes
-        for key in keys:
-            request, most = request_of(key)
+        for job in jobs:
+            request, most = self.command.request(job)
             size = len(request.text) + 500
             if request.image:
                 size += len(request.image[0]) * 4 / 3  # base64
@@ -161,34 +147,33 @@ class Batches:
             if calls.spent + calls.reserved + most > calls.limit:
                 break
             if size > room or len(entries[-1]["keys"]) == BATCH_REQUESTS:
-                name = f"nanocot-{key[:24]}"
+                name = f"nanocot-{job.key[:24]}"
                 entries.append({"name": name, "keys": [], "most": 0.0, "before": None, "id": None})
                 room = BATCH_BYTES[self.model.provider]
-            entries[-1]["keys"].append(key)
+            entries[-1]["keys"].append(job.key)
             entries[-1]["most"] += most
             room -= size
             calls.reserved += most
         self.entries += entries
         return entries
 
-    async def send(self, entry: dict, wanted: Collection[str], request_of: Callable) -> None:
+    async def send(self, entry: dict, jobs: dict[str, Job]) -> None:
         """Make a batch of those of its requests that are still wanted, unless it has an id, or an
         interrupted run made it already."""
-        model = self.model
-        api = APIS[model.provider]
+        client = self.model.client
 
         async def ask():
-            listed = await api.list(model.client)
-            mark = entry["name"] if model.provider == "gemini" else len(entry["keys"])
+            listed = await self.api.list(client)
+            mark = entry["name"] if self.model.provider == "gemini" else len(entry["keys"])
             if entry["before"] is not None:  # we were about to send it once
                 for id in listed:
                     if listed[id] == mark and id not in entry["before"]:
                         return id
-            entry["keys"] = [key for key in entry["keys"] if key in wanted]
+            entry["keys"] = [key for key in entry["keys"] if key in jobs]
             entry["before"] = list(listed)
             self.store()
-            requests = {key: request_of(key)[0] for key in entry["keys"]}
-            if id := await api.send(model.client, entry["name"], model.name, requests):
+            requests = {key: self.command.request(jobs[key])[0] for key in entry["keys"]}
+            if id := await self.api.send(client, entry["name"], self.model.name, requests):
                 return id
             raise Lost("the batch has no id")
 
@@ -196,32 +181,17 @@ class Batches:
             entry["id"] = await self.calls.call_with_retries(ask)
             self.store()
 
-    async def collect(self, entry: dict, keys: Iterable[str]) -> tuple[dict, dict]:
-        """Wait until a batch has ended: ({key: Reply}, {key: why there is none}) of these keys."""
-        rows, ending = await self.ended(entry)
-        self.calls.reserved -= entry["most"]
-        messages = dict(rows)
-        replies = {}
-        failed = {}
-        for key in keys:
-            try:
-                replies[key] = self.reply(messages.get(key, f"no reply in its batch, {ending}"))
-            except (Failed, Lost, *UNREADABLE) as error:
-                failed[key] = str(error)
-        return replies, failed
-
     async def ended(self, entry: dict) -> tuple[list, str]:
         """Poll until a batch has ended: ([(key, message or text of an error)], how it ended)."""
         calls = self.calls
         delay = 1.0
-        fetch = functools.partial(APIS[self.model.provider].fetch, self.model.client, entry["id"])
-        not_fatal = 404  # the batch is gone, not the model
-        fatal = tuple(status for status in FATAL if status != not_fatal)
+        fetch = functools.partial(self.api.fetch, self.model.client, entry["id"])
+        fatal = tuple(status for status in FATAL if status != 404)  # 404: no such batch, not model
         while True:
             try:
                 ended = await calls.call_with_retries(fetch, fatal=fatal)
             except Failed as error:
-                if providers.status_of(error.__cause__) != not_fatal:
+                if providers.status_of(error.__cause__) != 404:
                     raise
                 return [], "the provider no longer has it"
             if ended is not None:
@@ -231,43 +201,53 @@ class Batches:
             delay = min(60, 1.5 * delay)
             await calls.pause(delay)
 
+    async def collect(self, entry: dict, jobs: dict[str, Job]) -> None:
+        """Wait until a batch has ended, settle its replies, forget what is settled or failed."""
+        calls = self.calls
+        records = self.command.traces.records
+        rows, ending = await self.ended(entry)
+        calls.reserved -= entry["most"]
+        messages = dict(rows)
+        replies = {}
+        for key in entry["keys"]:
+            if key not in jobs or key in records:
+                continue
+            try:
+                replies[key] = self.reply(messages.get(key, f"no reply in its batch, {ending}"))
+            except (Failed, Lost, *UNREADABLE) as error:
+                calls.failed[jobs[key].problem.id] = str(error)
+                calls.done += 1
+        await self.settle_all(jobs, replies)
+        failed = {key for key, job in jobs.items() if job.problem.id in calls.failed}
+        entry["keys"] = [key for key in entry["keys"] if key not in records.keys() | failed]
+        self.entries = [entry for entry in self.entries if entry["keys"]]
+        self.store()
+
     def reply(self, message: object) -> Reply:
         """The Reply, paid for; Failed or Lost with why there is none."""
         if isinstance(message, str):
             raise Failed(message)
-        reply = APIS[self.model.provider].parse(message)
+        reply = self.api.parse(message)
         usd = cost(reply.usage, self.model.price, BATCH_SHARE)
         reply.usage |= {"cost": usd, "seconds": None, "tries": 1}
         self.calls.spent += usd or 0.0
-        return split_reply(reply) if self.reasons_in_reply else reply
+        return split_reply(reply) if self.command.settings.reasons_in_reply else reply
 
-    def forget(self, entry: dict, keys: Collection[str]) -> None:
-        """These keys are collected; an entry that has no others is dropped."""
-        entry["keys"] = [key for key in entry["keys"] if key not in keys]
-        self.entries = [entry for entry in self.entries if entry["keys"]]
-        self.store()
+    async def settle_all(self, jobs: dict[str, Job], replies: dict[str, Reply]) -> None:
+        async def settle(key):
+            await self.command.settle(jobs[key], replies[key])
 
-    async def run(
-        self,
-        open_jobs: Callable[[], Jobs],
-        unjudged: Callable,
-        request_of: Callable,
-        settle: Callable,
-        records: dict,
-    ) -> None:
-        """Send what has no record, wait, settle the replies; then the next attempts likewise.
+        pairs = [(jobs[key].problem.id, key) for key in replies]
+        await self.calls.pool("judged", pairs, settle)
 
-        open_jobs()                       the attempts to make now
-        unjudged(key)                     its paid reply that waits for the judge, or None
-        request_of(problem, attempt)      the Request, and the USD that it may cost
-        settle(problem, attempt, reply)   judges a reply and writes its record into `records`
-        """
+    async def run(self, problems: Collection[Problem]) -> None:
+        """Send what has no record, wait, settle the replies; then the next attempts likewise."""
         calls = self.calls
-        calls.reserved = self.most()
+        calls.reserved = sum(entry["most"] for entry in self.entries)
         busy = True
         try:
             while busy and not calls.stop:
-                busy = await self.one_round(open_jobs(), unjudged, request_of, settle, records)
+                busy = await self.one_round(self.command.open_jobs(problems))
         except Failed as error:
             calls.halt(f"a batch cannot be sent or fetched now: {error}")
         except Halt:
@@ -276,50 +256,18 @@ class Batches:
             text = "lists batches sent with other flags; those collect them."
             print(f"{self.file} {text}", file=sys.stderr)
 
-    async def one_round(
-        self, jobs: Jobs, unjudged: Callable, request_of: Callable, settle: Callable, records: dict
-    ) -> bool:
-        """One attempt at each question, or at as many as --max-cost allows; whether there was any.
-        The parameters are those of `run`."""
-        calls = self.calls
-
-        def request(key):
-            problem, attempt = jobs[key]
-            return request_of(problem, attempt)
-
-        replies = {key: unjudged(key) for key in jobs}
+    async def one_round(self, jobs: dict[str, Job]) -> bool:
+        """One attempt at each question, or at as many as --max-cost allows; whether any was."""
+        replies = {key: self.command.unjudged(key) for key in jobs}
         waiting = {key: reply for key, reply in replies.items() if reply}
         out = self.keys()
         ours = [entry for entry in self.entries if jobs.keys() & entry["keys"]]
-        ours += self.add((key for key in jobs if key not in out | waiting.keys()), request)
+        ours += self.add(job for key, job in jobs.items() if key not in out | waiting.keys())
         if jobs and not ours and not waiting:
-            calls.halt(f"{calls.money_left()}: too little for another request")
-        await self.settle_all(jobs, waiting, settle)
+            self.calls.halt(f"{self.calls.money_left()}: too little for another request")
+        await self.settle_all(jobs, waiting)
         for entry in ours:
-            await self.send(entry, jobs, request)
+            await self.send(entry, jobs)
         for entry in ours:
-            wanted = [key for key in entry["keys"] if key in jobs and key not in records]
-            replies, failed = await self.collect(entry, wanted)
-            calls.failed |= {jobs[key][0].id: why for key, why in failed.items()}
-            calls.done += len(failed)
-            settled = await self.settle_all(jobs, replies, settle)
-            self.forget(entry, settled | failed.keys() | records.keys())
+            await self.collect(entry, jobs)
         return bool(ours or waiting)
-
-    async def settle_all(self, jobs: Jobs, replies: dict[str, Reply], settle: Callable) -> set[str]:
-        """Settle these jobs' replies; the keys of those settled before the run stopped."""
-        settled = set()
-
-        async def settle_one(key):
-            problem, attempt = jobs[key]
-            try:
-                await settle(problem, attempt, replies[key])
-            except Halt:
-                return
-            except (Failed, *UNREADABLE) as error:
-                self.calls.failed[problem.id] = str(error)
-            settled.add(key)
-            self.calls.done += 1
-
-        await self.calls.pool(replies, settle_one)
-        return settled

@@ -1,18 +1,8 @@
 """The trace file, which is also the cache: a record a line, each under the key of its question.
 
-`Ledger` is such a file. It is only ever appended to, one write a record, so that a kill costs at
-most the record being written; what is in it is not asked, and not paid for, again. teacher.py keeps
-traces in one and replies that wait for a judge in another, filters.py verdicts.
-
-A trace: what the student shall write, and in "reply" the teacher's own words.
-
-    {"id": "7", "question": "Will these magnets ...?", "thought": "Two north poles face each other,
-     and like poles repel.", "answer": "B", "gold": "B", "verdict": {"correct": true, "consistent":
-     true, "by": "rule", "why": ...}, "teacher": "gemini:...", "usage": {"input": 711, "output":
-     342, "cost": 0.0018, ...}, "key": ..., "stop": "end", "attempt": 0, "hint": false, "kept":
-     true, "reply": {"thought": ..., "answer": ...}}
-
-Left out: an index, and files of more than one process at a time.
+A `Ledger` is only ever appended to, one write a record, so that a kill costs at most the record
+being written; what is in it is not asked, and not paid for, again. teacher.py keeps traces in one
+and replies that wait for a judge in another, filters.py keeps verdicts.
 """
 
 import contextlib
@@ -22,15 +12,26 @@ import io
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+import data
 from support import files
 from support.dataset import images
 from support.teachers.providers import Failed, hide
 
 VERSION = 1  # of the prompts, a part of every key: after a change of it everything is asked again
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt at a problem, and the key of its record."""
+
+    problem: data.Problem
+    attempt: int
+    key: str
 
 
 @functools.cache
@@ -48,9 +49,8 @@ def fingerprint(path: Path | None) -> tuple[str, tuple[int, int]] | tuple[None, 
 
 
 class Ledger:
-    """An append-only JSONL file, a record a line, each with its own "key"; one process at a time.
+    """An append-only JSONL file of `records`, {key: record}, of one process at a time.
 
-    records  {key: record} of what the file holds.
     A last line that its writer never finished is cut off. Raises ValueError for a file in use or a
     line that is not a record, FileNotFoundError if there is no such folder.
     """
@@ -66,26 +66,20 @@ class Ledger:
         in_use = f"{path} is in use by another process: wait for it, or write elsewhere."
         files.lock(self.file, in_use)  # some network disks cannot lock: not an error
         self.file.seek(0)
-        lines = self.file.read().split(b"\n")
-        lines += self.finished(lines.pop())
+        *lines, last = self.file.read().split(b"\n")
+        if last:
+            try:
+                json.loads(last)
+                lines.append(last)
+                self.file.write(b"\n")  # only its newline was missing
+            except (ValueError, RecursionError):
+                self.file.truncate(self.file.tell() - len(last))
+                print(f"{path}: its last line, cut off half-way, is dropped.", file=sys.stderr)
         self.records = {}
         for number, line in enumerate(lines, 1):
             if line.strip():
                 record = parse_record(line, f"{path}, line {number}")
                 self.records.setdefault(record["key"], record)
-
-    def finished(self, torn: bytes) -> list[bytes]:
-        """Mend the end of the file; [the last line] if only its newline was missing."""
-        if not torn:
-            return []
-        try:
-            json.loads(torn)
-        except (ValueError, RecursionError):
-            self.file.truncate(self.file.tell() - len(torn))
-            print(f"{self.path}: its last line, cut off half-way, is dropped.", file=sys.stderr)
-            return []
-        self.file.write(b"\n")
-        return [torn]
 
     def add(self, record: dict) -> None:
         """One write, flushed: a kill before it loses the record, a kill after it nothing."""
@@ -119,19 +113,3 @@ def paid(record: dict) -> float:
     usage = record.get("usage", {})
     judge = usage.get("judge") or {}
     return 0.0 + (usage.get("cost") or 0) + (judge.get("cost") or 0)
-
-
-def total_paid(traces: Ledger, pending: Ledger | None) -> float:
-    """USD of the traces, and of the paid replies that still wait for their judge."""
-    records = list(traces.records.values())
-    for key, record in pending.records.items() if pending else ():
-        if key not in traces.records:
-            records.append(record)
-    return sum(map(paid, records))
-
-
-def close(traces: Ledger, pending: Ledger | None) -> None:
-    """Close both files; an empty one, and pending replies that are all judged, are deleted."""
-    traces.close(delete=not traces.records)
-    if pending:
-        pending.close(delete=pending.records.keys() <= traces.records.keys())

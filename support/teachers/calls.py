@@ -1,12 +1,8 @@
 """Many calls of providers at once, within limits of time, tries and money.
 
-`Calls` is one run of them. A call goes through `call_with_retries`: it waits until the most that it
-can cost fits under the limit (`reserve`), asks, asks again where providers.py finds that worth it,
-and counts its cost. `pool` works through many items; `run` opens and closes the clients around all
-of it, and makes Ctrl-C finish the calls that are paid for.
-
-Left out: a rate limit of our own. A provider that has had enough answers 429, and then each call
-waits as long as it asks for.
+A call goes through `call_with_retries`: it waits until the most that it can cost fits under the
+limit, asks, asks again where providers.py finds that worth it, and counts its cost. There is no
+rate limit of our own: a provider that has had enough answers 429, and each call waits as it asks.
 """
 
 import asyncio
@@ -40,19 +36,16 @@ def cost(usage: dict, price: tuple | None, share: float = 1.0) -> float | None:
 
 
 def input_tokens(provider: str, text: str, size: tuple[int, int] | None) -> int:
-    """An estimate for English that is rather too high: 3 characters a token."""
-    tokens = math.ceil(len(text) / 3)
-    if size is None:
-        return tokens
-    image = IMAGE_TOKENS.get(provider, 0)
-    if provider == "anthropic":
+    """An estimate for English and an image of (width, height), too high: 3 characters a token."""
+    image = IMAGE_TOKENS.get(provider, 0) if size else 0
+    if size and provider == "anthropic":
         image = min(image, math.ceil(size[0] * size[1] / 750))
-    return tokens + image
+    return math.ceil(len(text) / 3) + image
 
 
 def highest_cost(model: Model, text: str, size: tuple[int, int] | None, output: int) -> float:
-    """The most USD that a call can cost; 0 where the price is unknown, for then no limit is set.
-    size: (width, height) of the image, if one is sent; output: most tokens of the reply."""
+    """The most USD of a call with a reply of at most `output` tokens; 0 with an unknown price, for
+    then no limit is set."""
     usage = {"input": input_tokens(model.provider, text, size), "output": output}
     return cost(usage, model.price) or 0.0
 
@@ -96,26 +89,19 @@ class Calls:
         self.changed.set()
 
     def interrupt(self, task: asyncio.Task) -> None:
-        """Ctrl-C or SIGTERM: the first waits for calls under way, which are paid for; the second
-        does not."""
+        """Ctrl-C or SIGTERM: the first waits for the calls under way, which are paid for."""
         if self.stop:
             task.cancel()
         elif self.in_flight:
-            text = f"stopping after the {self.in_flight} calls under way"
-            print(f"\n{text}; press Ctrl-C again to drop them", file=sys.stderr)
+            text = f"\nstopping after the {self.in_flight} calls under way; press Ctrl-C again to"
+            print(text, "drop them", file=sys.stderr)
         self.halt("interrupted")
 
     def fail(self, id: str, error: object) -> None:
-        """Give up a question; many in a row end the run."""
         self.failed[id] = str(error)
         self.in_a_row += 1
         if self.in_a_row == max(20, 2 * self.concurrency):
             self.halt(f"{self.in_a_row} questions in a row failed, the last with {error}")
-
-    def progress(self, label: str) -> None:
-        """One more is done."""
-        self.done += 1
-        files.progress(label, self.done, self.total, self.start, f", ${self.spent:.2f}")
 
     def money_left(self) -> str:
         return f"--max-cost: ${self.limit - self.spent:.4f} of ${self.limit:g} are left"
@@ -138,17 +124,11 @@ class Calls:
         self.in_flight += 1
 
     async def call_with_retries(
-        self,
-        ask: Callable[[], Awaitable],
-        most: float = 0.0,
-        price: tuple | None = None,
-        fatal: tuple[int, ...] = FATAL,
+        self, ask: Callable, most: float = 0.0, price: tuple | None = None, fatal: tuple = FATAL
     ) -> object:
-        """The result of the coroutine `ask()`, tried at most `retries` times as `retry_after` says.
-
-        A Reply gets its cost, seconds and tries. Failed when it is given up, Halt when nothing more
-        is to be asked. The timeout is on a whole call, as a stalled connection may drip.
-        """
+        """The result of the coroutine `ask()`, tried at most `retries` times as `retry_after` says;
+        a Reply with its cost, seconds and tries. Raises Failed when it is given up, Halt when
+        nothing more is to be asked, as after the statuses that are `fatal`."""
         tries = 0
         while True:
             await self.reserve(most)
@@ -156,6 +136,7 @@ class Calls:
             start = time.monotonic()
             spent = 0.0
             try:
+                # On the whole call, as a stalled connection may drip.
                 result = await asyncio.wait_for(ask(), self.timeout)
                 if isinstance(result, Reply):
                     usd = cost(result.usage, price)
@@ -182,21 +163,34 @@ class Calls:
                 self.changed.set()
             await self.pause(wait)
 
-    async def pool(self, items: Iterable, work: Callable[[object], Awaitable]) -> None:
-        """await work(item) for all, `concurrency` at a time; none is taken before its turn."""
+    async def pool(
+        self, label: str, items: Iterable[tuple[str, object]], work: Callable[[object], Awaitable]
+    ) -> None:
+        """await work(item) for all (problem id, item), `concurrency` at a time, none before its
+        turn. An error fails its own question; many in a row end the run."""
         items = iter(items)
 
         async def worker():
-            for item in items:
+            for id, item in items:
                 if self.stop:
                     return
-                await work(item)
+                try:
+                    await work(item)
+                    self.in_a_row = 0
+                except Halt:
+                    return
+                except Exception as error:
+                    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                        raise  # the disk is full
+                    self.fail(id, error if isinstance(error, Failed) else repr(error))
+                self.done += 1
+                money = f", ${self.spent:.2f}"
+                files.progress(label, self.done, self.total, self.start, money)
 
         await asyncio.gather(*(worker() for _ in range(self.concurrency)))
 
     async def run(self, models: Iterable[Model], work: Coroutine) -> None:
-        """Connect the models, await the coroutine `work`, disconnect. What interrupted it is in
-        `stop`. Raises ValueError where a model cannot be connected."""
+        """Await `work` with the models connected; raises ValueError where one cannot be."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not all have

@@ -1,8 +1,4 @@
-"""teacher.py's command line: its settings, the cost of a dry run, the closing table.
-
-Left out: configuration files; errors that only the data can show, as a missing price or too few
-worked examples (teacher.py).
-"""
+"""teacher.py's command line: its settings, the cost of a dry run, the closing table."""
 
 import argparse
 import math
@@ -15,6 +11,7 @@ from pathlib import Path
 import data
 from support.evaluation import metrics, tables
 from support.teachers.batch_api import BATCH_SHARE
+from support.teachers.cache import paid
 from support.teachers.calls import Calls, cost, input_tokens
 from support.teachers.filters import JUDGE_OUTPUT, agreement, suffix_length
 from support.teachers.providers import ASK, PRICES_OF, Model
@@ -54,6 +51,11 @@ class TeacherSettings:
     dry_run: bool = False
     price: Sequence[float] | None = None  # PRICES, where the model is in it
     judge_price: Sequence[float] | None = None
+
+    @property
+    def reasons_in_reply(self) -> bool:
+        """Whether the teacher reasons in its reply, as it has no thoughts of its own to show."""
+        return bool(self.zero_shot_cot or self.shots)
 
 
 def count(text: str) -> int:
@@ -140,7 +142,7 @@ def conflict(s: TeacherSettings) -> str | None:
     budget = s.thinking_budget or 0
     if s.data != "demo" and (asks_demo or s.judge == "demo"):
         return "--teacher demo and --judge demo know only --data demo"
-    if asks_demo and (s.hint_gold or s.zero_shot_cot or s.shots):
+    if asks_demo and (s.hint_gold or s.reasons_in_reply):
         return "the demo's teacher reads no prompt: no --hint-gold, --zero-shot-cot, --shots"
     if s.batch and (asks_demo or s.source):
         return "--batch needs a teacher with a batch API"
@@ -167,62 +169,47 @@ JUDGE_REPLY = 300  # tokens of a usual verdict
 
 
 def forecast(
-    settings: TeacherSettings,
-    teacher: Model | None,
-    judge: Model,
-    questions: list[tuple[str, tuple[int, int] | None]],
-    records: list[dict],
+    s: TeacherSettings, teacher: Model | None, judge: Model, questions: list, records: list[dict]
 ) -> list[str]:
     """Lines for --dry-run: requests, tokens, USD. Two sums of money: the expected one, with replies
-    as long as those that the trace file has, and the most, with every attempt made and every reply
-    as long as --max-output allows. Nothing is sent, and no key is needed.
+    as long as those of the trace file's `records`, and the most, with every attempt made and every
+    reply as long as --max-output allows.
 
-    questions  (text, the image's (width, height) or None) of each problem with something to ask,
-               with --from of each reply that is to be judged
-    records    the trace file's of this command
+    questions  (text, (width, height) of the image or None) of each question to be asked, with
+               --from of each reply to be judged
     """
     lines = []
     n = len(questions)
     sizes = [r["usage"]["output"] for r in records if r["usage"].get("output")]
     usual = sum(sizes) / len(sizes) if sizes else USUAL_OUTPUT
+
+    def tokens(model):
+        return sum(input_tokens(model.provider, text, size) for text, size in questions)
+
+    def money(model, flag, reads, usual, most, share=1.0):
+        if model.price is None:
+            return f"No price of {model.name} is known: give {flag} IN OUT."
+        expected = s.diverse * cost({"input": reads, "output": n * usual}, model.price, share)
+        highest = s.attempts * cost({"input": reads, "output": n * most}, model.price, share)
+        return f"${expected:.2f} expected, ${highest:.2f} at most (prices of {PRICES_OF})."
+
     if teacher:
-        reads = sum(input_tokens(teacher.provider, text, size) for text, size in questions)
-        most = settings.max_output
-        many = f"{n * settings.diverse} to {n * settings.attempts}" if settings.attempts > 1 else n
+        reads = tokens(teacher)
+        share = BATCH_SHARE if s.batch else 1.0
+        many = f"{n * s.diverse} to {n * s.attempts}" if s.attempts > 1 else n
         guess = f"the mean of {len(sizes)} replies" if sizes else "a guess"
         lines.append(
             f"{teacher.spec}: {many} requests, {reads:,} tokens in; out {usual:.0f} each "
-            f"({guess}), {most} at most. "
-            + money(teacher, "--price", settings, reads, n * usual, n * most, settings.batch)
+            f"({guess}), {s.max_output} at most. "
+            + money(teacher, "--price", reads, usual, s.max_output, share)
         )
     if judge.provider in ASK:
-        reads = sum(input_tokens(judge.provider, text, size) for text, size in questions)
-        reads += n * (JUDGE_PROMPT + round(usual))
+        reads = tokens(judge) + n * (JUDGE_PROMPT + round(usual))
         some = "where the rule is not conclusive; for all it would be "
-        lines.append(
-            f"{judge.spec} judges {'every reply: ' if settings.judge_all else some}"
-            + money(judge, "--judge-price", settings, reads, n * JUDGE_REPLY, n * JUDGE_OUTPUT)
-        )
+        some = "every reply: " if s.judge_all else some
+        price = money(judge, "--judge-price", reads, JUDGE_REPLY, JUDGE_OUTPUT)
+        lines.append(f"{judge.spec} judges {some}{price}")
     return lines
-
-
-def money(
-    model: Model,
-    flag: str,
-    settings: TeacherSettings,
-    reads: int,
-    usual: float,
-    most: int,
-    batch: bool = False,
-) -> str:
-    """The part on money of a forecast. Tokens of one attempt at all questions: reads in; out usual
-    or, if all replies are as long as they can be, most."""
-    if model.price is None:
-        return f"No price of {model.name} is known: give {flag} IN OUT."
-    share = BATCH_SHARE if batch else 1.0
-    expected = cost({"input": reads, "output": usual}, model.price, share) * settings.diverse
-    highest = cost({"input": reads, "output": most}, model.price, share) * settings.attempts
-    return f"${expected:.2f} expected, ${highest:.2f} at most (prices of {PRICES_OF})."
 
 
 # --- what a trace file holds
@@ -250,8 +237,16 @@ def trace_table(
     lines = [tables.align(rows, False)]
     lines += [f"ended by {listed(stops)}; {failed} calls failed for good (asked again next time)"]
     lines += [f"not kept: {listed(dropped)}"] if dropped else []
-    lines += lengths(records, by_id, tokenizer) + agreements(records)
-    return "\n".join(lines)
+    thoughts = [record for record in records if record["thought"]]
+    kept = [record for record in thoughts if record["kept"]]
+    unit = "tokens" if tokenizer else "words"
+    for name, some in (("before shaping", thoughts), ("after", thoughts), ("kept", kept)):
+        sizes = []
+        for record in some:
+            text = (record["reply"] if name == "before shaping" else record)["thought"]
+            sizes.append(suffix_length(by_id[record["id"]], text, tokenizer))
+        lines += [f"{unit} {name}: {spread(sizes)}"] if sizes else []
+    return "\n".join(lines + agreements(records))
 
 
 def listed(counts: Counter) -> str:
@@ -260,8 +255,6 @@ def listed(counts: Counter) -> str:
 
 def row(name: str, records: list[dict]) -> list[str]:
     """A row of the table: COLUMNS of some records."""
-    usages = [record["usage"] for record in records]
-    usages += [usage.get("judge", {}) for usage in usages]
     verdicts = [record["verdict"] for record in records]
     counts = [
         len({record["id"] for record in records}),
@@ -273,24 +266,7 @@ def row(name: str, records: list[dict]) -> list[str]:
         sum(bool(r["thought"]) and r["verdict"]["consistent"] is None for r in records),
         sum(record["kept"] for record in records),
     ]
-    return [name, *map(str, counts), f"{sum(u.get('cost') or 0 for u in usages):.4f}"]
-
-
-def lengths(records: list[dict], by_id: dict, tokenizer: object) -> list[str]:
-    """Lines: how long the thoughts are as the teacher wrote them, and shaped."""
-    shaped = [(by_id[r["id"]], r["thought"], r) for r in records if r["thought"]]
-    groups = {
-        "before shaping": [(problem, r["reply"]["thought"]) for problem, _, r in shaped],
-        "after": [(problem, thought) for problem, thought, _ in shaped],
-        "kept": [(problem, thought) for problem, thought, r in shaped if r["kept"]],
-    }
-    unit = "tokens" if tokenizer else "words"
-    lines = []
-    for name, thoughts in groups.items():
-        if thoughts:
-            sizes = [suffix_length(problem, thought, tokenizer) for problem, thought in thoughts]
-            lines.append(f"{unit} {name}: {spread(sizes)}")
-    return lines
+    return [name, *map(str, counts), f"{sum(map(paid, records)):.4f}"]
 
 
 def spread(sizes: Sequence[int]) -> str:
@@ -320,18 +296,9 @@ def agreements(records: list[dict]) -> list[str]:
 
 
 def report(
-    records: list[dict],
-    problems: list[data.Problem],
-    tokenizer: object,
-    calls: Calls,
-    left: int,
+    records: list[dict], problems: list[data.Problem], tokenizer: object, calls: Calls, left: int
 ) -> None:
-    """Print the table, the failures, and how to resume.
-
-    records  the trace file's of this command
-    calls    come to their end
-    left     questions that can still be asked
-    """
+    """Print the table, the failures, and how to resume the questions that are `left`."""
     if records:
         print(trace_table(records, problems, tokenizer, len(calls.failed)))
     errors = [f"failed: {id}: {why}" for id, why in calls.failed.items()]

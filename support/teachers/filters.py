@@ -1,16 +1,11 @@
 """Which of a teacher's replies are kept, and in what form a student learns them.
 
-Shaping: `shape` takes out what a student should not learn: markdown, headings without content, talk
-about the task, an answer line of its own. LaTeX stays, as the questions are written in it; so do
-"- " and "1. " before a line: one may be a minus, the other is what "step 1" refers to.
-
-Judging: `rule_verdict` is free and always the same; grading.is_conclusive says where a model is
-asked instead, which `ask_judge` does, and `judge_many` for eval.py. A verdict is {"correct",
+`shape` takes out what a student should not learn: markdown, headings without content, talk about
+the task, an answer line of its own. LaTeX stays, as the questions are written in it.
+`rule_verdict` is free and always the same; grading.is_conclusive says where a model is asked
+instead, which `ask_judge` does, and `judge_many` for eval.py. A verdict is {"correct",
 "consistent", "by", "why"}, and "picture" (whether the thought agrees with it) where a judge could
 look. `agreement`: Cohen, A coefficient of agreement for nominal scales (1960).
-
-Left out: a model that rewrites thoughts; several judges, votes, batches, and a judge that gives
-marks between right and wrong.
 """
 
 import asyncio
@@ -30,7 +25,7 @@ from support.dataset.tokenizers import plain_ids
 from support.evaluation import grading
 from support.teachers import providers
 from support.teachers.cache import VERSION, Ledger, fingerprint
-from support.teachers.calls import Calls, Halt, highest_cost
+from support.teachers.calls import Calls, highest_cost
 from support.teachers.providers import Failed, Lost, Model, Options, Reply, Request
 
 # --- shaping
@@ -52,7 +47,7 @@ MARKUP = (
     (re.compile(r"`([^`\n]+)`"), r"\1"),
     (BOXED, r"\1"),
     (re.compile(r"^#{1,6} ", re.MULTILINE), ""),
-    (re.compile(r"^[*•] ", re.MULTILINE), "- "),
+    (re.compile(r"^[*•] ", re.MULTILINE), "- "),  # these stay, as a "- " may be a minus
 )
 TALK = re.compile(  # the beginning of a sentence about the task or the teacher's own text
     r"(?:- )?(?:the user (?:wants|asks|is asking|would like|needs)\b"
@@ -76,17 +71,18 @@ LABEL = re.compile(r"(?:the )?(?:final |correct )?answer ?: ?", re.IGNORECASE)
 def split_reply(reply: Reply) -> Reply:
     """The reply of a teacher that reasons in its answer: the text before the line or sentence of
     its last "Answer:" or "answer is" is the thought."""
-    matches = list(re.finditer(r"\banswer(?:\W{0,3}:| is\b)", reply.answer, re.IGNORECASE))
-    if not matches:
-        return replace(reply, thought=reply.answer, answer=reply.answer.strip())
-    at = matches[-1].start()
-    cut = max(reply.answer.rfind("\n", 0, at), reply.answer.rfind(". ", 0, at)) + 1
-    return replace(reply, thought=reply.answer[:cut].strip(), answer=reply.answer[cut:].strip())
+    text = reply.answer
+    cut = len(text)
+    answer = text.strip()
+    for match in re.finditer(r"\banswer(?:\W{0,3}:| is\b)", text, re.IGNORECASE):
+        cut = max(text.rfind(end, 0, match.start()) for end in ("\n", ". ")) + 1
+        answer = text[cut:].strip()
+    return replace(reply, thought=text[:cut].strip(), answer=answer)
 
 
 def shape(problem: data.Problem, thought: str, answer: str) -> tuple[str, str]:
     """(thought, answer) as the student gets them: of the thought the reasoning, of the answer the
-    letter or short text that it commits to. Pure; shaping twice is shaping once.
+    letter or short text that it commits to. Shaping twice is shaping once.
 
     No line of the thought begins with "Answer:", which `data.pali_suffix` writes once, from the
     gold answer. A thought that is nothing but talk stays, without its markup.
@@ -95,17 +91,17 @@ def shape(problem: data.Problem, thought: str, answer: str) -> tuple[str, str]:
     text = grading.grade(problem, answer).parsed or grading.grade(problem, last).parsed or last
     question = " ".join([problem.question, problem.hint, *problem.choices]).lower()
     facts = set(NEWS.findall(question))
+    before = None
     shaped = thought
-    while shaped:  # markup may hide other markup, and talk may stand before an answer line
+    while shaped != before:  # markup may hide other markup, and talk may stand before an answer
         before = shaped
         shaped = without_talk(before, facts)
-        if shaped == before:
-            break
     return shaped or unmarked(thought), text
 
 
 def without_talk(thought: str, facts: set[str]) -> str:
-    """A thought without headings, answer lines and sentences of talk; `facts`: the question's."""
+    """A thought without headings, answer lines and sentences of talk: those about the task or to
+    itself without a number or a relation that is not in `facts`, the question's."""
     lines = []
     for line in thought.splitlines():
         line = " ".join(line.split())
@@ -113,19 +109,16 @@ def without_talk(thought: str, facts: set[str]) -> str:
         if heading and set(re.findall(r"\w+", heading[heading.lastindex].lower())) <= EMPTY_WORDS:
             continue
         parts = BETWEEN_SENTENCES.split(unmarked(line))  # sentence, blank, sentence ...
-        line = "".join("" if is_talk(part, facts) else part for part in parts).strip()
+        for i, part in enumerate(parts):
+            if TALK.match(part.lower()) and set(NEWS.findall(part.lower())) <= facts:
+                parts[i] = ""
+        line = "".join(parts).strip()
         if label := LABEL.match(line):
             line = line[label.end() :]
             if "=" not in line and len(line.split()) <= 5:
                 continue
         lines.append(line.replace(grading.CUE, grading.CUE.lower()))
     return "\n".join(filter(None, lines))
-
-
-def is_talk(sentence: str, facts: set[str]) -> bool:
-    """About the task or to itself, and without a number or a relation that the question lacks."""
-    text = sentence.lower()
-    return TALK.match(text) is not None and set(NEWS.findall(text)) <= facts
 
 
 def unmarked(text: str) -> str:
@@ -145,18 +138,17 @@ def suffix_length(problem: data.Problem, thought: str, tokenizer: object = None)
     return len(plain_ids(tokenizer, text)) + 1 if tokenizer else len(text.split())
 
 
-def word_grams(text: str, n: int = 3) -> set[tuple]:
-    """The runs of n words of a text; of a shorter text the one run that it is."""
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
-
-
 def distinct(thought: str, others: Iterable[str], share: float = 0.6) -> bool:
     """Whether a thought differs from each of `others` (--diverse): it shares less than `share` of
     the runs of three words that the shorter of the two has. The same sentences in another order
     are the same thought; a question quoted in both adds few such runs."""
-    ours = word_grams(thought)
-    others = map(word_grams, others)
+
+    def runs(text):
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+    ours = runs(thought)
+    others = map(runs, others)
     return all(len(ours & other) < share * min(len(ours), len(other)) for other in others)
 
 
@@ -190,7 +182,6 @@ def reason_to_drop(
 
 # --- the rule
 
-
 NONE = re.compile(r"\b(?:no|none|neither|nobody)\b", re.IGNORECASE)
 WORD = re.compile(r"-?\d(?:[\d.,/]*\d)?|\b[A-J]\b|[^\W\d_]{2,}")
 
@@ -199,9 +190,8 @@ def rule_verdict(problem: data.Problem, thought: str, answer: str) -> dict:
     """The verdict of the grader (grading.py) on a teacher's own words: free, and always the same.
 
     consistent: the last answer that the thought commits to is the answer; None if it commits to
-    none, as a thought may when it ends in the observation that settles the question, or if it
-    seems to commit to another but names this one at its end. Where talk about the form of an answer
-    hides its last words, the shaped thought is read.
+    none, as a thought may that ends in an observation, or to another but names this one at its end.
+    Where talk about the form of an answer hides its last words, the shaped thought is read.
     """
     grade = grading.grade(problem, answer)
     consistent = grading.agrees(problem, thought, answer)
@@ -341,50 +331,36 @@ async def ask_judge(
 
 
 def judge_many(
-    items: list[tuple[data.Problem, str, str]],
-    spec: str,
-    cache: str | Path,
-    image: bool = True,
-    concurrency: int = 8,
-    timeout: float = 120.0,
-    retries: int = 6,
+    items: list[tuple[data.Problem, str, str]], spec: str, cache: str | Path
 ) -> list[dict]:
     """Verdicts of a model (or "demo") on (problem, thought, answer) items, in their order; for
     eval.py's --judge. cache: a JSONL file of verdicts, which is resumed. What could not be judged
     has None for correct and consistent and says why. ValueError if nothing more could be asked."""
     judge = providers.parse_spec(spec, providers.JUDGES)
     ledger = Ledger(cache)
-    calls = Calls(concurrency, timeout, retries, total=len(items))
-
-    def key_of(problem, thought, answer):
+    calls = Calls(concurrency=8, timeout=120.0, retries=6, total=len(items))
+    keys = []
+    for problem, thought, answer in items:
         sha = None
         with contextlib.suppress(Failed):  # ask_judge says what is wrong with the image
-            sha = fingerprint(problem.image)[0] if image else None
+            sha = fingerprint(problem.image)[0]
         text = judge_prompt(problem, thought, answer)
-        return files.digest(["judge", VERSION, judge.spec, problem.id, sha, text])
+        keys.append(files.digest(["judge", VERSION, judge.spec, problem.id, sha, text]))
 
-    async def judge_one(item):
-        problem, thought, answer = item
-        key = key_of(problem, thought, answer)
-        if key in ledger.records:
-            return
-        try:
-            verdict, usage = await ask_judge(calls, judge, problem, thought, answer, look=image)
-        except Failed as error:
-            return calls.fail(problem.id, error)
-        except Halt:
-            return
-        ledger.add({"key": key, "id": problem.id, "verdict": verdict or {}, "usage": usage})
-        calls.in_a_row = 0
-        calls.progress("judged")
+    async def judge_one(job):
+        key, (problem, thought, answer) = job
+        if key not in ledger.records:
+            verdict, usage = await ask_judge(calls, judge, problem, thought, answer)
+            ledger.add({"key": key, "id": problem.id, "verdict": verdict or {}, "usage": usage})
 
-    asyncio.run(calls.run([judge], calls.pool(items, judge_one)))
+    pairs = [(item[0].id, (key, item)) for key, item in zip(keys, items, strict=True)]
+    asyncio.run(calls.run([judge], calls.pool("judged", pairs, judge_one)))
     ledger.close()
     if calls.stop:
         raise ValueError(f"{spec}: {calls.stop}. Verdicts so far are in {ledger.path}.")
     verdicts = []
-    for problem, thought, answer in items:
-        verdict = ledger.records.get(key_of(problem, thought, answer), {}).get("verdict")
+    for key, (problem, _, _) in zip(keys, items, strict=True):
+        verdict = ledger.records.get(key, {}).get("verdict")
         why = calls.failed.get(problem.id, "declined to judge")
         unknown = {"correct": None, "consistent": None, "by": judge.spec, "why": why}
         verdicts.append(verdict or unknown)

@@ -2,12 +2,8 @@
 
 Here: requests and replies in one form for all; one coroutine a provider that asks, (client, model
 name, Request) -> Reply, in `ASK`; prices; which failures are worth another try (`retry_after`);
-images as both accept them. A provider without an SDK has an httpx2.AsyncClient for its client.
-
-The SDKs (anthropic, google-genai) are imported in this file only, when they are first needed. Keys
-and base URLs come from the environment variables that the SDKs define.
-
-Left out: other providers, tools, conversations, prompt caching.
+images as both accept them. The SDKs (anthropic, google-genai) are imported in this file only, when
+they are first needed; keys and base URLs come from the environment variables that they define.
 """
 
 import base64
@@ -52,12 +48,6 @@ PRICES = {  # model: USD per million tokens (input, output), thoughts are output
 
 KEYS = {"gemini": ("GOOGLE_API_KEY", "GEMINI_API_KEY")}  # variables of the environment
 KEYS["anthropic"] = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-NOT_IN_KEYS = (  # the first that matches is named; a header cannot hold some of these at all
-    (r"[\r\n]", "a line break"),
-    (r"[\"'`]", "a quotation mark"),
-    (r"\s", "a space"),
-    (r"[^!-~]", "a character that is not ASCII"),
-)
 PACKAGES = {"gemini": ("google-genai", 3), "anthropic": ("anthropic", 2)}  # oldest major version
 RETRIED = (200, 408, 409, 425, 429)  # as is 5xx; 200: an error inside a stream
 FATAL = (401, 402, 403, 404)  # the key, the bill or the model's name: the same for all questions
@@ -158,34 +148,26 @@ def connect(provider: str, timeout: float, opened: contextlib.AsyncExitStack) ->
     if provider in PACKAGES:
         check_package(provider)
         check_keys(provider)
-    check_proxy()
+    import httpx2
+
+    try:  # for Anthropic too, whose client prints a traceback at a proxy that it cannot use
+        web = httpx2.AsyncClient(timeout=timeout, limits=httpx2.Limits(max_connections=None))
+    except ImportError:
+        text = "ALL_PROXY (or HTTPS_PROXY) names a SOCKS proxy: unset it, or `pip install socksio`"
+        raise ValueError(f"{text}.") from None
+    opened.push_async_callback(web.aclose)
     if provider == "anthropic":
         import anthropic
 
         client = anthropic.AsyncAnthropic(max_retries=0, timeout=timeout)
         opened.push_async_callback(client.close)
         return client
-    import httpx2
+    if provider == "gemini":
+        from google import genai
 
-    web = httpx2.AsyncClient(timeout=timeout, limits=httpx2.Limits(max_connections=None))
-    opened.push_async_callback(web.aclose)
-    if provider not in PACKAGES:
-        return web
-    from google import genai
-
-    options = genai.types.HttpOptions(timeout=round(timeout * 1000), httpx_async_client=web)
-    return genai.Client(vertexai=False, http_options=options)
-
-
-def check_proxy() -> None:
-    """ValueError with an unusable SOCKS proxy, at which Anthropic's client prints a traceback."""
-    import httpx2
-
-    try:
-        httpx2.Client(verify=False).close()
-    except ImportError:
-        text = "ALL_PROXY (or HTTPS_PROXY) names a SOCKS proxy: unset it, or `pip install socksio`"
-        raise ValueError(f"{text}.") from None
+        options = genai.types.HttpOptions(timeout=round(timeout * 1000), httpx_async_client=web)
+        return genai.Client(vertexai=False, http_options=options)
+    return web
 
 
 def check_package(provider: str) -> None:
@@ -205,9 +187,9 @@ def check_keys(provider: str) -> None:
     if not keys:
         raise ValueError(f"No key for {provider}: put it into the variable {KEYS[provider][0]}.")
     for name, key in keys.items():
-        for pattern, fault in NOT_IN_KEYS:
-            if re.search(pattern, key):
-                raise ValueError(f"The variable {name} contains {fault}: set it to the key alone.")
+        if wrong := re.search(r"[^!-~]|[\"'`]", key):
+            fault = f"the character {wrong[0]!r}"
+            raise ValueError(f"The variable {name} contains {fault}: set it to the key alone.")
 
 
 # --- one coroutine for each provider
@@ -437,14 +419,10 @@ def image_to_send(path: Path | None) -> tuple[bytes, str] | None:
         raise Failed(str(error)) from None
     if max(image.size) > MOST_PIXELS:
         image.thumbnail((REDUCED_PIXELS, REDUCED_PIXELS))
-    body = encoded(image, "PNG")
-    if len(body) <= MOST_BYTES:
-        return body, "image/png"
-    image.thumbnail((REDUCED_PIXELS, REDUCED_PIXELS))
-    return encoded(image, "JPEG"), "image/jpeg"
-
-
-def encoded(image: Image.Image, format: str) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, quality=90)
-    return file.getvalue()
+    for format in ("PNG", "JPEG"):
+        file = io.BytesIO()
+        image.save(file, format, quality=90)
+        if len(file.getvalue()) <= MOST_BYTES:
+            break
+        image.thumbnail((REDUCED_PIXELS, REDUCED_PIXELS))
+    return file.getvalue(), MEDIA_TYPES[format]

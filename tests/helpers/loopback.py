@@ -105,14 +105,13 @@ def read_anthropic(body):
 
 
 def read_gemini(body, stream=False):
-    texts, images = [], 0
-    for part in (part for turn in body["contents"] for part in turn["parts"]):
-        texts.append(part.get("text", ""))
-        images += either(part, "inline_data") is not None
+    parts = [part for turn in body["contents"] for part in turn["parts"]]
+    text = "\n".join(part.get("text", "") for part in parts)
+    images = sum(either(part, "inline_data") is not None for part in parts)
     config = either(body, "generation_config", {})
     schema = either(config, "response_json_schema") or either(config, "response_schema")
     thinks = bool(either(either(config, "thinking_config"), "include_thoughts"))
-    return Asked("gemini", "\n".join(texts), images, schema, thinks, stream, config)
+    return Asked("gemini", text, images, schema, thinks, stream, config)
 
 
 def filled(schema, images, over):
@@ -151,17 +150,24 @@ def anthropic_events(message):
     start["usage"] = message["usage"] | {"output_tokens": 1}
     events = [{"type": "message_start", "message": start}]
     for index, block in enumerate(message["content"]):
-        field = {"thinking": "thinking", "text": "text"}.get(block["type"])
-        empty = {**block, field: ""} if field else block
         at = {"index": index}
+        field = block["type"]  # which is also the name of the text's field
+        text = block.get(field)
+        empty = block if text is None else block | {field: ""}
         events.append({"type": "content_block_start", "content_block": empty} | at)
-        half = len(block.get(field, "")) // 2
-        for piece in (block[field][:half], block[field][half:]) if field else ():
+        half = len(text or "") // 2
+        for piece in () if text is None else (text[:half], text[half:]):
             delta = {"type": f"{field}_delta", field: piece}
             events.append({"type": "content_block_delta", "delta": delta} | at)
         events.append({"type": "content_block_stop"} | at)
     events.append({"type": "message_delta", "delta": stop, "usage": message["usage"]})
     return [*events, {"type": "message_stop"}]
+
+
+def gemini_parts(reply):
+    parts = [{"text": reply["thought"], "thought": True}]
+    parts += [{"text": reply["text"], "thoughtSignature": "c2ln"}]
+    return [part for part in parts if part["text"] is not None]
 
 
 def gemini_reply(reply, model, parts=None, last=True):
@@ -177,13 +183,6 @@ def gemini_reply(reply, model, parts=None, last=True):
     candidate = {"content": {"role": "model", "parts": parts}, "index": 0}
     candidate |= {"finishReason": STOPS[reply["stop"]][1]} if last else {}
     return body | {"candidates": [candidate]}
-
-
-def gemini_parts(reply):
-    parts = [] if reply["thought"] is None else [{"text": reply["thought"], "thought": True}]
-    return parts + (
-        [] if reply["text"] is None else [{"text": reply["text"], "thoughtSignature": "c2ln"}]
-    )
 
 
 def gemini_events(reply, model):
@@ -223,6 +222,16 @@ class Loopback:
         """The number of this request among those of its question, from 1."""
         self.counts[kind, tag] = self.counts.get((kind, tag), 0) + 1
         return self.counts[kind, tag]
+
+    def asked_for(self, asked, entry):
+        """(fault or None, reply) for one request for a reply, which is noted in its entry."""
+        count = self.count(asked.kind, asked.tag)
+        step = self.step(asked.kind, asked.tag, count)
+        fault = step if isinstance(step, str) else None
+        over = {"stop": "nothing"} if step == "nothing" else {} if fault else step
+        entry |= {"kind": asked.kind, "tag": asked.tag, "fault": fault, "images": asked.images}
+        entry |= {"text": asked.text, "params": asked.params, "stream": asked.stream}
+        return fault, self.reply(asked, count, over)
 
     def step(self, kind, tag, count):
         """What request number `count` (from 1) of a question gets: a fault's name or a dict."""
@@ -290,13 +299,8 @@ class Loopback:
 
     async def ask(self, line, asked, model):
         """Answer one question, or fail at it."""
-        entry, count = self.log[-1], self.count(asked.kind, asked.tag)
-        step = self.step(asked.kind, asked.tag, count)
-        fault = step if isinstance(step, str) else None
-        entry |= {"kind": asked.kind, "tag": asked.tag, "fault": fault, "images": asked.images}
-        entry |= {"text": asked.text, "params": asked.params, "stream": asked.stream}
-        over = {"stop": "nothing"} if step == "nothing" else {} if fault else step
-        reply = self.reply(asked, count, over)
+        entry = self.log[-1]
+        fault, reply = self.asked_for(asked, entry)
         if asked.wire == "anthropic":
             whole = anthropic_message(reply, model)
             events = anthropic_events(whole) if asked.stream else [whole]
@@ -356,12 +360,9 @@ class Loopback:
         return await line.send(self.shown(batch))
 
     def one_of_batch(self, line, mark, asked, model):
-        count = self.count(asked.kind, asked.tag)
-        step = self.step(asked.kind, asked.tag, count)
-        fault = step if isinstance(step, str) else None
-        entry = {"kind": asked.kind, "tag": asked.tag, "t": time.time(), "path": "in a batch"}
-        self.log.append(entry | {"answered": not fault, "fault": fault, "text": asked.text})
-        reply = self.reply(asked, count, {} if fault else step)
+        entry = {"t": time.time(), "path": "in a batch"}
+        fault, reply = self.asked_for(asked, entry)
+        self.log.append(entry | {"answered": not fault})
         text = f"{fault} happened to the key {line.key}"
         if asked.wire == "gemini":
             error = {"code": 13, "message": text}
@@ -423,17 +424,17 @@ class Line:
         half = b"".join(pieces)[: sum(map(len, pieces)) // 2]
         if name.isdecimal():
             return await self.status(int(name), wire, option)
-        if name == "malformed":
-            whole = b'data: {"candidates": [{"conte\n\n' if stream else half
-            return await self.send([whole], stream=stream)
-        if name == "event":  # the status said 200, then it went wrong
-            failed = self.event({"type": "error", "error": {"type": "overloaded_error"}})
-            failed = failed if wire == "anthropic" else 'data: {"error": {"code": 503}}\n\n'
-            return await self.send([*pieces[: len(pieces) // 2], failed.encode()], stream=stream)
-        if name == "short":
-            return await self.send(pieces[: len(pieces) // 2] if stream else [half], stream=stream)
-        if name == "empty":
-            return await self.send([], stream=stream)
+        some = pieces[: len(pieces) // 2]
+        failed = self.event({"type": "error", "error": {"type": "overloaded_error"}})
+        failed = failed if wire == "anthropic" else 'data: {"error": {"code": 503}}\n\n'
+        bodies = {
+            "malformed": [b'data: {"candidates": [{"conte\n\n' if stream else half],
+            "event": [*some, failed.encode()],  # the status said 200, then it went wrong
+            "short": some if stream else [half],
+            "empty": [],
+        }
+        if name in bodies:
+            return await self.send(bodies[name], stream=stream)
         if name == "html":
             return await self.send([b"<html>Sign in to the network</html>"], "text/html")
         if name in ("cut", "drip"):

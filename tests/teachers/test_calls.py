@@ -19,8 +19,8 @@ def test_passing_faults_are_tried_again(ask, server, wire):
     questions(ask.folder, len(PASSING))
     server.script = {f"Q{i}": [fault] for i, fault in enumerate(PASSING, 1)}
     begun = time.monotonic()
-    code, *_ = ask(wire, concurrency=len(PASSING), timeout=0.6)
-    assert code == 0 and time.monotonic() - begun < 6
+    code, *_ = ask(wire, concurrency=len(PASSING), timeout=1.5)
+    assert code == 0 and time.monotonic() - begun < 20
     found = ask.by_id()
     for i, fault in enumerate(PASSING, 1):
         assert [e["fault"] for e in server.sent(f"Q{i}")] == [fault, None]
@@ -58,7 +58,7 @@ def test_a_request_that_is_refused_fails_alone_and_once(ask, server, wire, statu
 def test_a_wrong_key_or_model_stops_at_once(ask, server, wire, status):
     questions(ask.folder, 12)
     server.script = {"*": status}
-    code, out, err = ask(wire, concurrency=2)
+    code, _, err = ask(wire, concurrency=2)
     assert code == 1 and not ask.out.exists() and len(server.sent()) <= 2
     assert status in err and err.count("\n") == 1
 

@@ -7,11 +7,14 @@ thought is false where the sound thought about the same problem does not make it
 import hashlib
 import inspect
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections import Counter, defaultdict
+from itertools import pairwise
 from statistics import median
 
 import pytest
@@ -59,14 +62,11 @@ def statements(scene):
 
 
 def test_the_same_seed_brings_the_same_thought(sample, replies):
+    """If the hash differs on purpose: raise teacher.VERSION, so that old files are replaced."""
     for scene, reply in replies[::SEEDS]:  # seed 0; facts as scenes.json gives them back
         assert teacher.think(scene.record, json.loads(json.dumps(scene.facts)), 0) == reply
     for s in sample:
         assert len({teacher.think(s.record, s.facts, i)["thought"] for i in range(40)}) >= 4
-
-
-def test_a_new_wording_needs_a_new_version(replies):
-    """If this fails on purpose: raise teacher.VERSION, so that old trace files are replaced."""
     text = json.dumps([reply for _, reply in replies])
     pinned = {1: "dd45706931e3ca43"}
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == pinned[teacher.VERSION]
@@ -120,14 +120,13 @@ def test_thoughts_are_short_and_use_few_words(sample, replies):
     lengths = [len(thought.split()) for thought in thoughts]
     assert median(lengths) <= 30 and max(lengths) <= 45
 
-    def words(texts):
-        return {w for text in texts for w in re.findall(r"[a-z]+", text.lower())}
-
-    records = [[s.record["question"], s.record["solution"], *s.record["choices"]] for s in sample]
-    assert words(thoughts) - words(sum(records, [])) <= {"let", "me", "i", "look", "first", "at",
-                                                         "words", "point", "than"}  # fmt: skip
-    assert len(words(thoughts)) <= 120
-    openings = Counter(sentences(thought)[0] for thought in thoughts)
+    words = set(re.findall("[a-z]+", " ".join(thoughts).lower()))
+    known = {"let", "me", "i", "look", "first", "at", "words", "point", "than"}
+    for s in sample:
+        texts = [s.record["question"], s.record["solution"], *s.record["choices"]]
+        known.update(re.findall("[a-z]+", " ".join(texts).lower()))
+    assert words <= known and len(words) <= 120
+    openings = {sentences(thought)[0] for thought in thoughts}
     assert len(openings) == 6  # three, with a picture or without
 
 
@@ -143,29 +142,23 @@ def test_facts_without_a_way_to_another_choice_are_an_error(sample):
 
 
 @pytest.mark.slow
-def test_the_judge_finds_out_what_the_teacher_did(replies):
+def test_the_judge_finds_out_what_the_teacher_did(sample, replies):
+    """False is what the sound thought about the same problem does not say."""
     assert "kind" not in inspect.signature(judge.judge).parameters
-    for scene, reply in replies:
+    true = [set(statements(scene)) for scene in sample]
+    for i, (scene, reply) in enumerate(replies):
+        misread = reply["kind"] in ("misread", "lucky")
         verdict = judge.judge(scene.record, scene.facts, reply["thought"], reply["answer"])
         assert (verdict["correct"], verdict["consistent"]) == VERDICTS[reply["kind"]], reply
         assert verdict["by"] == "demo" and verdict["why"] and "\n" not in verdict["why"]
-        if reply["kind"] == "slip":  # the thought is not to blame
-            assert "Not so" not in verdict["why"]
-        if reply["kind"] in ("misread", "lucky"):
-            assert "Not so" in verdict["why"]
-
-
-@pytest.mark.slow
-def test_false_is_what_the_sound_thought_does_not_say(sample, replies):
-    true = [set(statements(scene)) for scene in sample]
-    for i, (scene, reply) in enumerate(replies):
+        assert ("Not so" in verdict["why"]) == misread  # of a slip the thought is not to blame
         opening, *claims = judge.claims(reply["thought"], scene.facts)
         assert opening[1] is None
         if reply["kind"] != "loop":
             assert claims.pop()[1] is None  # the conclusion is not a fact
         for sentence, holds in claims:
             assert holds is (sentence in true[i // SEEDS]), (reply, scene.facts)
-        assert any(holds is False for _, holds in claims) == (reply["kind"] in ("misread", "lucky"))
+        assert any(holds is False for _, holds in claims) == misread
 
 
 def test_the_facts_decide(sample):
@@ -174,28 +167,25 @@ def test_the_facts_decide(sample):
     for scene in sample:
         groups[scene.facts["kind"]].append((scene, statements(scene)))
     for kind, group in groups.items():
-        other = [(a, reply) for (a, mine), (_, reply) in zip(group, group[1:], strict=False)
-                 if mine != reply]  # fmt: skip
-        false = [any(h is False for _, h in judge.claims(" ".join(reply), a.facts))
-                 for a, reply in other]  # fmt: skip
+        false = []
+        for (scene, mine), (_, other) in pairwise(group):
+            if mine != other:
+                claims = judge.claims(" ".join(other), scene.facts)
+                false.append(any(holds is False for _, holds in claims))
         # The height of another bar than asked for can be right in both scenes.
-        assert other and sum(false) >= (0.5 if kind == "height" else 1) * len(other), kind
+        assert false and sum(false) >= (0.5 if kind == "height" else 1) * len(false), kind
 
 
 def test_solutions_lectures_and_descriptions_hold(sample):
     """The benchmark's own sentences, also of the held-out family."""
     for scene in sample:
         record = scene.record
-        with_lecture = f"Solution: {record['lecture']} {record['solution']}"
-        for text, allowed in {
-            record["solution"]: {True, None},
-            with_lecture: {True, None},
-            scene.description: {True, None},
-            record["lecture"]: {None},
-            record["question"]: {None},
-        }.items():
-            assert {holds for _, holds in judge.claims(text, scene.facts)} <= allowed, text
-        assert True in [holds for _, holds in judge.claims(record["solution"], scene.facts)]
+        lecture, solution = record["lecture"], record["solution"]
+        for text in (solution, f"Solution: {lecture} {solution}", scene.description):
+            assert False not in [holds for _, holds in judge.claims(text, scene.facts)], text
+        for text in (lecture, record["question"]):
+            assert {holds for _, holds in judge.claims(text, scene.facts)} <= {None}, text
+        assert True in [holds for _, holds in judge.claims(solution, scene.facts)]
 
 
 SHAPES = {"family": "count", "kind": "count", "asked": "red",
@@ -220,41 +210,34 @@ WORD = {"family": "text", "kind": "word", "asked": "a name",
         (SHAPES, "The picture shows 2 red circles and 1 red square and some other shapes.", "+"),
         (SHAPES, "the picture shows 2 red circle , 1 red square and some other shapes", "+"),
         (SHAPES, "The picture shows 3 red shapes and some other shapes.", "+"),
-        (SHAPES, "The picture shows 2 red circles and some other shapes.", "-"),  # 1 red left out
-        (SHAPES, "The picture shows 2 red circles and 2 red squares.", "-"),
+        (SHAPES, "It shows 2 red circles and some other shapes. There are 2 red squares.", "--"),
         (SHAPES, "There is 1 green circle. The top of the water is at the 300 line.", "--"),
         (SHAPES, "2 + 1 = 3. 2 + 1 = 4. 1 + 1 = 2. 2 x 3 = 6.", "+---"),  # right, but of what?
         (MORE, "3 is more than 2. 3 is more. 2 is more. 3 is more than 1.", "++--"),
-        (CHAIN, "The arrow points from the grass to the fox.", "+"),
-        (CHAIN, "The arrow points from the fox to the grass.", "-"),
+        (CHAIN, "An arrow points from the grass to the fox. It points from a fox to it.", "+?"),
+        (CHAIN, "The arrow points from the fox to the grass. The same poles repel.", "--"),
         (CHAIN, "The arrows point from the grass to the fox to the bird.", "+"),
         (CHAIN, "So the fox eats the grass. So the fox eats the bird.", "+-"),
-        (CHAIN, "The fox is eaten by the bird. So the top is the grass.", "+-"),
-        (CHAIN, "Nothing eats the last.", "?"),
+        (CHAIN, "The fox is eaten by the bird. So the top is the grass. Nothing eats us.", "+-?"),
         (CHAIN, "The arrows point to the left. The arrows point to the right.", "+-"),
         (CHAIN, "From left to right the picture shows bird, fox and grass.", "+"),
         (CHAIN, "From left to right the picture shows grass, fox and bird.", "-"),
         (CHAIN, "From left to right the picture shows bird and fox.", "-"),
-        (CHAIN, "The same poles repel.", "-"),
         (BARS, "The bars show red 3, blue 5 and green 1.", "+"),
         (BARS, "The bars show red 3, blue 4 and green 1. The bars show yellow 3.", "--"),
         (BARS, "The highest number is 5. The lowest number is 5.", "+-"),
-        (BARS, "The top of the blue bar is at line 5.", "+"),
-        (BARS, "The top of the blue bar is at line 3.", "-"),
+        (BARS, "The top of the blue bar is at line 5. The blue bar is at line 3.", "+-"),
         (RINGS, "The picture shows 2 rings with 3 dots in each ring.", "+"),
         (RINGS, "The picture shows 3 rings with 2 dots in each ring.", "-"),
         (RINGS, "There are 6 dots. 2 x 3 = 6. 2x3=6. 2 x 3 = 5.", "+++-"),
-        (POLES, "The left magnet has south on its right.", "+"),
-        (POLES, "The right magnet has south on its right.", "-"),
-        (POLES, "The same poles repel.", "+"),
-        (POLES, "Opposite poles attract.", "-"),  # true of others
+        (POLES, "The left magnet has south on its right. The same poles repel.", "++"),
+        (POLES, "The right magnet has south on its right. Opposite poles attract.", "--"),
         (POLES, "Opposite poles attract. The same poles repel.", "lecture"),
         (PLACE, f"From left to right the picture shows {', '.join(PLACE['order'])}.", "+"),
         (PLACE, "From left to right the picture shows blue square, red circle.", "-"),
         (PLACE, "There are 2 red circles. 1 is most.", "--"),  # of three kinds
         (SUM, "Tom has 3 red blocks and 1 blue block. 3 + 1 = 4.", "++"),
-        (SUM, "Ann has 3 red blocks and 1 blue block.", "-"),
-        (SUM, "Tom has 3 red blocks and 2 blue blocks.", "-"),
+        (SUM, "Ann has 3 red blocks and 1 blue block. Tom has 2 blue blocks.", "--"),
         (WORD, "Tom is a name. Fox is a name. Ben is a name.", "+--"),  # Ben is none of the words
         (WORD, "So the answer is Tom. Let me think about it", "??"),
     ],
@@ -319,8 +302,8 @@ def test_traces_are_written_once(tmp_path):
     first, problems = lines(path), json.loads((folder / "problems.json").read_text())
     assert [t["id"] for t in first] == [str(i) for i in range(1, 25)]  # the train split
     for trace in first:
-        assert list(trace) == ["id", "question", "thought", "answer", "gold", "verdict", "teacher",
-                               "usage", "key"]  # fmt: skip
+        keys = "id question thought answer gold verdict teacher usage key"
+        assert list(trace) == keys.split()
         record = problems[trace["id"]]
         assert (trace["question"], trace["gold"]) == (record["question"], gold(record))
         assert trace["verdict"]["correct"] == (trace["answer"] == trace["gold"])
@@ -341,17 +324,12 @@ def test_traces_are_written_once(tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    folder = tmp_path / "demo"
-    scenes.write(folder, {"train": 8, "val": 1, "test": 9})
-    before = sorted(folder.iterdir())
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(teacher.os, "replace", interrupted)
+    scenes.write(tmp_path / "demo", {"train": 8, "val": 1, "test": 9})
+    before = sorted((tmp_path / "demo").iterdir())
+    monkeypatch.setattr(os, "replace", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        teacher.traces(folder)
-    assert sorted(folder.iterdir()) == before
+        teacher.traces(tmp_path / "demo")
+    assert sorted((tmp_path / "demo").iterdir()) == before
 
 
 def done(trace):
@@ -384,6 +362,3 @@ def test_shares_of_the_real_demo(tmp_path):
     assert sum(map(sum, right.values())) / 80 == pytest.approx(72, abs=1.5)
     for family, marks in right.items():  # no family is the teacher's weak spot; 4 sigma
         assert 100 * sum(marks) / len(marks) == pytest.approx(72, abs=5.7), family
-    words = {w for t in traces for w in re.findall(r"\w+", t["thought"].lower())}
-    assert median(len(t["thought"].split()) for t in traces if t["answer"]) <= 30
-    assert len(words) <= 120
