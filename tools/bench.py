@@ -607,7 +607,12 @@ def two_stages(args, folder, questions, lengths, B, cache=None):
 
         def run():
             spoken = Spoken(questions.tokenizer)
-            fusion.two_stage(model, model, make_batches, spoken, lengths)
+
+            def generate(length, generated=None):
+                [batch] = make_batches(generated)
+                return fusion.generate_texts(model, batch, spoken, length)
+
+            fusion.two_stage(partial(generate, lengths[0]), partial(generate, lengths[1]))
             return spoken.rows
     else:
         model = hf_multimodal(folder, args.device)
