@@ -1,9 +1,9 @@
 """Training: `python train.py --model mmcot` or `--model paligemma`; each ends in a table.
 
 mmcot (Zhang et al., arXiv 2302.00923): stage 1 learns QCM-LE, question to rationale; stage 2 learns
-QCMG-A, question and rationale to answer. At test time stage 2 reads what stage 1 really wrote. Not
-as published: pads are never in the loss (there they were most of it), and a window of accumulated
-batches is averaged over its tokens, not over its batches.
+QCMG-A, question and rationale to answer, and reads at test time what stage 1 really wrote. Not as
+published: pads are never in the loss, and a window of accumulated batches is averaged over its
+tokens, not over its batches.
 
 paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555): a teacher's traces, judged
 right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them.
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import nn
 
 import data
@@ -41,9 +40,9 @@ from support.evaluation import metrics, models, tables
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.decoding import Decoder
 from support.training import ablations, checks, examples, optim, runs
-from support.training.dry_run import blank_features, dry_step
-from support.training.examples import Inputs, Rows, Splits
-from support.training.optim import LossOf, Plan
+from support.training.dry_run import blank_features, dry_run
+from support.training.examples import Inputs
+from support.training.optim import LossOf, Plan, Rows
 from support.training.runs import Checkpoints, StopRequest
 from support.training.settings import MultimodalSettings, PaliGemmaSettings, Settings, parse_args
 
@@ -127,20 +126,9 @@ def make_plan(
         rates = optim.linear_decay(s.lr, steps)
     else:
         rates = optim.warmup_cosine(s.lr, steps, s.warmup)
-    return Plan(
-        stage=stage,
-        loss_of=LossOf(
-            model, LOSS[s.model], COLLATE[s.model], s.device, s.weighting, s.label_smoothing
-        ),
-        rows=rows,
-        windows=windows,
-        rates=rates,
-        epoch_ends={n for n in range(1, steps + 1) if n % per_epoch == 0 or n == steps},
-        validate=validate,
-        weight_decay=s.weight_decay,
-        shard=s.model == "paligemma" and s.full,
-        seed=s.seed,
-    )
+    loss_of = LossOf(model, LOSS[s.model], COLLATE[s.model], s)
+    epoch_ends = {n for n in range(1, steps + 1) if n % per_epoch == 0 or n == steps}
+    return Plan(stage, loss_of, rows, windows, rates, epoch_ends, validate)
 
 
 def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
@@ -149,20 +137,20 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     A run that was stopped resumes after its last saved step. What would go wrong without an error
     is an error: see support/training/checks.py."""
     loss_of = plan.loss_of
-    model = loss_of.model.to(loss_of.device)
+    settings = loss_of.settings
+    model = loss_of.model.to(settings.device)
     if plan.windows:
         checks.stop_if_it_leaks(loss_of, plan.windows[0][0], plan.stage)
-    forward = distributed.on_devices(loss_of, plan.shard)
+    shard = settings.model == "paligemma" and settings.full
+    forward = distributed.on_devices(loss_of, shard)
     # After that, as FSDP replaces the parameters by its shards of them.
-    optimizer = optim.make_optimizer(model, plan.weight_decay)
+    optimizer = optim.make_optimizer(model, settings.weight_decay)
     progress = checkpoints.begin(plan.stage, model, optimizer, plan.rows)
-    distributed.own_dropout(plan.seed, progress.step)
+    distributed.own_dropout(settings.seed, progress.step)
     start = time.monotonic() - progress.seconds
     steps = len(plan.windows)
     for step in range(progress.step + 1, steps + 1):
-        window = plan.windows[step - 1]
-        lr = plan.rates[step - 1]
-        entry = take_step(forward, loss_of, optimizer, window, lr, plan.stage, step)
+        entry = take_step(plan, forward, optimizer, step)
         validates = step in plan.epoch_ends
         if validates:
             full = distributed.full_model(model)
@@ -183,43 +171,40 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     return distributed.full_model(model).eval()
 
 
-def take_step(
-    forward: nn.Module,
-    loss_of: LossOf,
-    optimizer: optim.AdamW,
-    window: list[Rows],
-    lr: float,
-    stage: str,
-    step: int,
-) -> dict:
-    """One step of the optimizer on a window of batches; what is logged of it. `forward` is
-    `loss_of` on all devices."""
+def take_step(plan: Plan, forward: nn.Module, optimizer: optim.AdamW, step: int) -> dict:
+    """Step number `step`, counted from 1, of the optimizer on its window of batches; what is logged
+    of it. `forward` is the plan's `LossOf` on all devices."""
+    loss_of = plan.loss_of
     model = loss_of.model
+    window = plan.windows[step - 1]
+    lr = plan.rates[step - 1]
+    where = f"{plan.stage}, step {step}"
+    weighting = loss_of.settings.weighting
     model.train()  # validation and the checks leave it in eval mode, without dropout
-    checks.stop_unless_supervised(window, stage, step)
+    checks.stop_unless_supervised(window, where)
     # Over the whole window, of all devices: its mean does not depend on how it is cut into batches.
-    count = optim.units(window, loss_of.weighting)
+    count = optim.units(window, weighting)
     batches = [loss_of.batch(rows) for rows in distributed.shard_batches(window)]
     loss = backward(forward, batches, count).item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     norm = distributed.full_tensor(norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        plain = loss_of.of(distributed.full_model(model))
-        checks.stop_at_what_is_not_finite(plain, loss, norm, window, stage, step)
+        full = loss_of.of(distributed.full_model(model))
+        checks.stop_at_what_is_not_finite(full, loss, norm, window, where)
     if step == 1:
         checks.stop_unless_learning(model)
     # lora_A has a gradient only from the second step on, as B starts at 0.
     before = checks.steepest(model) if step <= 2 and lr else {}
     optimizer.step(lr)
-    checks.stop_unless_moved(model, before, lr, window, stage, step)
+    checks.stop_unless_moved(model, before, lr, window, where)
     optimizer.zero_grad()
     return {
-        "stage": stage,
+        "stage": plan.stage,
         "step": step,
         "loss": round(loss, 6),
         "lr": lr,
         "grad_norm": round(norm, 4),
-        f"{loss_of.weighting}s": count,
+        f"{weighting}s": count,
     }
 
 
@@ -281,14 +266,14 @@ def plan_stage(
     train = rows_of(inputs.splits["train"], generated=generated)
     val = rows_of(inputs.splits["val"])
     examples.show_example(train[0], inputs.tokenizer, fmt)
-    weights = settings.weights[min(stage, len(settings.weights) - 1)]
+    weights = (settings.weights * 2)[stage]  # one for both stages, or one each
+    epochs = (settings.epochs * 2)[stage]
     model = optim.start_model(weights, inputs.features, settings.no_image, settings.seed)
 
     def validate(loss_of):
         return {"val_loss": round(optim.mean_loss(loss_of, val, settings.batch_size), 6)}
 
     name = fusion.stage_names(settings.recipe)[stage]
-    epochs = settings.epochs[min(stage, len(settings.epochs) - 1)]
     return make_plan(settings, name, epochs, model, train, validate)
 
 
@@ -430,24 +415,12 @@ def score(
     return scores
 
 
-def dry_run(settings: Settings) -> None:
-    """Print parameters, memory, one step and the time of each training of a run. Nothing is
-    written; the images are not read: features of zeros stand for them."""
-    print(f"{settings.out}: recipe {settings.recipe}", flush=True)
+def dry_plans(settings: Settings) -> Iterator[Plan]:
+    """The plans of a run's trainings; no image is read: features of zeros stand for them."""
     splits, skipped = examples.load_splits(settings)
-    bad = [entry for entries in (skipped or {}).values() for entry in entries]
-    if bad:
+    if bad := [entry for entries in (skipped or {}).values() for entry in entries]:
         print(f"  {len(set(bad))} bad records would be skipped, the first is {bad[0][0]}")
     tokenizer = load_tokenizer(resolve(settings.weights[0]))
-    plans = []  # their models stay in memory, as in a run
-    for plan in dry_plans(settings, splits, tokenizer):
-        plans.append(plan)
-        dry_step(plan, settings.eval_batch_size, max(settings.max_output))
-    if not plans:
-        print("  nothing is trained: it only decodes")
-
-
-def dry_plans(settings: Settings, splits: Splits, tokenizer: Tokenizer) -> Iterator[Plan]:
     if settings.model == "mmcot":
         features = blank_features(settings, splits["train"] + splits["val"])
         for stage, name in enumerate(fusion.stage_names(settings.recipe)):
@@ -476,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--dry-run measures a single process: give it without torchrun.")
     if settings.dry_run:
         for line in lines.values():
-            dry_run(line)
+            dry_run(line, dry_plans(line))
         return
     with distributed.together(settings.device), runs.in_use(Path(settings.out)) as stop:
         runs.check_resume([*lines.values()])

@@ -93,12 +93,12 @@ def on_devices(loss_of: torch.nn.Module, shard: bool) -> torch.nn.Module:
     model on each, or by FSDP, which leaves each a shard of weights, gradients and moments."""
     if world() == 1:
         return loss_of
-    on_gpu = loss_of.device == "cuda"
+    device = loss_of.settings.device  # "cpu" or "cuda"
     if shard:
         from torch.distributed.device_mesh import init_device_mesh  # seconds to import
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(loss_of.device, (world(),))
+        mesh = init_device_mesh(device, (world(),))
         model = loss_of.model
         for layer in (*model.vision_tower.encoder.layers, *model.language_model.layers):
             fully_shard(layer, mesh=mesh)
@@ -110,7 +110,7 @@ def on_devices(loss_of: torch.nn.Module, shard: bool) -> torch.nn.Module:
     )
     return torch.nn.parallel.DistributedDataParallel(
         loss_of,
-        device_ids=[torch.cuda.current_device()] if on_gpu else None,
+        device_ids=[torch.cuda.current_device()] if device == "cuda" else None,
         find_unused_parameters=may_be_unused,
     )
 

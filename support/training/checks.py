@@ -98,25 +98,25 @@ def stop_if_it_leaks(loss_of: LossOf, rows: Rows, stage: str) -> None:
 # ---- each step -----------------------------------------------------------------------------------
 
 
-def stop_unless_supervised(window: list[Rows], stage: str, step: int) -> None:
+def stop_unless_supervised(window: list[Rows], where: str) -> None:
     """ValueError names the rows of a batch in which no token is in the loss."""
     for rows in window:
         if not any(label != -100 for row in rows for label in row["labels"]):
             raise ValueError(
-                f"{stage}, step {step}: no token of {ids_of(rows)} is supervised, so nothing can "
+                f"{where}: no token of {ids_of(rows)} is supervised, so nothing can "
                 "be learned. Their targets are empty: look at these records."
             )
 
 
 def stop_at_what_is_not_finite(
-    loss_of: LossOf, loss: float, norm: float, window: list[Rows], stage: str, step: int
+    loss_of: LossOf, loss: float, norm: float, window: list[Rows], where: str
 ) -> None:
     """FloatingPointError, always. Of the step's records those are named whose own loss is not
     finite; all, if each is finite alone."""
     rows = [row for batch in window for row in batch]
     bad = [row for row in rows if not math.isfinite(evaluated_loss(loss_of, [row]))]
     raise FloatingPointError(
-        f"{stage}, step {step}: loss {loss}, gradient norm {norm}, in {ids_of(bad or rows)}. This "
+        f"{where}: loss {loss}, gradient norm {norm}, in {ids_of(bad or rows)}. This "
         "step was not taken. Look at these records, or lower --lr."
     )
 
@@ -155,7 +155,7 @@ def steepest(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tens
 
 
 def stop_unless_moved(
-    model: torch.nn.Module, before: dict, lr: float, window: list[Rows], stage: str, step: int
+    model: torch.nn.Module, before: dict, lr: float, window: list[Rows], where: str
 ) -> None:
     """Every tensor of `steepest` must have changed, unless each number in it is so large that a
     step of `lr` is lost to rounding; and one at least. An optimizer of other tensors, a rate too
@@ -167,7 +167,7 @@ def stop_unless_moved(
             unmoved[name] = (values.abs() * torch.finfo(values.dtype).eps < lr).any()
     if unmoved and (any(unmoved.values()) or len(unmoved) == len(before)):
         raise RuntimeError(
-            f"{stage}, step {step}, in {ids_of([row for rows in window for row in rows])}: "
+            f"{where}, in {ids_of([row for rows in window for row in rows])}: "
             f"{len(unmoved)} of {len(before)} trained tensors have a gradient and did not change, "
             f"{next(iter(unmoved))} among them. Look at --lr, the dtype and the parameters that "
             "the optimizer has."

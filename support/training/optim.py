@@ -1,9 +1,6 @@
 """The parts of a training: its plan, a model with its loss, AdamW, and a step's state.
 
-The loss in chunks: the logits of all supervised tokens are never there at once, in neither
-direction (`in_chunks`). AdamW (Loshchilov and Hutter, arXiv 1711.05101) without the two seconds
-that torch's class takes to import; which tensors decay is as published. All that the next step
-depends on is one dict of tensors (`snapshot`).
+AdamW (Loshchilov and Hutter, arXiv 1711.05101): which tensors decay is as published.
 
 Axes: D width, V vocabulary, `tokens` those that are supervised.
 """
@@ -20,6 +17,7 @@ import data
 import fusion
 from support.checkpoints.weights import in_file_names
 from support.distributed import on_first, rank, shard_like, summed, world
+from support.training.settings import Settings
 
 LOGITS = 2**24  # of one chunk of the loss: 64 MiB in fp32
 Rows = list[dict]  # examples, as data.py makes them; a batch is a list of them
@@ -56,34 +54,26 @@ class LossOf(torch.nn.Module):
     divide it by; collate(rows) gives a batch."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        loss: Callable,
-        collate: Callable,
-        device: str,
-        weighting: str = "token",
-        label_smoothing: float = 0.0,
+        self, model: torch.nn.Module, loss: Callable, collate: Callable, settings: Settings
     ):
         super().__init__()
         self.model = model
         self.loss = loss
         self.collate = collate
-        self.device = device
-        self.weighting = weighting
-        self.label_smoothing = label_smoothing
+        self.settings = settings
 
     def batch(self, rows: Rows) -> dict:
         """The rows as a batch on the device."""
+        device = self.settings.device
         batch = self.collate(rows)
-        return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, int]:
-        return self.loss(self.model, batch, self.weighting, self.label_smoothing)
+        return self.loss(self.model, batch, self.settings.weighting, self.settings.label_smoothing)
 
     def of(self, model: torch.nn.Module) -> "LossOf":
         """The same loss of another model."""
-        same = (self.loss, self.collate, self.device, self.weighting, self.label_smoothing)
-        return LossOf(model, *same)
+        return LossOf(model, self.loss, self.collate, self.settings)
 
 
 def units(window: list[Rows], weighting: str) -> int:
@@ -120,9 +110,6 @@ class Plan:
     epoch_ends: set[int]  # the steps, counted from 1, after which it validates
     # What is logged of a model then. If it has "val_accuracy", the best epoch's weights are kept.
     validate: Callable[[LossOf], dict]
-    weight_decay: float
-    shard: bool  # the weights over all devices, by FSDP
-    seed: int
 
 
 def windows(
@@ -218,11 +205,11 @@ class InChunks(torch.autograd.Function):
 
 
 class AdamW:
-    """Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2: with m and v the running means of the
-    gradient and its square, both unbiased, p loses lr (m / (sqrt(v) + eps) + weight_decay p).
+    """Loshchilov and Hutter, Algorithm 2: with m and v the running means of the gradient and its
+    square, both unbiased, p loses lr (m / (sqrt(v) + eps) + weight_decay p).
 
-    It calls the function that torch.optim.AdamW calls, to the bit the same, and does without that
-    class, whose first use imports torch's compiler: 2 s of each start."""
+    The function that torch.optim.AdamW calls, without that class, whose first use imports torch's
+    compiler: 3 s of each start."""
 
     def __init__(self, param_groups: list[dict]):
         """Groups {"params": parameters, "weight_decay": float}."""
@@ -257,15 +244,6 @@ class AdamW:
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
-
-    def state_dict(self) -> dict:
-        numbered = enumerate(self.parameters)
-        return {"state": {i: self.state[p] for i, p in numbered if p in self.state}}
-
-    def load_state_dict(self, saved: dict) -> None:
-        for i, moments in saved["state"].items():
-            p = self.parameters[i]
-            self.state[p] = {n: t if n == "step" else t.to(p.device) for n, t in moments.items()}
 
 
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> AdamW:
@@ -314,8 +292,9 @@ def snapshot(model: torch.nn.Module, optimizer: AdamW | None, best: Tensors) -> 
     the best epoch and the generators, by name."""
     tensors = {f"model.{name}": p.detach() for name, p in trained(model).items()}
     tensors |= {f"best.{name}": p for name, p in best.items()}
-    for i, moments in optimizer.state_dict()["state"].items() if optimizer else ():
-        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    for i, p in enumerate(optimizer.parameters if optimizer else ()):
+        for name, moment in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer.{i}.{name}"] = moment
     tensors = {name: on_first(t) for name, t in tensors.items()}
     device = next(model.parameters()).device
     tensors["rng.cpu"] = torch.get_rng_state()
@@ -335,13 +314,11 @@ def restore(tensors: Tensors, model: torch.nn.Module, optimizer: AdamW) -> Tenso
         param = params.get(rest, params.get(rest.partition(".")[0]))
         parts[part][rest] = shard_like(tensors.pop(name).clone(), param)
     model.load_state_dict(parts["model"], strict=False)
-    moments = {}
-    for name, tensor in parts["optimizer"].items():
-        i, _, key = name.partition(".")
-        moments.setdefault(int(i), {})[key] = tensor
-    if moments:
-        optimizer.load_state_dict({"state": moments})
     device = next(model.parameters()).device
+    for name, moment in parts["optimizer"].items():
+        i, _, key = name.partition(".")
+        moments = optimizer.state.setdefault(optimizer.parameters[int(i)], {})
+        moments[key] = moment if key == "step" else moment.to(device)
     torch.set_rng_state(parts["rng"]["cpu"])
     if "cuda" in parts["rng"]:
         torch.cuda.set_rng_state(parts["rng"]["cuda"], device)

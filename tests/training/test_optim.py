@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import t5_row, tiny_t5
+from small_runs import settings, t5_row, tiny_t5
 
 import data
 import train
@@ -108,9 +108,9 @@ def test_adamw_is_the_library_s_to_the_bit():
             for i, p in enumerate(model.parameters()):
                 p.grad = torch.sin(p.detach() * (i + step)) if i else None
         if step == 3:
-            saved = optimizer.state_dict()
+            saved = optim.snapshot(ours, optimizer, {})
             optimizer = optim.make_optimizer(ours, 0.01)
-            optimizer.load_state_dict(saved)
+            optim.restore(saved, ours, optimizer)
         for group in reference.param_groups:
             group["lr"] = 0.01 / (1 + step)
         optimizer.step(0.01 / (1 + step))
@@ -148,7 +148,9 @@ def test_the_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_batches_of_one_process_have_all_their_tensors_on_the_device():
-    loss_of = optim.LossOf(tiny_t5(), train.t5_loss, data.collate, "meta")
+    loss_of = optim.LossOf(
+        tiny_t5(), train.t5_loss, data.collate, settings("mmcot", "--device", "meta")
+    )
     batch = loss_of.batch(ROWS[:2])
     devices = {x.device.type for x in batch.values() if torch.is_tensor(x)}
     assert devices == {"meta"} and batch["ids"] == ["q0", "q1"]
