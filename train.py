@@ -159,7 +159,7 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
             progress.keep_if_best(step, entry.get("val_accuracy"), model)
         progress.step = step
         progress.seconds = time.monotonic() - start
-        checkpoints.log.write(entry | {"seconds": round(progress.seconds, 2)})
+        checkpoints.write(entry | {"seconds": round(progress.seconds, 2)})
         optim.show_step(plan.stage, step, steps, entry, progress.seconds)
         # After the log: a state counts its lines, and --resume cuts those beyond them.
         checkpoints.step(progress, steps, validates)
@@ -229,12 +229,7 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
     out = Path(settings.out)
     print(f"{out}: recipe {settings.recipe}, vision {settings.vision}", flush=True)
     splits, skipped = examples.load_splits(settings)
-    tokenizer = load_tokenizer(resolve(settings.weights[0]))
-    with distributed.in_turn():  # the first process fills the cache of features for all
-        features, splits = examples.with_features(settings, splits, skipped)
-    runs.begin(settings)  # only now: a run that cannot start leaves nothing
-    counts = examples.write_skipped_report(out, skipped)
-    inputs = Inputs(splits, tokenizer, features)
+    inputs = examples.begin(settings, splits, skipped)
     names = fusion.stage_names(settings.recipe)
     stages = []
     with runs.opened_checkpoints(settings, stop) as checkpoints:
@@ -246,13 +241,13 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
                 model = fit(plan_stage(settings, stage, inputs, generated), checkpoints)
                 if not rank():
                     model.save_pretrained(out / name)
-                    tokenizer.save(str(out / name / "tokenizer.json"))
+                    inputs.tokenizer.save(str(out / name / "tokenizer.json"))
             else:
                 model = fusion.MultimodalT5.from_pretrained(out / name).to(settings.device)
             stages.append(model)
             if settings.stage == name != names[-1]:
                 return runs.complete(out)  # nothing to score yet
-    return score(settings, stages, inputs, counts)
+    return score(settings, stages, inputs)
 
 
 def plan_stage(
@@ -311,7 +306,6 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
     epochs = settings.epochs[0]
     print(f"{out}: recipe {settings.recipe}, epochs {epochs:g}", flush=True)
     splits, skipped = examples.load_splits(settings)
-    tokenizer = load_tokenizer(resolve(settings.weights[0]))
     model = models.load_paligemma(settings)
     rows = []
     if epochs:
@@ -320,28 +314,24 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
     # Features only of the images that are used.
     splits["train"] = list({row.problem.id: row.problem for row in rows}.values())
     splits["val"] = splits["val"][: settings.eval_problems]
-    with distributed.in_turn():
-        features, splits = examples.with_features(settings, splits, skipped, model)
-    usable = {p.id for p in splits["train"]}
+    inputs = examples.begin(settings, splits, skipped, model)
+    usable = {p.id for p in inputs.splits["train"]}
     rows = [row for row in rows if row.problem.id in usable]
-    inputs = Inputs(splits, tokenizer, features)
-    if not isinstance(features, LazyImages):
+    if not isinstance(inputs.features, LazyImages):
         model.vision_tower = None  # all features are there: 0.8 GiB of the 3B's 5.7 in bf16
-    runs.begin(settings)  # only now: a run that cannot start leaves nothing
-    counts = examples.write_skipped_report(out, skipped)
     if rows and settings.data != "demo":  # its splits are disjoint by construction
-        examples.warn_of_overlap([row.problem for row in rows], splits[settings.test_split])
+        examples.warn_of_overlap([row.problem for row in rows], inputs.splits[settings.test_split])
     if epochs:
         with runs.opened_checkpoints(settings, stop) as checkpoints:
             model = fit(plan_tuning(settings, model, rows, inputs), checkpoints)
         if not rank():
-            tokenizer.save(str(out / "tokenizer.json"))
+            inputs.tokenizer.save(str(out / "tokenizer.json"))
             if settings.full:
                 model.save_pretrained(out)
                 runs.write_config(settings, out, files.read_json(out / "config.json"))
             else:
                 lora.save(model, out, settings.weights[0])
-    return score(settings, [model], inputs, counts)
+    return score(settings, [model], inputs)
 
 
 def make_trainable(settings: PaliGemmaSettings, model: PaliGemma) -> None:
@@ -392,15 +382,12 @@ def run_one(settings: Settings, stop: StopRequest) -> dict | None:
     if runs.is_complete(settings):
         print(f"{settings.out}: complete already", flush=True)
         return tables.read_metrics(settings.out)
-    run = {"mmcot": run_mmcot, "paligemma": run_paligemma}[settings.model]
+    run = run_mmcot if settings.model == "mmcot" else run_paligemma
     return run(settings, stop)
 
 
-def score(
-    settings: Settings, stages: list[nn.Module], inputs: Inputs, skipped: dict | None
-) -> dict:
-    """The metrics of a run, whose models decode the test split now; it is complete then. Counts of
-    `skipped` records by split go into the table."""
+def score(settings: Settings, stages: list[nn.Module], inputs: Inputs) -> dict:
+    """The metrics of a run, whose models decode the test split now; it is complete then."""
     scores = evaluation.evaluate(
         settings.out,
         stages,
@@ -409,7 +396,7 @@ def score(
         inputs.tokenizer,
         inputs.features,
         teacher_forced=settings.model == "mmcot" and settings.teacher_forced,
-        skipped=skipped,
+        skipped=inputs.skipped,
     )
     runs.complete(Path(settings.out))
     return scores

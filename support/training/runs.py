@@ -241,22 +241,6 @@ def locked(folder: Path) -> Iterator[None]:
 # ---- log and checkpoints -------------------------------------------------------------------------
 
 
-class Log:
-    """log.jsonl: a line for each step of a run's trainings."""
-
-    def __init__(self, file: TextIO):
-        self.file = file
-        self.lines = 0
-
-    def write(self, entry: dict) -> None:
-        print(json.dumps(entry), file=self.file, flush=True)
-        self.lines += 1
-
-    def whole_lines(self) -> list[str]:
-        self.file.seek(0)
-        return [line for line in self.file.readlines() if line.endswith("\n")]
-
-
 @dataclass
 class Best:
     """The epoch of the highest validation accuracy, the later of equal ones."""
@@ -281,12 +265,12 @@ class Progress:
 
 
 class Checkpoints:
-    """The states of a run's trainings, one after the other. Without a folder nothing is saved or
-    resumed: only the log is written."""
+    """The log and the states of a run's trainings, one after the other. Without a folder nothing is
+    saved or resumed: only the log is written."""
 
     def __init__(
         self,
-        log: Log,
+        log: TextIO,
         folder: Path | None = None,
         every: int | None = None,
         stop: StopRequest | None = None,
@@ -295,7 +279,12 @@ class Checkpoints:
         self.folder = folder
         self.every = every
         self.stop = stop or StopRequest()
+        self.lines = 0  # in the log
         self.trainings = 0
+
+    def write(self, entry: dict) -> None:
+        print(json.dumps(entry), file=self.log, flush=True)
+        self.lines += 1
 
     def begin(
         self, stage: str, model: torch.nn.Module, optimizer: AdamW, rows: list[dict]
@@ -311,7 +300,8 @@ class Checkpoints:
             return Progress()
         self.stop.in_training = True
         self.rows = files.digest([[e["id"], e["input_ids"], e["labels"]] for e in rows])
-        lines = self.log.whole_lines()
+        self.log.seek(0)
+        lines = [line for line in self.log if line.endswith("\n")]
         with in_turn():
             state, tensors = newest_state(self.folder, self.trainings, stage, len(lines))
         steps = gather_dicts([{rank(): state and state["step"]}])
@@ -323,11 +313,11 @@ class Checkpoints:
                 "learned from. Give it the same data again, or another --out."
             )
         if state:
-            self.log.lines = state["lines"]
+            self.lines = state["lines"]
         # The log of a training that has ended may go on with lines of the next one.
         if not rank() and not (state and state["step"] == state["steps"]):
-            self.log.file.seek(sum(map(len, lines[: self.log.lines])))
-            self.log.file.truncate()
+            self.log.seek(sum(map(len, lines[: self.lines])))
+            self.log.truncate()
         if not state:
             return Progress()
         weights = restore(tensors, model, optimizer)
@@ -349,7 +339,7 @@ class Checkpoints:
         state = {
             "step": progress.step,
             "steps": steps,
-            "lines": self.log.lines,
+            "lines": self.lines,
             "rows": self.rows,
             "seconds": progress.seconds,
             "best": best and (best.accuracy, best.step),
@@ -357,7 +347,7 @@ class Checkpoints:
         optimizer = self.optimizer if progress.step < steps else None
         tensors = snapshot(self.model, optimizer, best.weights if best else {})
         if not rank():
-            os.fsync(self.log.file.fileno())
+            os.fsync(self.log.fileno())
             save_state(self.folder, self.trainings, state, tensors)
         self.due = time.monotonic() + max(60, 20 * (time.monotonic() - start))
         if stopping:
@@ -375,7 +365,7 @@ def opened_checkpoints(settings: Settings, stop: StopRequest) -> Iterator[Checkp
     path = Path(settings.out) / "log.jsonl"
     mode = "r+" if settings.resume and path.is_file() else "w+"
     with open(os.devnull if rank() else path, mode, encoding="utf-8") as file:
-        yield Checkpoints(Log(file), path.parent / "last", settings.save_every, stop)
+        yield Checkpoints(file, path.parent / "last", settings.save_every, stop)
 
 
 # ---- one state -----------------------------------------------------------------------------------

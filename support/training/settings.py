@@ -23,11 +23,11 @@ Weighting = Literal["token", "example"]
 
 def flag(
     default: Any = MISSING,
-    help: str | None = None,
-    heading: str | None = None,
+    help: str = "",
+    heading: str = "",
     least: int = 0,
     demo: Any = None,
-    off: str | None = None,
+    off: str = "",
 ) -> Any:
     """A field and its flag. `heading` opens a group of --help, `least` is the lowest number allowed
     and `demo` the default with --data demo, where a run may take a few minutes on one core. `off`
@@ -42,9 +42,7 @@ class Settings:
 
     model: Literal["mmcot", "paligemma"] = flag(help="the system to train", heading="what to train")
     recipe: str = flag(help="mmcot: two-stage, answer, reason, explain; paligemma: reason, answer")
-    ablation: bool = flag(
-        False, "mmcot: the paper's Tables 2, 3 and 6; paligemma: what each part buys"
-    )
+    ablation: bool = flag(False, "mmcot: Tables 2, 3 and 6; paligemma: what each part buys")
     data: str = flag("demo", "demo, scienceqa, mathvista, a folder of theirs or a .jsonl", "files")
     weights: tuple[str, ...] = flag(
         help="T5 or PaliGemma folder or Hub id; mmcot takes one for both stages or one each"
@@ -61,13 +59,13 @@ class Settings:
     )
     max_steps: int | None = flag(None, "stop each training after so many steps", least=1)
     batch_size: int = flag(
-        help="rows that go through the model together, at most, on a device", least=1
+        help="rows that go through the model together on a device, at most", least=1
     )
     accumulate: int = flag(help="batches in an optimizer step, on however many devices", least=1)
     lr: float = flag(help="peak learning rate")
     weight_decay: float = flag(help="of matrices")
     weighting: Weighting = flag(
-        help="token: the mean over a step's tokens; example: the mean of each row's mean"
+        help="token: mean over a step's tokens; example: mean of its rows' means"
     )
     label_smoothing: float = flag(0.0, "spread this much of the target over the whole vocabulary")
     seed: int = flag(42, "of initial weights, order of rows, dropout and sampling")
@@ -75,16 +73,14 @@ class Settings:
         help="new tokens: rationale, answer", heading="decoding", least=1
     )
     eval_batch_size: int = flag(64, "rows decoded together", least=1)
-    resume: bool = flag(
-        False, "resume the run in --out that was interrupted, to the bit", "the process"
-    )
+    resume: bool = flag(False, "resume the interrupted run in --out, to the bit", "the process")
     dry_run: bool = flag(
         False,
-        "print parameters, memory, one measured step and the time it would take; write nothing",
+        "print parameters, memory, a measured step and the time; write nothing",
     )
     save_every: int | None = flag(
         None,
-        "steps between two saved states (one a minute, at most a twentieth of the time)",
+        "steps between saved states (one a minute)",
         least=1,
     )
     device: str = flag(DEVICE, "cpu, cuda, cuda:1 ...")
@@ -125,9 +121,7 @@ class MultimodalSettings(Settings):
     stage2_rationales: Literal["gold", "generated"] = flag("gold", "what stage 2 trains on")
     max_input: int = flag(512, "source tokens; longer ones lose their middle", least=1, demo=256)
     faithful_text: bool = flag(False, 'as the original had it: a newline becomes a stray "n"')
-    teacher_forced: bool = flag(
-        False, "show the inflated ROUGE-L of teacher-forced rationales as well"
-    )
+    teacher_forced: bool = flag(False, "show the inflated ROUGE-L of teacher-forced rationales too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,27 +157,21 @@ class PaliGemmaSettings(Settings):
     # Above 0, so that short answers are not forgotten.
     mix: float = flag(0.25, "answer-only rows for each trace", demo=0.0)
     # 62 of pali_reason's 251 are longer; short suits the small (2502.12143).
-    max_suffix: int = flag(
-        384, "tokens of a suffix; longer ones are left out, never cut", least=1, demo=96
-    )
+    max_suffix: int = flag(384, "tokens of a suffix; longer ones are left out", least=1, demo=96)
     shuffle_choices: bool = flag(
-        False, "shuffle the choices of training rows where no text names their letters"
+        False, "shuffle training rows' choices if no text names their letters"
     )
     layout: Literal["paligemma", "seed"] = flag(
         "paligemma", "seed: BOS after the question, as pali_reason had it"
     )
-    eos_in_loss: bool = flag(
-        True, "leave EOS out of the loss: shows what that does", off="--no-eos-loss"
-    )
+    eos_in_loss: bool = flag(True, "leave EOS out of the loss", off="--no-eos-loss")
     warmup: float = flag(0.05, "share of the steps; then a cosine to 0", "paligemma: training")
     eval_problems: int = flag(200, "validation problems decoded each epoch")
     alone: bool = flag(False, "only this run, without the baselines it must be compared with")
     dtype: Literal["float32", "bfloat16"] | None = flag(
         None, "of frozen weights and compute (bfloat16 on a GPU, else float32)"
     )
-    checkpointing: bool = flag(
-        True, "keep only each layer's input, compute it again in the backward pass", demo=False
-    )
+    checkpointing: bool = flag(True, "compute layers again in the backward pass", demo=False)
     # "Better for transfer" without (big_vision), arg-max is the same; the demo's had it before.
     final_soft_cap: bool = flag(False, "cap the final logits as in pretraining", demo=True)
     full: bool = flag(False, "train all weights, not adapters", "paligemma: adapters")
@@ -199,12 +187,8 @@ class PaliGemmaSettings(Settings):
     lora_dora: bool = flag(False, "magnitude and direction apart")
     samples: int = flag(1, "texts per problem; their answers vote", "paligemma: decoding", least=1)
     temperature: float = flag(0.0, "0: greedy")
-    loop_stop: bool = flag(
-        True, "let a rationale repeat itself until its budget is spent", off="--no-loop-stop"
-    )
-    force_answer: bool = flag(
-        True, 'do not give a cut rationale its "Answer:"', off="--no-forced-answer"
-    )
+    loop_stop: bool = flag(True, "let a rationale repeat itself to the end", off="--no-loop-stop")
+    force_answer: bool = flag(True, 'leave cut ones without "Answer:"', off="--no-forced-answer")
 
 
 SYSTEMS = {"mmcot": MultimodalSettings, "paligemma": PaliGemmaSettings}

@@ -33,7 +33,7 @@ from support import files
 from support.files import write_json
 from support.training import checks, optim, runs
 from support.training.ablations import BASELINES, lines_of
-from support.training.runs import Best, Checkpoints, Log, Progress, Stopped, StopRequest, in_use
+from support.training.runs import Best, Checkpoints, Progress, Stopped, StopRequest, in_use
 from support.training.settings import parse_args
 
 ROWS = [t5_row(i, 4 + i, 4 + i) for i in range(6)]
@@ -65,7 +65,7 @@ def fitted(folder, kill=None, rows=ROWS, every=2, stop=None, validate=validate):
         open(log, "r+" if log.exists() else "w+") as file,
     ):
         patch.setattr(optim, "show_step", show_step)
-        checkpoints = Checkpoints(Log(file), folder / "last", every, stop)
+        checkpoints = Checkpoints(file, folder / "last", every, stop)
         for stage in ("one", "two"):
             plan = plan_of(tiny_t5(seed=7), chosen, rows, 3, stage, validate)
             weights.append(train.fit(plan, checkpoints).state_dict())
@@ -196,7 +196,7 @@ def test_it_saves_once_a_minute_and_a_twentieth_of_the_time_at_most(tmp_path, mo
     monkeypatch.setattr(runs, "save_state", slow)
     monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
     with open(tmp_path / "log.jsonl", "w+") as file:
-        checkpoints = Checkpoints(Log(file), tmp_path)
+        checkpoints = Checkpoints(file, tmp_path)
         model = torch.nn.Linear(2, 2)
         checkpoints.begin("one", model, optim.make_optimizer(model, 0.0), [])
         for step in range(1, 100):
