@@ -9,7 +9,6 @@ paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555): a teache
 right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them.
 
 What is trained is fp32, without autocast. What a first reading may skip is in support/training/.
-
 Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss. A row
 is one example, a window the list of batches, lists of rows, of one optimizer step.
 """
@@ -62,8 +61,7 @@ def cross_entropy(
     states (B, T, D), labels (B, T), -100 where nothing is learned. The vocabulary layer `head`,
     which multiplies by `weight` (V, D), sees only the supervised positions, some at a time: the
     logits of PaliGemma's 257,216 words are never all there, in neither direction.
-    weighting "token" counts tokens; "example" gives each row the same weight, however long.
-    """
+    weighting "token" counts tokens; "example" gives each row the same weight, however long."""
     supervised = labels != -100  # (B, T)
     rows = supervised.nonzero()[:, 0]  # (tokens,)
     lengths = supervised.sum(1)  # (B,)
@@ -132,10 +130,9 @@ def make_plan(
 
 
 def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
-    """Train and return the model, in eval mode; of one that FSDP has sharded, a new full one.
-
-    A run that was stopped resumes after its last saved step. What would go wrong without an error
-    is an error: see support/training/checks.py."""
+    """Train and return the model, in eval mode; of one that FSDP has sharded, a new full one. A
+    run that was stopped resumes after its last saved step. What would go wrong without an error is
+    an error: see support/training/checks.py."""
     loss_of = plan.loss_of
     settings = loss_of.settings
     model = loss_of.model.to(settings.device)
@@ -166,8 +163,9 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     checkpoints.end()
     if best := progress.best:
         model.load_state_dict(best.weights, strict=False)  # only what is trained
-        accuracy = f"validation accuracy {best.accuracy:.2f}"
-        print(f"  kept: the weights after step {best.step}, {accuracy}")
+        print(
+            f"  kept: the weights after step {best.step}, validation accuracy {best.accuracy:.2f}"
+        )
     return distributed.full_model(model).eval()
 
 
@@ -277,21 +275,13 @@ def own_rationales(
 ) -> dict[str, str]:
     """{id: rationale} of the training problems, each written by a stage-1 model that did not train
     on it. Training stage 2 on these closes the gap to what it reads at test time."""
-    problems = inputs.splits["train"]
-    tokenizer = inputs.tokenizer
-    # Shuffled: every second problem of a file may be of the same kind (in the demo it is).
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(problems), generator=generator)
     generated = {}
-    for fold in (0, 1):
-        held_out = set(order[fold::2].tolist())
-        learned = [p for i, p in enumerate(problems) if i not in held_out]
-        unseen = [p for i, p in enumerate(problems) if i in held_out]
+    for learned, unseen in examples.halves(inputs.splits["train"], settings.seed):
         fold_inputs = replace(inputs, splits=inputs.splits | {"train": learned})
         model = fit(plan_stage(settings, 0, fold_inputs), checkpoints)
-        rows = models.stage_examples(settings, unseen, "QCM-LE", tokenizer, inputs.features)
+        rows = models.stage_examples(settings, unseen, "QCM-LE", inputs.tokenizer, inputs.features)
         cache = DecodeCache(settings.out, [model])
-        decoder = Decoder(model, tokenizer, settings.eval_batch_size, cache)
+        decoder = Decoder(model, inputs.tokenizer, settings.eval_batch_size, cache)
         texts = decoder.t5_texts(rows, settings.max_output[0])
         generated |= {id: text["text"] for id, text in texts.items()}
     return generated
@@ -335,9 +325,8 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
 
 
 def make_trainable(settings: PaliGemmaSettings, model: PaliGemma) -> None:
-    """What is to be trained gets gradients: new adapters, those of --adapter or, with --full, all
-    weights. Before the image features are computed: they are not cached if the image tower is
-    adapted too."""
+    """Gradients for new adapters, those of --adapter or, with --full, all weights. Before the image
+    features are computed: they are not cached if the image tower is adapted too."""
     torch.manual_seed(settings.seed)
     if settings.full:
         model.requires_grad_(True)
@@ -374,7 +363,7 @@ def plan_tuning(
     return make_plan(settings, settings.recipe, settings.epochs[0], model, train, validate)
 
 
-# ---- one run, a dry one, and many ----------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def run_one(settings: Settings, stop: StopRequest) -> dict | None:
@@ -422,9 +411,6 @@ def dry_plans(settings: Settings) -> Iterator[Plan]:
         yield plan_tuning(settings, model, rows, Inputs(splits, tokenizer, features))
 
 
-# ---- the command ---------------------------------------------------------------------------------
-
-
 def main(argv: list[str] | None = None) -> None:
     settings = parse_args(argv)
     distributed.check_device(settings.device)
@@ -432,9 +418,9 @@ def main(argv: list[str] | None = None) -> None:
     start = time.monotonic()
     table = ablations.table_of(settings)
     lines = ablations.lines_of(settings, table) if table else {settings.out: settings}
-    if settings.dry_run and distributed.under_torchrun():
-        raise ValueError("--dry-run measures a single process: give it without torchrun.")
     if settings.dry_run:
+        if distributed.under_torchrun():
+            raise ValueError("--dry-run measures a single process: give it without torchrun.")
         for line in lines.values():
             dry_run(line, dry_plans(line))
         return

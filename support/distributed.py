@@ -1,12 +1,9 @@
 """Many devices: `torchrun --nproc-per-node N train.py ...` does what one device does, sooner.
 
-Under torchrun every process runs train.py, on a device of its own, and knows the whole plan: what
-differs is its shard of the rows, and that only the first process (rank 0) writes files and prints.
-The steps are those of one device: N of them change the time, the last bits of sums, and dropout.
-Adapters and mmcot train under DDP, --full under FSDP2 (arXiv 2304.11277).
-
-All must see one disk. No tensor or pipeline parallelism, no offloading, no elastic restarts, but
---resume takes any number of processes.
+Every process runs train.py on a device of its own and knows the whole plan: what differs is its
+shard of the rows, and that only the first one (rank 0) writes files and prints. N devices change
+the time, the last bits of sums, and dropout. Adapters and mmcot train under DDP, --full under FSDP2
+(arXiv 2304.11277). All must see one disk; --resume takes any number of processes.
 """
 
 import contextlib
@@ -34,11 +31,8 @@ def rank() -> int:
 
 
 def gather_dicts(results: list[dict]) -> dict:
-    """One dict of the results of all processes, the same in each.
-
-    `results` has one dict per batch of this process, which are the batches rank, rank + world ...
-    of all; the merged dict has them in the order of the batches.
-    """
+    """One dict of the results of all processes, the same in each. `results` has one dict per batch
+    of this process, which are the batches rank, rank + world ... of all; it keeps their order."""
     gathered = [results]
     if world() > 1:
         gathered = [None] * world()

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
 import data
@@ -98,6 +99,18 @@ def with_features(
             raise ValueError(f"No problem of {name} is left, with --on-error skip: {bad[0][1]}")
         splits = splits | {name: [p for p in ps if p.id not in reasons]}
     return features, splits
+
+
+def halves(problems: list[Problem], seed: int) -> list[tuple[list[Problem], list[Problem]]]:
+    """Two pairs (learned, unseen): each half of the problems is unseen in one of them. The halves
+    are random, as every second problem of a file may be of the same kind (in the demo it is)."""
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed)).tolist()
+    pairs = []
+    for half in (0, 1):
+        unseen = set(order[half::2])
+        learned = [p for i, p in enumerate(problems) if i not in unseen]
+        pairs.append((learned, [problems[i] for i in sorted(unseen)]))
+    return pairs
 
 
 def write_skipped_report(folder: Path, skipped: Skipped | None) -> dict[str, int] | None:
