@@ -230,8 +230,8 @@ def timed_step(loss_of: LossOf, optimizer: AdamW, window: list[Rows]) -> tuple[f
     optimizer.zero_grad()
     if on_gpu:
         torch.cuda.synchronize(device)
-        return time.monotonic() - start, torch.cuda.max_memory_allocated(device)
-    return time.monotonic() - start, process_memory("VmHWM:")
+    seconds = time.monotonic() - start
+    return seconds, torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM:")
 
 
 def held(device: str) -> int:

@@ -7,6 +7,7 @@ Axes: D width, V vocabulary, `tokens` those that are supervised.
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch.optim.adamw import adamw
 
 import data
 import fusion
+from support import files
 from support.checkpoints.weights import in_file_names
 from support.distributed import on_first, rank, shard_like, summed, world
 from support.training.settings import Settings
@@ -211,29 +213,30 @@ class AdamW:
     The function that torch.optim.AdamW calls, without that class, whose first use imports torch's
     compiler: 3 s of each start."""
 
-    def __init__(self, param_groups: list[dict]):
-        """Groups {"params": parameters, "weight_decay": float}."""
-        self.param_groups = param_groups
-        self.parameters = [p for group in param_groups for p in group["params"]]
+    def __init__(self, groups: list[tuple[list[torch.nn.Parameter], float]]):
+        """Groups (parameters, weight decay)."""
+        self.groups = groups
+        self.parameters = [p for params, _ in groups for p in params]
         self.state = {}  # {parameter: {"step", "exp_avg", "exp_avg_sq"}}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        for group, weight_decay in self.groups:
+            params = [p for p in group if p.grad is not None]
             for p in params:
                 if p not in self.state:
                     moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                     self.state[p] = {"step": torch.tensor(0.0)} | moments
+            states = [self.state[p] for p in params]
             adamw(
                 params,
                 grads=[p.grad for p in params],
-                exp_avgs=[self.state[p]["exp_avg"] for p in params],
-                exp_avg_sqs=[self.state[p]["exp_avg_sq"] for p in params],
+                exp_avgs=[state["exp_avg"] for state in states],
+                exp_avg_sqs=[state["exp_avg_sq"] for state in states],
                 max_exp_avg_sqs=[],
-                state_steps=[self.state[p]["step"] for p in params],
+                state_steps=[state["step"] for state in states],
                 lr=lr,
-                weight_decay=group["weight_decay"],
+                weight_decay=weight_decay,
                 beta1=0.9,
                 beta2=0.999,
                 eps=1e-8,
@@ -261,27 +264,20 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> AdamW:
         f"  trainable {trainable:,} of {total:,} parameters, "
         f"weight decay {weight_decay:g} on {decays:,} of them"
     )
-    return AdamW(
-        [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": spared, "weight_decay": 0.0},
-        ]
-    )
+    return AdamW([(decayed, weight_decay), (spared, 0.0)])
 
 
 def show_step(stage: str, step: int, steps: int, entry: dict, seconds: float) -> None:
     """A line per validation; on a terminal also a running one with rate and time left."""
-    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
-    if "val_loss" in entry:
-        clear = "\r" if sys.stderr.isatty() else ""
-        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}"
-        if "val_accuracy" in entry:
-            text += f"  val accuracy {entry['val_accuracy']:.2f}"
-        print(f"{text}  {seconds:.0f} s", flush=True)
-    elif sys.stderr.isatty():
-        rate = step / seconds
-        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
-        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
+    loss = f"  loss {entry['loss']:.4f}"
+    if "val_loss" not in entry:
+        files.progress(f"  {stage}", step, steps, time.monotonic() - seconds, loss)
+        return
+    clear = "\r" if sys.stderr.isatty() else ""
+    text = f"{clear}  {stage} {step}/{steps}{loss}  val loss {entry['val_loss']:.4f}"
+    if "val_accuracy" in entry:
+        text += f"  val accuracy {entry['val_accuracy']:.2f}"
+    print(f"{text}  {seconds:.0f} s", flush=True)
 
 
 # ---- all that the next step depends on -----------------------------------------------------------

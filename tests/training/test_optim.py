@@ -89,8 +89,8 @@ def test_weight_decay_spares_norms_and_everything_called_bias(capsys):
     model = tiny_t5()
     optimizer = optim.make_optimizer(model, 0.01)
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed, spared = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0]
+    decayed, spared = ({names[id(p)] for p in params} for params, _ in optimizer.groups)
+    assert [decay for _, decay in optimizer.groups] == [0.01, 0.0]
     assert "t5.encoder.relative_attention_bias.weight" in spared
     assert {"fusion.mha_layer.in_proj_bias", "t5.encoder.final_layer_norm.weight"} <= spared
     assert {"t5.shared.weight", "fusion.gate_dense.weight"} <= decayed
@@ -102,7 +102,8 @@ def test_adamw_is_the_library_s_to_the_bit():
     """Also from a state of three steps; a parameter without a gradient stays as it is."""
     ours, theirs = tiny_t5(), tiny_t5()
     optimizer = optim.make_optimizer(ours, 0.01)
-    reference = torch.optim.AdamW(optim.make_optimizer(theirs, 0.01).param_groups)
+    groups = optim.make_optimizer(theirs, 0.01).groups
+    reference = torch.optim.AdamW([{"params": p, "weight_decay": decay} for p, decay in groups])
     for step in range(6):
         for model in (ours, theirs):
             for i, p in enumerate(model.parameters()):

@@ -123,38 +123,33 @@ def test_saving_changes_nothing(whole, tmp_path):
     same(fitted(tmp_path, every=100), whole)
 
 
+def shortened(log):
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:5]) + lines[5][:20])
+
+
 @pytest.mark.parametrize(
-    "tear, end", [(flip, "json"), (cut, "json"), (flip, "safetensors"), (cut, "safetensors")]
+    "spoil, path, where, err, out",
+    [
+        (flip, "last/2-00000006.json", ("two", 8), "last/2-00000006.json", "two: 4 of 9 steps"),
+        (cut, "last/2-00000006.json", ("two", 8), "last/2-00000006.json", "two: 4 of 9 steps"),
+        (flip, "last/2-*6.safetensors", ("two", 8), "last/2-00000006.json", "two: 4 of 9 steps"),
+        (cut, "last/2-*6.safetensors", ("two", 8), "last/2-00000006.json", "two: 4 of 9 steps"),
+        (flip, "last/*.safetensors", ("one", 8), "no state", ""),  # from the beginning
+        (cut, "last/1-00000009.safetensors", ("two", 8), "1-00000009.json", "one: 8 of 9 steps"),
+        (shortened, "log.jsonl", ("one", 8), "log.jsonl", "one: 4 of 9 steps"),
+    ],
 )
-def test_of_a_torn_state_the_one_before_is_taken(tear, end, whole, tmp_path, capsys):
-    folder = killed(tmp_path, "two", 8)
-    tear(folder / f"last/2-00000006.{end}")
+def test_of_a_torn_state_the_one_before_is_taken(
+    spoil, path, where, err, out, whole, tmp_path, capsys
+):
+    folder = killed(tmp_path, *where)
+    for file in folder.glob(path):
+        spoil(file)
     same(fitted(folder), whole)
     printed = capsys.readouterr()
-    assert "last/2-00000006.json" in printed.err and "two: 4 of 9 steps" in printed.out
-
-
-def test_if_no_state_is_whole_it_starts_from_the_beginning(whole, tmp_path, capsys):
-    folder = killed(tmp_path, "one", 8)
-    for path in (folder / "last").glob("*.safetensors"):
-        flip(path)
-    same(fitted(folder), whole)
-    printed = capsys.readouterr()
-    assert "no state" in printed.err and "9 steps" not in printed.out
-
-
-def test_a_finished_training_that_is_torn_is_repeated_with_its_log(whole, tmp_path):
-    folder = killed(tmp_path, "two", 8)
-    cut(folder / "last/1-00000009.safetensors")
-    same(fitted(folder), whole)
-
-
-def test_a_shorter_log_needs_an_older_state(whole, tmp_path, capsys):
-    folder = killed(tmp_path, "one", 8)
-    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    (folder / "log.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
-    same(fitted(folder), whole)
-    assert "log.jsonl" in capsys.readouterr().err
+    assert err in printed.err and out in printed.out
+    assert out or "9 steps" not in printed.out
 
 
 @pytest.mark.parametrize(
