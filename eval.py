@@ -9,8 +9,6 @@ answers), tables.py, report.py (the page and attention maps).
 Two rules. A response that cannot be read is a failure, counted and shown, never a guess (the
 original's guess is there to be compared with: `--faithful-parse`). A score is about a named set of
 problems: missing, unknown and repeated predictions are errors.
-
-Left out: beams, as both systems decode greedily or sample; an answer by the likelihood of choices.
 """
 
 import argparse
@@ -28,6 +26,7 @@ import data
 import fusion
 from data import ImageSource, Problem
 from model import DETR
+from support import kernels
 from support.checkpoints.hub import resolve
 from support.dataset import images
 from support.dataset.choices import LETTERS
@@ -103,11 +102,12 @@ def predict(
 
 # --- scoring
 def about(
-    where: str | Path, split: str, rationale_format: str | None, faithful: bool = False
+    where: str | Path, split: str, fmt: str | None, faithful: bool = False, strict: bool = False
 ) -> dict[str, str | bool | None]:
     """What metrics are about: they say so in metrics.json and at the head of the table."""
-    subject = {"data": str(where), "split": split, "rationale_format": rationale_format}
-    return subject | {"faithful_parse": True} if faithful else subject
+    subject = {"data": str(where), "split": split, "rationale_format": fmt}
+    rules = {"faithful_parse": faithful, "strict_parse": strict}
+    return subject | {key: True for key in rules if rules[key]}
 
 
 def assess(
@@ -194,11 +194,13 @@ def attention_maps_of(
     features: ImageSource | None,
 ) -> dict:
     """{id: `fusion_maps` or `paligemma_map`} of these problems and the predictions `predict`
-    returned for them; {} for models that read no images."""
+    returned for them; {} for models that read no images. Kernels are off: they do not call what
+    the hooks listen to."""
     if settings.model == "paligemma":
         examples = prompt_examples(settings, problems, tokenizer, features)
         ids = {x["id"]: x["ids"] for x in predictions}
-        return paligemma_maps(models[0], examples, ids, tokenizer)
+        with kernels.plain_formulas(models[0]):
+            return paligemma_maps(models[0], examples, ids, tokenizer)
     if features is None:
         return {}
     rationales = {x["id"]: x.get("rationale") for x in predictions}
@@ -215,19 +217,32 @@ def attention_maps_of(
 
 # --- run folders
 def load_run(
-    folder: str | Path, device: str | None = None, split: str | None = None
+    folder: str | Path,
+    device: str | None = None,
+    split: str | None = None,
+    plain: bool | None = None,
 ) -> tuple[Settings, list[torch.nn.Module], Tokenizer]:
     """(settings, models, tokenizer) of a run folder; `device` and `split` replace the run's own."""
     folder = Path(folder)
     own = read_settings(folder)
-    settings = replace(own, device=device or own.device, test_split=split or own.test_split)
+    settings = replace(
+        own,
+        device=device or own.device,
+        test_split=split or own.test_split,
+        plain=own.plain if plain is None else plain,
+    )
     check_device(settings.device)
     if settings.model == "paligemma":
+        models = [load_paligemma(settings, folder)]
         tokenizer = load_tokenizer(resolve(settings.weights[0]))
-        return settings, [load_paligemma(settings, folder)], tokenizer
-    stages = [folder / name for name in fusion.stage_names(settings.recipe)]
-    models = [fusion.MultimodalT5.from_pretrained(s).to(settings.device) for s in stages]
-    return settings, models, load_tokenizer(stages[0])
+    else:
+        stages = [folder / name for name in fusion.stage_names(settings.recipe)]
+        models = [fusion.MultimodalT5.from_pretrained(s).to(settings.device) for s in stages]
+        tokenizer = load_tokenizer(stages[0])
+    if not settings.plain:
+        for model in models:
+            kernels.enable(model)
+    return settings, models, tokenizer
 
 
 def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
@@ -241,7 +256,7 @@ def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
     scored = (out / "predictions.jsonl").is_file() or tables.read_metrics(out)
     decodes = args.decode or args.teacher_forced or not scored
     if decodes:
-        settings, models, tokenizer = load_run(folder, args.device, split)
+        settings, models, tokenizer = load_run(folder, args.device, split, args.plain)
         problems, features, skipped = load_problems(settings, models, args.limit)
         evaluate(
             out,
@@ -256,9 +271,10 @@ def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
             report=False,  # `main` writes one report, of all columns
             skipped=skipped,
         )
-    store = decodes or not (args.limit or args.faithful_parse)
+    store = decodes or not (args.limit or args.faithful_parse or args.strict_parse)
+    faithful = args.faithful_parse
     judge = judge_of(args.judge, out)
-    return regrade(out, split, config, args.faithful_parse, args.limit, judge, store)
+    return regrade(out, split, config, faithful, args.strict_parse, args.limit, judge, store)
 
 
 def load_problems(
@@ -282,6 +298,7 @@ def regrade(
     split: str,
     config: dict,
     faithful: bool,
+    strict: bool,
     limit: int | None,
     judge: Callable | None,
     store: bool,
@@ -294,9 +311,10 @@ def regrade(
     where = config.get("data") or stored.get("data", "(no data named)")
     fmt = target_format(config["model"]) if config else stored.get("rationale_format")
     faithful = faithful or not config and stored.get("faithful_parse", False)
+    strict = strict or not config and stored.get("strict_parse", False)
     try:
         problems = data.load(where, split, [] if config.get("on_error") == "skip" else None)
-        graded = tables.graded_folder(folder, problems[:limit], faithful, limit)
+        graded = tables.graded_folder(folder, problems[:limit], faithful, limit, strict)
     except FileNotFoundError as error:
         if not (store and complete):
             raise
@@ -305,7 +323,7 @@ def regrade(
     if not limit and len(graded) < len(problems):
         some = f"{len(graded)} of the {len(problems)} problems of {split}"
         print(f"{folder} has predictions of {some}.", file=sys.stderr)
-    scores, graded = assess(graded, about(where, split, fmt, faithful), config, judge)
+    scores, graded = assess(graded, about(where, split, fmt, faithful, strict), config, judge)
     if complete.get("n") == scores["n"]:
         # Predictions do not have these two.
         kept = ("rougeL_teacher_forced", "skipped")
@@ -322,13 +340,14 @@ def ask(
     choices: list[str],
     image_file: str | None,
     device: str | None,
+    plain: bool | None = None,
 ) -> None:
     """One question about one image (or none) in the terminal, the text as it is written. Why it
     stopped is printed on stderr, unless it came to its end by itself."""
     if len(choices) > len(LETTERS):
         raise ValueError(f"{len(choices)} choices are too many: the letters are {LETTERS}.")
     image = images.open_image(image_file) if image_file else None
-    settings, models, tokenizer = load_run(folder, device)
+    settings, models, tokenizer = load_run(folder, device, plain=plain)
     meta = {"answer_index": 0, "caption": ""}  # unknown: only the unused target has it
     problem = Problem("asked", question, tuple(choices), "", "", image_file, "", "", meta)
     features = question_features(settings, models, image)
@@ -358,8 +377,9 @@ def score_file(args: argparse.Namespace) -> Column:
         problems = problems[: args.limit]
         ids = {p.id for p in problems}
         predictions = [x for x in predictions if x["id"] in ids]
-    graded = grade_all(problems, predictions, args.faithful_parse, args.partial)
-    subject = about(args.data, split, args.rationale_format, args.faithful_parse)
+    faithful = args.faithful_parse
+    graded = grade_all(problems, predictions, faithful, args.partial, args.strict_parse)
+    subject = about(args.data, split, args.rationale_format, faithful, args.strict_parse)
     judge = judge_of(args.judge, args.out or Path(args.predictions).parent)
     scores, graded = assess(graded, subject, judge=judge)
     if args.out:
@@ -385,12 +405,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     maps = "keep attention maps of the first N decoded problems (%(default)s; 0: off)"
     add("--looks", type=int, default=ATTENTION_MAPS, metavar="N", help=maps)
     add("--device", help="cpu or cuda; the run's own by default")
+    keep = "keep every layer's plain class: no kernels (support/kernels.py)"
+    add("--plain", action="store_true", default=None, help=keep)
     add = parser.add_argument_group("one question to one run").add_argument
     add("--question", metavar="TEXT", help="ask this instead of scoring")
     add("--image", metavar="FILE", help="the image it is about")
     add("--choices", nargs="+", metavar="TEXT", help="the answers to choose from")
     add = parser.add_argument_group("predictions of any model, instead of runs").add_argument
-    lines = "JSONL with id and response, MathVista's {pid: {response}} or mm-cot's own file"
+    lines = "JSON, JSONL, csv or tsv in one of the layouts of docs/grading.md"
     add("--predictions", metavar="FILE", help=lines)
     add("--data", metavar="DIR", help="the problems they answer: a folder or a name")
     add("--split", help="split to score (a run's own, else test)")
@@ -399,6 +421,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("how answers are graded and shown").add_argument
     guess = "guess among A-E what cannot be read, as the original did"
     add("--faithful-parse", action="store_true", help=guess)
+    add("--strict-parse", action="store_true", help="read ScienceQA by its published rule")
     gold = "prompt format whose target rationales are compared with (%(default)s)"
     add("--rationale-format", default="QCM-LE", metavar="FORMAT", help=gold)
     judge = "model that judges why answers are right or wrong (as teacher.py --judge), or demo"
@@ -419,7 +442,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.question:
-        return ask(args.runs[0], args.question, args.choices or [], args.image, args.device)
+        return ask(
+            args.runs[0], args.question, args.choices or [], args.image, args.device, args.plain
+        )
     columns = {run: score_run(run, args) for run in args.runs}
     if args.predictions:
         columns[args.predictions] = score_file(args)

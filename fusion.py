@@ -1,7 +1,7 @@
-"""Multimodal-CoT's own part: the gated fusion of text and picture, and the two-stage loop.
+"""Multimodal-CoT's own part: the gated fusion of text and image, and the two-stage loop.
 
 Zhang et al., "Multimodal Chain-of-Thought Reasoning in Language Models", arXiv 2302.00923.
-With X the question (and, in stage 2, the rationale) and DETR's object features of the picture:
+With X the question (and, in stage 2, the rationale) and DETR's object features of the image:
 
   Eq. 1   p(Y | X_language, X_vision) = prod_i p(Y_i | X_language, X_vision, Y_<i)
   Eq. 2   H_language = LanguageEncoder(X_language)
@@ -14,8 +14,7 @@ The released code has more parameters than the equations: biases in Eq. 3 and 5,
 single-head nn.MultiheadAttention in Eq. 4, with projections of its own. They are kept, because the
 released checkpoints need them, under their names. `gate_dense` is [W_l W_v] side by side.
 
-Left out on purpose: heads, key masks and dropout in the fusion (the released code has none); image
-encoders (model.DETR makes the features once, support/dataset/features.py caches them); training.
+The fusion has one head, no key mask and no dropout, as released.
 
 Axes: B batch, T text length, U target length, D width, P image positions, F their width,
 V vocabulary.
@@ -27,13 +26,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from model import T5, Pretrained
 
-# ----------------------------------------------------------------------------------------------
-# The fusion: equations 3 to 6
-# ----------------------------------------------------------------------------------------------
+# ---- The fusion: equations 3 to 6 ----------------------------------------------------------------
 
 NO_IMAGE = ("zero", "mask")
 
@@ -41,7 +38,7 @@ NO_IMAGE = ("zero", "mask")
 class SingleHeadAttention(nn.Module):
     """nn.MultiheadAttention with one head, written out: the same names and initialisation."""
 
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -49,11 +46,13 @@ class SingleHeadAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, language, vision):
-        """(B, T, D) asks (B, P, D) -> what it got (B, T, D), and its attention (B, T, P)."""
-        (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+    def forward(self, language: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, T, D) over an image (B, P, D) -> (B, T, D), and the attention (B, T, P)."""
+        wq, wk, wv = self.in_proj_weight.chunk(3)
+        bq, bk, bv = self.in_proj_bias.chunk(3)
         Q = F.linear(language, wq, bq)  # (B, T, D)
-        K, V = F.linear(vision, wk, bk), F.linear(vision, wv, bv)  # (B, P, D)
+        K = F.linear(vision, wk, bk)  # (B, P, D)
+        V = F.linear(vision, wv, bv)  # (B, P, D)
         # Eq. 4 (Multimodal-CoT)
         scores = Q @ K.transpose(1, 2) / math.sqrt(Q.shape[-1])  # (B, T, P)
         attention = scores.float().softmax(-1).to(V.dtype)  # (B, T, P)
@@ -61,14 +60,14 @@ class SingleHeadAttention(nn.Module):
 
 
 class GatedFusion(nn.Module):
-    """Eq. 3-6. `no_image` says what is done without a picture, when all features are zero:
+    """Eq. 3-6. `no_image` says what is done without an image, when all features are zero:
 
-    "zero": what was published. The zeros go through Eq. 3-6 like a picture; `image_dense` makes
-            them its bias: the text is mixed with one constant vector. Released weights need it.
-    "mask": a problem without a picture has no picture: H_fuse = H_language.
+    "zero": what was published. The zeros go through Eq. 3-6 like an image; `image_dense` turns
+            them into its bias: the text mixed with one constant vector. Released weights need it.
+    "mask": a problem without an image has no image: H_fuse = H_language.
     """
 
-    def __init__(self, d_model, feature_dim, no_image="zero"):
+    def __init__(self, d_model: int, feature_dim: int, no_image: str = "zero"):
         super().__init__()
         if no_image not in NO_IMAGE:
             raise ValueError(f"no_image is {no_image!r}; it must be one of {', '.join(NO_IMAGE)}.")
@@ -77,12 +76,12 @@ class GatedFusion(nn.Module):
         self.mha_layer = SingleHeadAttention(d_model)
         self.gate_dense = nn.Linear(2 * d_model, d_model)
 
-    def forward(self, H_language, image_features):
-        """H_language (B, T, D), image_features (B, P, F), zeros without a picture -> (B, T, D)."""
+    def forward(self, H_language: Tensor, image_features: Tensor) -> Tensor:
+        """H_language (B, T, D), image_features (B, P, F), zeros without an image -> (B, T, D)."""
         return self.explain(H_language, image_features)[0]
 
-    def explain(self, H_language, image_features):
-        """As forward, with the gate (B, T, D) and the attention over the picture (B, T, P)."""
+    def explain(self, H_language: Tensor, image_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As forward, with the gate (B, T, D) and the attention over the image (B, T, P)."""
         image_features = image_features.to(H_language.dtype)
         # Eq. 3 (Multimodal-CoT)
         H_vision = self.image_dense(image_features)  # (B, P, D)
@@ -96,9 +95,7 @@ class GatedFusion(nn.Module):
         return H_fuse, gate, attention
 
 
-# ----------------------------------------------------------------------------------------------
-# A T5 that sees: equations 1 and 2
-# ----------------------------------------------------------------------------------------------
+# ---- A T5 that sees: equations 1 and 2 -----------------------------------------------------------
 
 
 class MultimodalT5(Pretrained):
@@ -112,30 +109,42 @@ class MultimodalT5(Pretrained):
     t5_class = T5
     fusion_class = GatedFusion
 
-    def __init__(self, t5, fusion=None):
+    def __init__(self, t5: T5, fusion: GatedFusion | None = None):
         super().__init__()
-        self.t5, self.fusion = t5, fusion
+        self.t5 = t5
+        self.fusion = fusion
 
-    def encode(self, input_ids, attention_mask, image_features=None):
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor | None = None
+    ) -> Tensor:
         """(B, T) ids and mask, (B, P, F) features -> what the decoder reads (B, T, D)."""
         # Eq. 2 (Multimodal-CoT)
         H_language = self.t5.encode(input_ids, attention_mask)  # (B, T, D)
         if self.fusion is None:
             return H_language
         if image_features is None:
-            raise ValueError(
-                "This model looks at pictures: give image_features (B, P, F), zeros for problems "
-                "without one."
-            )
+            raise ValueError("This model needs image_features (B, P, F), zeros without an image.")
         return self.fusion(H_language, image_features)  # (B, T, D)
 
-    def states(self, input_ids, attention_mask, image_features, decoder_input_ids):
+    def states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_features: Tensor | None,
+        decoder_input_ids: Tensor,
+    ) -> Tensor:
         """Decoder states (B, U, D) before the vocabulary layer; a loss may need only some."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
         mask_bias = self.t5.mask_bias(attention_mask)  # (B, 1, 1, T)
         return self.t5.decode_states(decoder_input_ids, memory, mask_bias)  # (B, U, D)
 
-    def forward(self, input_ids, attention_mask, image_features, decoder_input_ids):
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_features: Tensor | None,
+        decoder_input_ids: Tensor,
+    ) -> Tensor:
         """Teacher-forced logits (B, U, V): the factors of Eq. 1."""
         states = self.states(input_ids, attention_mask, image_features, decoder_input_ids)
         # Eq. 1 (Multimodal-CoT): a softmax away from p(Y_i | X_language, X_vision, Y_<i)
@@ -144,16 +153,16 @@ class MultimodalT5(Pretrained):
     @torch.inference_mode()
     def generate(
         self,
-        input_ids,
-        attention_mask,
-        image_features=None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_features: Tensor | None = None,
         *,
-        max_new_tokens,
-        temperature=0.0,
-        generator=None,
-        stop_loops=False,
-        on_token=None,
-    ):
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        stop_loops: bool = False,
+        on_token: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
         options are those of `model.decode`."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
@@ -169,9 +178,7 @@ class MultimodalT5(Pretrained):
         )  # (B, U)
 
 
-# ----------------------------------------------------------------------------------------------
-# The two-stage loop
-# ----------------------------------------------------------------------------------------------
+# ---- The two-stage loop --------------------------------------------------------------------------
 
 # Prompt formats of the stages: Q question, C context, M choices, G generated rationale, A answer,
 # L lecture, E solution (paper, Table 2).

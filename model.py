@@ -6,8 +6,7 @@ SigLIP       Zhai et al. 2023, arXiv 2303.15343; the vision transformer, So400m/
 Gemma 2      arXiv 2408.00118. PaliGemma 2: Steiner et al. 2024, arXiv 2412.03555.
 
 support/checkpoints/ reads files, support/kernels.py has quicker versions. `python model.py --keys
-DIR_OR_HUB_ID` prints how a checkpoint loads, `--summary` its architecture. Not here: DETR's
-training, SigLIP's text half and pooling head.
+DIR_OR_HUB_ID` prints how a checkpoint loads, `--summary` its architecture.
 
 Axes:
   B batch        T source length   U target length   S key length     D width       N heads
@@ -32,10 +31,7 @@ Pair = tuple[Tensor, Tensor]  # keys and values, or cosines and sines
 
 
 class Pretrained(nn.Module):
-    """A model that can be read from a checkpoint folder or the Hub; support/checkpoints knows how.
-
-    `config_class` of a subclass is the dataclass of its sizes.
-    """
+    """A model with checkpoints; `config_class` is the dataclass of its sizes."""
 
     @classmethod
     def from_pretrained(cls, where: str | Path, dtype: torch.dtype = torch.float32) -> Self:
@@ -95,8 +91,7 @@ class Cache:
     def length(self) -> int:
         return self.layers[0].length
 
-    def keep(self, alive: Tensor) -> None:
-        """Drop the rows where the boolean (B,) is False."""
+    def keep(self, alive: Tensor) -> None:  # (B,), False where a row is dropped
         self.rows = {name: t[alive] for name, t in self.rows.items()}
         for layer in self.layers:
             layer.keep(alive)
@@ -122,7 +117,7 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "relu"  # v1.0 "relu", v1.1 "gated-gelu"
     tie_word_embeddings: bool = True
-    scale_decoder_outputs: bool = None  # None: scaled iff tied (only transformers 5 writes the key)
+    scale_decoder_outputs: bool = None  # None: iff tied; transformers 5 says "tied" of v1.1 too
     pad_token_id: int = 0
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
@@ -133,12 +128,10 @@ class T5Config:
 
     @property
     def scaled(self) -> bool:
-        """Whether the decoder's output is multiplied by D^-0.5 before the vocabulary layer.
-
-        transformers 5 writes tie_word_embeddings=true even for v1.1, so its own key goes first.
-        """
-        known = self.scale_decoder_outputs is not None
-        return self.scale_decoder_outputs if known else self.tie_word_embeddings
+        """Whether the decoder's output is multiplied by D^-0.5 before the vocabulary layer."""
+        if self.scale_decoder_outputs is None:
+            return self.tie_word_embeddings
+        return self.scale_decoder_outputs
 
 
 class T5Norm(nn.Module):
@@ -223,9 +216,8 @@ class T5Block(nn.Module):
         memory_bias: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D). `bias` and `memory_bias` are added to the scores of the two
-        attentions; `memory` (B, S, D) are the encoder's states, which a decoder's block reads.
-        With a `LayerCache` x are the newest tokens, and the memory is in the cache already."""
+        """x (B, T, D) -> (B, T, D); a decoder's block reads `memory` (B, S, D) too. The biases are
+        added to the scores. With a `LayerCache` x are the newest tokens, memory is in the cache."""
         h = self.self_attn_norm(x)
         k, v = self.self_attn.keys_values(h)  # (B, N, T, H)
         if cache is not None:
@@ -237,14 +229,10 @@ class T5Block(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
-def relative_bucket(
-    distance: Tensor, bidirectional: bool, buckets: int = 32, max_distance: int = 128
-) -> Tensor:
+def relative_bucket(distance: Tensor, bidirectional: bool, buckets: int, farthest: int) -> Tensor:
     """T5's bucket of a relative position `distance` = key position - query position (any shape).
-
-    Half of the buckets are exact distances, the rest grow logarithmically up to `max_distance`,
-    beyond which all share the last one. The encoder spends half of them on keys to the right.
-    """
+    Half of the buckets are exact distances, the rest grow logarithmically up to the `farthest`.
+    The encoder is bidirectional: it spends half of them on keys to the right."""
     offset = torch.zeros_like(distance)
     if bidirectional:
         buckets //= 2
@@ -254,7 +242,7 @@ def relative_bucket(
         distance = (-distance).clamp(min=0)
     # Eq. relative buckets (T5): n below e = buckets / 2, then e + e log(n / e) / log(max / e)
     exact = buckets // 2
-    log = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    log = torch.log(distance.clamp(min=1).float() / exact) / math.log(farthest / exact)
     far = (exact + (log * (buckets - exact)).long()).clamp(max=buckets - 1)
     return offset + torch.where(distance < exact, distance, far)
 
@@ -344,23 +332,20 @@ class T5(Pretrained):
         """(B, T) of ones and zeros -> additive (B, 1, 1, T), see the function of this name."""
         return mask_bias(attention_mask[:, None, None].bool(), self.shared.weight.dtype)
 
-    def decode_states(
-        self, decoder_input_ids: Tensor, memory: Tensor, memory_bias: Tensor
-    ) -> Tensor:
-        """(B, U) ids -> (B, U, D), ready for the vocabulary layer."""
-        x = self.shared(decoder_input_ids)  # (B, U, D)
-        return self.rescaled(self.decoder(x, memory_bias, memory))  # (B, U, D)
+    def decode_states(self, ids: Tensor, memory: Tensor, memory_bias: Tensor) -> Tensor:
+        """Shifted target ids (B, U) -> (B, U, D), what `head` reads."""
+        return self.decoder(self.shared(ids), memory_bias, memory)
 
     def rescaled(self, states: Tensor) -> Tensor:
         return states * self.config.d_model**-0.5 if self.config.scaled else states
 
     def head(self, states: Tensor) -> Tensor:
-        """(..., D) -> logits (..., V)."""
-        return F.linear(states, self.head_weight())  # (..., V)
+        """Decoder states (..., D) -> logits (..., V)."""
+        return F.linear(self.rescaled(states), self.head_weight())  # (..., V)
 
     def head_weight(self) -> Tensor:
-        """(V, D): the output layer's, which is the embedding's where they are tied."""
-        return (self.lm_head or self.shared).weight
+        layer = self.shared if self.lm_head is None else self.lm_head
+        return layer.weight  # (V, D)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
@@ -398,7 +383,7 @@ class T5(Pretrained):
         """The newest ids (B, 1) -> logits (B, V) of what follows; the cache grows by one token."""
         x = self.shared(ids)  # (B, 1, D)
         states = self.decoder(x, cache.rows["memory_bias"], cache=cache)  # (B, 1, D)
-        return self.head(self.rescaled(states[:, -1]))  # (B, V)
+        return self.head(states[:, -1])  # (B, V)
 
 
 # ---- DETR ----------------------------------------------------------------------------------------
@@ -610,12 +595,10 @@ class DETR(Pretrained):
         self.bbox_predictor.layers = nn.ModuleList(nn.Linear(D, out) for out in (D, D, 4))
 
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
-        """Object features (B, Q, D): the last decoder layer's states after the decoder's norm.
+        """Object features (B, Q, D) of Multimodal-CoT: the last states after the decoder's norm.
 
-        pixel_values (B, 3, Y, X), ImageNet-normalised; pixel_mask (B, Y, X), 1 where the image
-        is, for batches of unequal sizes. Padding changes activations at the border a little, so
-        features for training are made one size at a time.
-        """
+        pixel_values (B, 3, Y, X), ImageNet-normalised; pixel_mask (B, Y, X), 1 where the image is,
+        for batches of unequal sizes. (Padding changes activations at the border a little.)"""
         c5 = self.backbone(pixel_values)  # (B, C, h, w)
         if pixel_mask is None:
             pixel_mask = pixel_values.new_ones(pixel_values[:, 0].shape)  # (B, Y, X)
@@ -650,8 +633,7 @@ class DETR(Pretrained):
 
 @dataclass(frozen=True)
 class SigLIPConfig:
-    """Sizes of a SigLIP image encoder. Configs leave out what equals the transformers default, so
-    these are those defaults; PaliGemma's files spell out So400m/14 (1152, 4304, 27, 16, 14)."""
+    """Sizes of a SigLIP; the defaults are transformers', and what configs leave out."""
 
     hidden_size: int = 768  # D
     intermediate_size: int = 3072  # F
@@ -725,8 +707,7 @@ class SigLIP(nn.Module):
         """(B, 3, Y, Y) in -1..1 -> (B, I, D), row by row."""
         side = self.config.image_size
         if pixels.shape[-2:] != (side, side):
-            shape = tuple(pixels.shape)
-            raise ValueError(f"These weights take images of {side} x {side} pixels, not {shape}.")
+            raise ValueError(f"The weights take {side} x {side} pixels, not {tuple(pixels.shape)}.")
         x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
         # Eq. positions (SigLIP): a learned vector for each patch
         x = x + self.embeddings.position_embedding.weight
@@ -905,11 +886,8 @@ class GemmaLayer(nn.Module):
 
 
 class Gemma2(nn.Module):
-    """The language model without its output layer, which is the embedding again.
-
-    With `checkpointing` a training step keeps each layer's input only and computes the layer again
-    in the backward pass: a third more time, a fraction of the memory.
-    """
+    """The language model without its output layer, which is the embedding again. With
+    `checkpointing` a training step keeps only each layer's input, and computes the rest twice."""
 
     def __init__(self, config):
         super().__init__()
@@ -981,11 +959,8 @@ class PaliGemmaConfig:
 
 
 class PaliGemma(Pretrained):
-    """PaliGemmaForConditionalGeneration with a Gemma-2 text model (arXiv 2412.03555).
-
-    SigLIP's patch states go through one linear layer and take the places of the <image> tokens;
-    from there on it is a prefix language model.
-    """
+    """PaliGemmaForConditionalGeneration with a Gemma 2: SigLIP's patch states, through one linear
+    layer, replace the <image> tokens of a prefix language model."""
 
     config_class = PaliGemmaConfig
 
@@ -1032,10 +1007,8 @@ class PaliGemma(Pretrained):
         begun = cache is not None and cache.length > 0  # one more token, never an image
         wanted = [found] if begun else places.sum(1).tolist()
         if sum(wanted) != found or any(n % self.config.image_tokens for n in wanted):
-            raise ValueError(
-                f"The rows have {wanted} <image> tokens, but there are features for {found}: "
-                f"each image needs {self.config.image_tokens} tokens, and none may be cut."
-            )
+            text = f"The rows have {wanted} <image> tokens, but there are features for {found}"
+            raise ValueError(f"{text}: each image needs {self.config.image_tokens}, uncut.")
         if found:
             features = image_features.to(x.dtype).flatten(0, 1)  # (n * I, D)
             x = x.masked_scatter(places[..., None], features)  # (B, T, D)
@@ -1107,9 +1080,7 @@ class PaliGemma(Pretrained):
 # ---- Decoding: one loop for every model that generates -------------------------------------------
 
 
-def pick(
-    logits: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
-) -> Tensor:
+def pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """The next ids (B,) from logits (B, V): arg-max, or a sample at `temperature`."""
     if temperature == 0:
         return logits.argmax(-1)  # (B,)
@@ -1118,11 +1089,9 @@ def pick(
 
 
 def looping(ids: Tensor, times: int = 4, least: int = 24) -> Tensor:
-    """(B, U) ids -> (B,): whether a row ends in one chunk repeated `times` times.
-
-    Together they are `least` tokens or more. Counting n-grams anywhere in the text (8 tokens, four
-    times) would cut every fifth of Gemini's own thoughts, which restate a formula as often as they
-    need it; this cuts none of 335 (tests/test_paligemma.py)."""
+    """(B, U) ids -> (B,): whether a row ends in one chunk repeated `times` times, of `least` tokens
+    or more together. Repeated n-grams anywhere would cut every fifth of Gemini's own thoughts,
+    which restate a formula as often as they need it; this cuts none of 335."""
     found = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
     for period in range(1, ids.shape[1] // times + 1):
         length = max(times * period, least)
@@ -1173,16 +1142,6 @@ def decode(
         if length < max_new_tokens:
             logits = model.step(ids[:, None], cache)  # (live, V)
     return out[:, :length]
-
-
-def stop_reason(ids: Tensor, eos_id: int, pad_id: int, stop_loops: bool = False) -> str:
-    """Why `decode` ended a row, of which `ids` (U,) are all it gave: "eos", "loop" or "length"."""
-    if (ids == eos_id).any():
-        return "eos"
-    # Only EOS and a loop end a row before the others; a loop may also be complete at the limit.
-    if stop_loops and len(ids) and (ids[-1] == pad_id or looping(ids[None]).item()):
-        return "loop"
-    return "length"
 
 
 if __name__ == "__main__":  # --keys and --summary

@@ -28,6 +28,7 @@ import data
 from support import files
 from support.dataset.tokenizers import load_tokenizer
 from support.dataset.traces import traces_of, training_notice
+from support.evaluation import grading
 from support.teachers import cache, filters, providers
 from support.teachers.batch_api import Batches, Jobs
 from support.teachers.cache import Ledger, close, fingerprint, total_paid
@@ -259,10 +260,10 @@ async def judged(run: Run, problem: data.Problem, reply: Reply, key: str) -> tup
         if reply.stop != "end":
             why = f"{reply.stop}: {reply.why}" if reply.why else reply.stop
         return {"correct": False, "consistent": None, "by": "teacher", "why": why}, {}
-    grade = filters.graded(problem, reply.answer)
+    grade = grading.grade(problem, reply.answer)
     verdict = filters.rule_verdict(problem, reply.thought, reply.answer)
     unclear = verdict["correct"] and verdict["consistent"] is None and bool(reply.thought)
-    final = filters.is_conclusive(grade) and not unclear and not run.settings.judge_all
+    final = grading.is_conclusive(grade) and not unclear and not run.settings.judge_all
     if judge.provider == "rule" or (final and judge.provider != "demo"):
         return verdict, {}
     if run.pending and key not in run.pending.records:

@@ -7,7 +7,6 @@ tokens, not over its batches.
 
 paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555): a teacher's traces, judged
 right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them.
-
 What is trained is fp32, without autocast. What a first reading may skip is in support/training/.
 Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss. A row
 is one example, a window the list of batches, lists of rows, of one optimizer step.
@@ -30,7 +29,7 @@ import eval as evaluation
 import fusion
 import lora
 from model import PaliGemma
-from support import distributed, files
+from support import distributed, files, kernels
 from support.checkpoints.hub import resolve
 from support.dataset.images import LazyImages
 from support.dataset.tokenizers import load_tokenizer
@@ -57,7 +56,6 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy of the supervised tokens, and what to divide it by.
-
     states (B, T, D), labels (B, T), -100 where nothing is learned. The vocabulary layer `head`,
     which multiplies by `weight` (V, D), sees only the supervised positions, some at a time: the
     logits of PaliGemma's 257,216 words are never all there, in neither direction.
@@ -91,16 +89,15 @@ def t5_loss(
         batch["decoder_input_ids"],
     )  # (B, U, D)
     t5 = model.t5
-    weight = (t5.lm_head or t5.shared).weight
-    return cross_entropy(t5.head, weight, states, batch["labels"], weighting, label_smoothing)
+    head = t5.shared if t5.lm_head is None else t5.lm_head
+    return cross_entropy(t5.head, head.weight, states, batch["labels"], weighting, label_smoothing)
 
 
 def paligemma_loss(
     model: PaliGemma, batch: dict, weighting: str = "token", label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, int]:
     """As `cross_entropy`; token t is predicted by the state at t - 1."""
-    inputs = models.paligemma_inputs(model, batch)
-    states = model.states(**inputs)[:, :-1]  # (B, T-1, D)
+    states = model.states(**models.paligemma_inputs(model, batch))[:, :-1]  # (B, T-1, D)
     labels = batch["labels"][:, 1:]  # (B, T-1)
     weight = model.language_model.embed_tokens.weight
     return cross_entropy(model.head, weight, states, labels, weighting, label_smoothing)
@@ -136,6 +133,8 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     loss_of = plan.loss_of
     settings = loss_of.settings
     model = loss_of.model.to(settings.device)
+    # Before DDP and FSDP, which wrap what they find.
+    verdicts = [] if settings.plain else kernels.enable(model)
     if plan.windows:
         checks.stop_if_it_leaks(loss_of, plan.windows[0][0], plan.stage)
     shard = settings.model == "paligemma" and settings.full
@@ -143,6 +142,8 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     # After that, as FSDP replaces the parameters by its shards of them.
     optimizer = optim.make_optimizer(model, settings.weight_decay)
     progress = checkpoints.begin(plan.stage, model, optimizer, plan.rows)
+    for verdict in verdicts if progress.step == 0 else ():
+        checkpoints.write({"stage": plan.stage, "step": 0} | verdict)
     distributed.own_dropout(settings.seed, progress.step)
     start = time.monotonic() - progress.seconds
     steps = len(plan.windows)
@@ -163,9 +164,8 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     checkpoints.end()
     if best := progress.best:
         model.load_state_dict(best.weights, strict=False)  # only what is trained
-        print(
-            f"  kept: the weights after step {best.step}, validation accuracy {best.accuracy:.2f}"
-        )
+        accuracy = f"validation accuracy {best.accuracy:.2f}"
+        print(f"  kept: the weights after step {best.step}, {accuracy}")
     return distributed.full_model(model).eval()
 
 
@@ -222,8 +222,7 @@ def backward(forward: nn.Module, batches: list[dict], count: int) -> torch.Tenso
 
 
 def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
-    """Train, decode and score one recipe into the run folder `settings.out`; the metrics, None if
-    only the rationale stage is trained."""
+    """Train, decode and score one recipe; its metrics, None if only stage 1 is trained."""
     out = Path(settings.out)
     print(f"{out}: recipe {settings.recipe}, vision {settings.vision}", flush=True)
     splits, skipped = examples.load_splits(settings)
@@ -242,6 +241,8 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
                     inputs.tokenizer.save(str(out / name / "tokenizer.json"))
             else:
                 model = fusion.MultimodalT5.from_pretrained(out / name).to(settings.device)
+                if not settings.plain:
+                    kernels.enable(model)
             stages.append(model)
             if settings.stage == name != names[-1]:
                 return runs.complete(out)  # nothing to score yet
@@ -371,8 +372,7 @@ def run_one(settings: Settings, stop: StopRequest) -> dict | None:
     if runs.is_complete(settings):
         print(f"{settings.out}: complete already", flush=True)
         return tables.read_metrics(settings.out)
-    run = run_mmcot if settings.model == "mmcot" else run_paligemma
-    return run(settings, stop)
+    return {"mmcot": run_mmcot, "paligemma": run_paligemma}[settings.model](settings, stop)
 
 
 def score(settings: Settings, stages: list[nn.Module], inputs: Inputs) -> dict:

@@ -181,7 +181,7 @@ class QuickT5(plain.T5):
     """The vocabulary layer and, for several rows, weights that are laid out before they decode."""
 
     def head(self, states):
-        return product(states, self.head_weight())
+        return product(self.rescaled(states), self.head_weight())
 
     def generate(self, input_ids, *arguments, **options):
         layers = (m for m in self.decoder.modules() if isinstance(m, nn.Linear))

@@ -43,6 +43,11 @@ def free(kind, answer="5", question="How many objects are left?", **meta):
     return data.Problem("1", question, (), answer, "", None, "", "", meta)
 
 
+def kind(how):
+    """What was read, without the pass that read it."""
+    return re.split(" in | as |, not|; guessed", how)[0]
+
+
 ANGLES = choose("135°", "140°", "145°", "150°")
 YES_NO = choose("Yes", "No", question="Are there fewer buses than cars?")
 LEAVES = choose("Acuminate", "Truncate", "Mucronate", "Acute")
@@ -68,17 +73,21 @@ CHOICES = [  # problem, reply, letter (None: no answer), how
         "The answer is B. A is too small, and (C) is incorrect.",
         "答案是B", "答案：（B）", "故选：Ｂ。", "正确选项是 (B)。", "پاسخ: B", "گزینه صحیح (B)",
     )),
-    (ANGLES, "That is half of 280 degrees, which is option B.", "B", "letter in prose"),
-    (ANGLES, "B is correct.", "B", "letter in prose"),
-    (ANGLES, "The angle is (D) 150°. Bisectors halve the angles.", "D", "letter in prose"),
+    (ANGLES, "That is half of 280 degrees, which is option B.", "B", "letter"),
+    (ANGLES, "B is correct.", "B", "letter"),
+    (ANGLES, "The angle is (D) 150°. Bisectors halve the angles.", "D", "letter"),
     # several, none, another
     *((ANGLES, said, None, "several answers") for said in (
         "The answer is (A) or (B).", "A, B", "(A) and (C)", "The answer is both A and B.",
         "(A) 135° (B) 140° (C) 145° (D) 150°", "The answer is 135° or 140°.",
     )),
-    *((ANGLES, said, None, "no answer found") for said in (
-        "", " \n ", ".", "Answer:", "The answer is (B).\nAnswer:", "I'm sorry, I cannot see it.",
-        "I cannot answer that. An angle of 140° would be obtuse.", "As an AI I need the picture.",
+    *((ANGLES, said, None, "no answer found") for said in ("", " \n ", ".")),
+    *((ANGLES, said, None, "empty answer") for said in (
+        "Answer:", "The answer is (B).\nAnswer:",
+    )),
+    *((ANGLES, said, None, "refused") for said in (
+        "I'm sorry, I cannot see it.", "As an AI I need the picture.",
+        "I cannot answer that. An angle of 140° would be obtuse.",
         "I see no picture. The choices are:\n(A) 135°\n(B) 140°\n(C) 145°\n(D) 150°",
     )),
     (ANGLES, "The answer is (E).", None, "letter not among the options"),
@@ -92,11 +101,11 @@ CHOICES = [  # problem, reply, letter (None: no answer), how
     *((YES_NO, said, "B", "choice text") for said in (
         "No", "no.", "The answer is no.", "So the answer is: **No**", "False\n",
     )),
-    (YES_NO, "Yes, there are fewer buses.", "A", "choice text in prose"),
+    (YES_NO, "Yes, there are fewer buses.", "A", "choice text"),
     (YES_NO, "There are no buses, so the answer is yes.", "A", "choice text"),
     (YES_NO, "There are no cars in the picture.", None, "no answer found"),
-    (YES_NO, "I count 3 and 2. There are not fewer buses than cars.", "B", "choice text in prose"),
-    (FOXES, "The foxes would most likely decrease.", "B", "choice text in prose"),
+    (YES_NO, "I count 3 and 2. There are not fewer buses than cars.", "B", "choice text"),
+    (FOXES, "The foxes would most likely decrease.", "B", "choice text"),
     (FOXES, "Therefore, the number of foxes will stay the same.", "C", "choice text"),
     (PETS, "It is neither a dog nor a bird.", None, "no answer found"),
     (SALT, "The answer is Solution B.", "B", "choice text"),
@@ -115,9 +124,9 @@ CHOICES = [  # problem, reply, letter (None: no answer), how
     (LEAVES, "The answer is Trunkate.", "B", "nearest choice"),
     (LEAVES, "The answer is palmate.", None, "no answer found"),
     (choose("4.62", "5.66"), "The answer is 5.65 cm.", "B", "nearest choice"),
-    # a letter holds, unless the reply ends in another value
+    # a letter that is stated holds, whatever is computed after it
     (ANGLES, r"The answer is (B). \boxed{145} would be wrong. I hope this helps.", "B", "letter"),
-    (ANGLES, "The answer is (B). Half of it is 70.\nTherefore, it is 145°.", "C", "choice text"),
+    (ANGLES, "The answer is (B). Half of it is 70.\nTherefore, it is 145°.", "B", "letter"),
 ]  # fmt: skip
 
 NUMBERS = [  # kind, reply, parsed (None: no answer), how
@@ -129,19 +138,21 @@ NUMBERS = [  # kind, reply, parsed (None: no answer), how
         "There are 8 objects. Subtract 3 balls. Therefore, there are 5 objects.", "Answer: 5%",
         "Count them: 3 cubes and 2 spheres. So the total is 3 + 2 = 5 objects.",
     )),
-    *(("integer", said, "5", "number in prose") for said in (
+    *(("integer", said, "5", "number") for said in (
         "There are 5 objects left.", "There are five objects left.",
         "The image shows 5 objects left after removing 3 balls.",
         "After the subtraction, there are 5 objects left in the image, including 2 cubes.",
         "There are 8 objects at first. 3 of them are balls. There are 5 objects left.",
     )),
-    ("integer", "There are no objects left.", "0", "number in prose"),
+    ("integer", "There are no objects left.", "0", "number"),
     ("integer", r"\boxed{1{,}204}", "1204", "number"),
     ("integer", "The answer is −3.", "-3", "number"),
     ("integer", "The answer is 3.4", "3.4", "number"),  # no integer: not cut to one
-    *(("integer", said, None, "no answer found") for said in (
-        "", "Answer:\n", "I cannot tell.", "I'm sorry, but I see no image.", "None", "3/0",
-        "I cannot answer that. A function is odd if it passes (0, 0).", "9" * 5000,
+    *(("integer", said, None, "no answer found") for said in ("", "None", "3/0", "9" * 5000)),
+    ("integer", "Answer:\n", None, "empty answer"),
+    *(("integer", said, None, "refused") for said in (
+        "I cannot tell.", "I'm sorry, but I see no image.",
+        "I cannot answer that. A function is odd if it passes (0, 0).",
     )),
     ("float", "d ≈ 1.18 cm", "1.2", "number"),
     ("float", r"$d = \boxed{1.2 \text{ cm}}$", "1.2", "number"),
@@ -149,24 +160,24 @@ NUMBERS = [  # kind, reply, parsed (None: no answer), how
     ("float", "The answer is 131,253.55 dollars", "131253.5", "number"),
     ("float", "6 × 10² N", "600.0", "number"),
     ("float", r"$6.7 \times 10^{-11}$", "0.0", "number"),
-    ("list", "The years are [2014, 2016].", "[2014, 2016]", "list in prose"),
+    ("list", "The years are [2014, 2016].", "[2014, 2016]", "list"),
     ("list", "Answer: 2014 and 2016", "[2014, 2016]", "list"),
     ("list", "Answer: 2014", None, "no answer found"),
     (None, "Answer: 5.0", "5", "number"),  # without an answer_type the gold answer tells
-    (None, "Answer: five", "five", "text"),
+    (None, "Answer: five", "5", "number"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("problem, reply, letter, how", CHOICES)
 def test_what_is_read_where_there_are_choices(problem, reply, letter, how):
     got = scoring.grade(problem, reply)
-    assert (got.parsed, got.how, got.correct) == (letter, how, letter == "A")
+    assert (got.parsed, kind(got.how), got.correct) == (letter, how, letter == "A")
 
 
-@pytest.mark.parametrize("kind, reply, parsed, how", NUMBERS)
-def test_what_is_read_without_choices(kind, reply, parsed, how):
-    got = scoring.grade(free(kind, precision=1), reply)
-    assert (got.parsed, got.how, got.correct) == (parsed, how, parsed == "5")
+@pytest.mark.parametrize("answer_type, reply, parsed, how", NUMBERS)
+def test_what_is_read_without_choices(answer_type, reply, parsed, how):
+    got = scoring.grade(free(answer_type, precision=1), reply)
+    assert (got.parsed, kind(got.how), got.correct) == (parsed, how, parsed == "5")
 
 
 @pytest.mark.parametrize(
@@ -194,12 +205,32 @@ def test_gold_answers_and_their_equals():
     assert scoring.grade(named, "(c)").parsed == "C"
 
 
-def test_prose_counts_only_where_the_record_asks_for_mathvistas_rules():
+def test_one_grader_and_the_published_rule_by_flag():
     for said in ("The correct answer is (B).", r"\boxed{B}", "B because it is so", "It is blue."):
-        strict = choose("red", "blue", index=1, official=False)
-        assert scoring.grade(strict, said).parsed is None
-        assert scoring.grade(choose("red", "blue", index=1), said).correct
-        assert grading.right(strict, grading.commitment(strict, said, prose=True)[0])
+        scienceqa = choose("red", "blue", index=1, official=False)
+        assert scoring.grade(scienceqa, said, strict=True).parsed is None
+        assert scoring.grade(scienceqa, said).correct
+        assert scoring.grade(choose("red", "blue", index=1), said, strict=True).correct
+
+
+@pytest.mark.parametrize(
+    "reply, how",
+    [
+        ("The answer is A.<answer>B</answer>", "letter in a tag"),
+        ('{"answer": "B", "confidence": 0.9}', "letter in JSON"),
+        (r"So $\boxed{140^\circ}$.", "choice text in a box"),
+        ("The answer is B. It is half of 280°.", "letter in words"),
+        ("B. 140°", "letter as a line"),
+        ("Half of it is 70°. Therefore, the angle is 140°.", "choice text in a conclusion"),
+        ("The angle at C is 140°, as its sides are equal.", "choice text in prose"),
+        ("The answer is B.\n\nTherefore, the angle is 145°.", "letter in words, not concluded"),
+        ("The angle cannot be determined.", "refused"),
+        ("It is 80°. None of the options is correct.", "no such choice"),
+    ],
+)
+def test_how_names_the_pass(reply, how):
+    got = scoring.grade(ANGLES, reply)
+    assert got.how == how and got.parsed == (None if " " not in how or "no " in how else "B")
 
 
 def test_the_official_guess_is_the_nearest_choice_and_draws_nothing():
@@ -216,7 +247,7 @@ def test_normal_committed_and_agrees():
     assert grading.normal(ANGLES, "145 degrees") == grading.normal(ANGLES, "(C)") == "C"
     assert grading.normal(free("float", precision=1), "1.24") == "1.2"
     assert grading.normal(free("text"), " North  Pole. ") == "north pole"
-    assert grading.committed(PETS, "A dog barks. So the answer is cat.") == ("B", "choice text")
+    assert grading.committed(PETS, "A dog barks. So the answer is cat.")[0] == "B"
     assert grading.committed(PETS, "There is a cat beside the tree.") is None
     assert grading.committed(PETS, "So, the dog is not it.") is None
     assert grading.agrees(PETS, "I look at it. So the answer is cat.", "(B)") is True
@@ -244,7 +275,9 @@ def test_unjudged_traces_are_graded_as_prose():
 
 
 READINGS = {"letter", "choice text", "nearest choice", "number", "list", "text"}
-FAILURES = {"no answer found", "several answers", *grading.FINAL}
+FAILURES = {"no answer found", "empty answer", "refused", "several answers", "no such choice",
+            "letter not among the options"}  # fmt: skip
+PASSES = ("a tag", "JSON", "a box", "words", "a line", "a conclusion", "own words", "prose")
 PIECES = st.sampled_from([*"ABz(){}[]$\\.,:=√/%-0123456789\n °۵Ⅷ²½", r"\boxed{", r"\frac{1}{",
     "Answer:", "The answer is", "so", "e9", "10^", "⟦", "答案", " or ", "no "])  # fmt: skip
 
@@ -256,8 +289,9 @@ def test_no_text_raises_and_every_how_is_of_the_vocabulary(text, dice):
     kinds = (free(kind, precision=1) for kind in ("integer", "float", "list", None))
     for problem in (ANGLES, YES_NO, TANGENT, choose("a", "b", official=False), *kinds):
         for got in (scoring.grade(problem, text), scoring.grade(problem, text, dice)):
-            how = re.sub("; guessed [A-E]$| in prose$", "", got.how)
-            assert how in (FAILURES if got.parsed is None else READINGS)
+            what, *where = re.split(" in | as |, not concluded|; guessed .", got.how)
+            assert what in (FAILURES if got.parsed is None else READINGS)
+            assert got.parsed is None or where[0] in PASSES
             assert got.parsed is not None or not got.correct or "guessed" in got.how
         read = grading.committed(problem, text)
         if read and problem.choices:
@@ -319,6 +353,21 @@ def test_claudes_verdicts_on_gemini():
     assert len(gemini()) == 345 and agreement(gemini()) >= 0.97
 
 
+# Claude's verdicts, each read with problem and reply: of these the gold answer is on our side.
+# 20, 35, 140, 255: the reply states another letter than the gold one; 107, 226, 337: the letter of
+# another choice than "quarter"; 126: it says 10, and gold is 9.
+WRONG_VERDICTS = "20 35 107 126 140 226 255 337".split()
+
+
+@needs_bard
+@needs_gemini
+def test_what_is_conclusive_is_right():
+    """At least 99.5 % on others' verdicts, those apart that are wrong themselves."""
+    rows = bard() + [row for row in gemini() if row[0].id not in WRONG_VERDICTS]
+    final = [row for row in rows if grading.is_conclusive(row[2])]
+    assert agreement(final) >= 0.995 and len(final) > 0.75 * len(rows)
+
+
 @needs_gemini
 def test_the_thoughts_of_kept_traces_agree_with_their_answers():
     kept = [(p, x) for p, x, _, verdict in gemini() if verdict]
@@ -337,9 +386,9 @@ def test_ten_thousand_in_ten_seconds():
 
 def show(name, rows, text):
     score = 100 * sum(grade.correct for *_, grade, _ in rows) / len(rows)
-    print(
-        f"{name}: {100 * agreement(rows):.1f} % of {len(rows)} verdicts are ours; score {score:.1f}"
-    )
+    print(f"{name}: {agreement(rows):.1%} of {len(rows)} verdicts are ours; score {score:.1f}")
+    final = [row for row in rows if grading.is_conclusive(row[2])]
+    print(f"  {len(final) / len(rows):.1%} are conclusive, of these agree {agreement(final):.2%}")
     for p, x, grade, verdict in rows:
         if grade.correct != verdict:
             ours = f"ours {grade.parsed} ({grade.how})"

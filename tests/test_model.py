@@ -113,11 +113,11 @@ def test_relative_buckets_golden_table():
     distances = torch.tensor([-8, -9, -10, -15, -16, -20, -30, -64, -127, 0, 1, 8, 64, 128])
     encoder = [8, 8, 8, 9, 10, 10, 11, 14, 15, 0, 17, 24, 30, 31]
     decoder = [8, 9, 10, 15, 16, 17, 20, 26, 31, 0, 0, 0, 0, 0]
-    assert model.relative_bucket(distances, True).tolist() == encoder
-    assert model.relative_bucket(distances, False).tolist() == decoder
+    assert model.relative_bucket(distances, True, 32, 128).tolist() == encoder
+    assert model.relative_bucket(distances, False, 32, 128).tolist() == decoder
     for far in (-128, -129, -1000):
-        assert model.relative_bucket(torch.tensor(far), True) == 15
-        assert model.relative_bucket(torch.tensor(far), False) == 31
+        assert model.relative_bucket(torch.tensor(far), True, 32, 128) == 15
+        assert model.relative_bucket(torch.tensor(far), False, 32, 128) == 31
 
 
 def test_relative_buckets_equal_the_reference():

@@ -23,9 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from model import Gemma2Config, PaliGemma, SigLIPConfig, stop_reason
+from model import Gemma2Config, PaliGemma, SigLIPConfig
 from support.checkpoints.hub import from_config, model_config
 from support.checkpoints.keys import TABLES, transformers_path
+from support.evaluation.decoding import stop_reason
 
 DATA = Path(os.environ["NANOCOT_DATA"])
 KEYS = TABLES["PaliGemma"]
@@ -353,7 +354,7 @@ def test_pictures_and_image_tokens_must_agree(pg, pictures, given):
     batch, _, _ = make_batch(pictures=pictures)
     batch["pixel_values"] = torch.zeros(given, 3, 28, 28) if given else None
     had = re.escape(str([4 * (row in pictures) for row in range(3)]))
-    sentence = f"rows have {had} <image> tokens.*features for {4 * given}.*needs 4 tok"
+    sentence = f"rows have {had} <image> tokens.*features for {4 * given}.*needs 4"
     with pytest.raises(ValueError, match=sentence):
         pg(**batch)
 

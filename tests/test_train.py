@@ -20,6 +20,7 @@ from small_runs import (
     lines_of,
     loss_of,
     settings,
+    steps,
     t5_row,
     tiny_t5,
 )
@@ -61,7 +62,7 @@ def pali_rows():
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def test_t5s_loss_is_the_plain_cross_entropy_of_the_logits():
+def test_the_loss_is_the_plain_cross_entropy_of_the_logits():
     """Padding changes nothing: the released code kept pads (id 0) in the labels, and most of its
     loss was about them."""
     model = tiny_t5(NO_DROPOUT)
@@ -237,7 +238,7 @@ def test_a_run_folder_has_what_the_design_says(short_run):
     config = read_json(short_run / "config.json")
     assert config["seed"] == 42 and config["recipe"] == "two-stage"
     assert "torch" in config["versions"]
-    log = lines_of(short_run / "log.jsonl")
+    log = steps((short_run / "log.jsonl").read_text())
     assert [x["stage"] for x in log] == ["rationale"] * 3 + ["answer"] * 3
     metrics = read_json(short_run / "metrics.json")
     assert metrics["n"] == 24 and 0 < metrics["chance"] < 100

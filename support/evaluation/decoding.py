@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 import data
 from data import Problem
 from fusion import MultimodalT5, generate_texts, teacher_forced_texts
-from model import PaliGemma, stop_reason
+from model import PaliGemma, looping
 from support import files
 from support.dataset.tokenizers import plain_ids
 from support.distributed import gather_dicts, rank, world
@@ -252,3 +252,13 @@ def token_printer(tokenizer: Tokenizer, between: str) -> OnToken:
         print(text.rstrip(), end="", flush=True)
 
     return on_token
+
+
+def stop_reason(ids: torch.Tensor, eos_id: int, pad_id: int, stop_loops: bool = False) -> str:
+    """Why `decode` ended a row, of which `ids` (U,) are all it gave: "eos", "loop" or "length"."""
+    if (ids == eos_id).any():
+        return "eos"
+    # Only EOS and a loop end a row before the others; a loop may also be complete at the limit.
+    if stop_loops and len(ids) and (ids[-1] == pad_id or looping(ids[None]).item()):
+        return "loop"
+    return "length"

@@ -30,7 +30,7 @@ import numpy as np
 import data
 from data import Problem
 from support.evaluation.errors import KINDS, Graded, before_loop, rationale_of, scene_statements
-from support.evaluation.grading import grade
+from support.evaluation.grading import grade, is_conclusive
 
 GUESS_SEED = 42  # the original's
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -60,10 +60,15 @@ def wilson(hits: int, n: int, z: float = 1.959963984540054) -> list[float]:
 
 
 def grade_all(
-    problems: list[Problem], predictions: list[dict], faithful: bool = False, partial: bool = False
+    problems: list[Problem],
+    predictions: list[dict],
+    faithful: bool = False,
+    partial: bool = False,
+    strict: bool = False,
 ) -> list[Graded]:
     """[(problem, prediction, Grade)] in prediction order. Raises ValueError on repeated, unknown
-    and (unless `partial`) missing ids. `faithful`: with the original's guesses."""
+    and (unless `partial`) missing ids. `faithful`: with the original's guesses; `strict`: by
+    ScienceQA's published rule."""
     by_id = {p.id: p for p in problems}
     times = Counter(x["id"] for x in predictions)
     missing = [] if partial and times else by_id.keys() - times
@@ -79,7 +84,7 @@ def grade_all(
     graded = []
     for prediction in predictions:
         problem = by_id[prediction["id"]]
-        graded.append((problem, prediction, grade(problem, prediction["response"], guess)))
+        graded.append((problem, prediction, grade(problem, prediction["response"], guess, strict)))
     return graded
 
 
@@ -303,10 +308,10 @@ def metrics_of(
 ) -> dict:
     """The table's numbers of `classify_all`'s answers; rates are percentages with two decimals.
 
-    Returns {"n", "accuracy": {"avg", "NAT", ...}, "ci95": [low, high], "chance", "parse_failures",
-    "n_rationales"?, "rougeL"?, "bleu1"?, "bleu4"?, those of `rationale_quality`, "families"?,
-    "axes"?: {axis: its rows}, "stop"?, "n_by", "ci95_by", "chance_by"}; a category without problems
-    is None.
+    Returns {"n", "accuracy": {"avg", "NAT", ...}, "ci95": [low, high], "chance", "inconclusive",
+    "parse_failures", "n_rationales"?, "rougeL"?, "bleu1"?, "bleu4"?, those of `rationale_quality`,
+    "families"?, "axes"?: {axis: its rows}, "stop"?, "n_by", "ci95_by", "chance_by"}; a category
+    without problems is None.
     """
     by_axis = rows_by_axis(graded)
     families = by_axis.pop("family", {})
@@ -324,6 +329,7 @@ def metrics_of(
         "accuracy": {name: rate for name, rate in rates.items() if name not in families},
         "ci95": by_row["avg"]["ci95"],
         "chance": by_row["avg"]["chance"],
+        "inconclusive": percent(sum(not is_conclusive(g) for *_, g in graded) / len(graded)),
         "parse_failures": percent(sum(g.parsed is None for *_, g in graded) / len(graded)),
         **rationale_scores(graded, rationale_format, faithful),
         **rationale_quality(graded, facts),

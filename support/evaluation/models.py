@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 import data
 import lora
 from model import DETR, PaliGemma
-from support import files
+from support import files, kernels
 from support.checkpoints.hub import resolve
 from support.checkpoints.weights import weight_files
 from support.dataset import images
@@ -65,7 +65,8 @@ def feature_extractor(settings: Settings, model: PaliGemma | None = None) -> Fea
     if model is not None:
         size = model.config.vision.image_size
         return FeatureExtractor(paligemma_extract(model), images.siglip_pixels, size)
-    extract = detr_extract(resolve(settings.vision_weights), settings.device)
+    folder = resolve(settings.vision_weights)
+    extract = detr_extract(folder, settings.device, settings.plain)
     return FeatureExtractor(extract, images.detr_pixels, settings.image_size)
 
 
@@ -81,7 +82,7 @@ def paligemma_extract(model: PaliGemma) -> Callable:
     return extract
 
 
-def detr_extract(folder: Path, device: str) -> Callable:
+def detr_extract(folder: Path, device: str, plain: bool) -> Callable:
     """list of (3, H, W) -> list of (P, F). The model is loaded at the first call: if all features
     are cached it is not needed."""
     loaded = []
@@ -90,6 +91,8 @@ def detr_extract(folder: Path, device: str) -> Callable:
     def extract(pixels):
         if not loaded:
             model = DETR.from_pretrained(folder).to(device, memory_format=torch.channels_last)
+            if not plain:
+                kernels.enable(model)
             loaded.append(model)
         results = [None] * len(pixels)
         # One size at a time: padding would change DETR's output.

@@ -184,6 +184,8 @@ def loss_curves(file: Path) -> list[dict]:
     for where, entry in files.json_lines(file, may_be_torn=True):
         if not is_log_entry(entry):
             raise ValueError(f"{where} is not a line that train.py writes. Delete the file.")
+        if "kernel" in entry:  # what was proved before the first step
+            continue
         if entry["stage"] != last_stage or entry["step"] <= last_step:
             stages.append({"stage": entry["stage"]} | {key: [] for key in LOGGED})
         last_stage = entry["stage"]

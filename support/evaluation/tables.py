@@ -1,7 +1,6 @@
 """Files of predictions and metrics, and the tables that show them side by side.
 
-Reads predictions in three layouts (ours, MathVista's official one, the released mm-cot code's) and
-writes predictions.jsonl and metrics.json; makes of metrics a table in the terminal, as markdown or
+Writes predictions.jsonl and metrics.json; makes of metrics a table in the terminal, as markdown or
 for the report's page, a line a run, and the difference of two runs in words.
 
 Left out: how the numbers come about (metrics.py), and the page (report.py).
@@ -15,11 +14,12 @@ from pathlib import Path
 from data import Problem
 from support import files
 from support.evaluation.errors import KINDS, Graded
-from support.evaluation.grading import ANSWER, grade
 from support.evaluation.metrics import DETAILS, compare, grade_all, percent
+from support.evaluation.predictions import read_predictions
 
 OTHER_ROWS = {  # key of the metrics, or the path to it: the label of its row
-    "parse_failures": "parse failures %", "rougeL": "ROUGE-L", "bleu1": "BLEU-1", "bleu4": "BLEU-4",
+    "parse_failures": "parse failures %", "inconclusive": "not conclusive %",
+    "rougeL": "ROUGE-L", "bleu1": "BLEU-1", "bleu4": "BLEU-4",
     "consistency": "rationale agrees %", "rationale_words mean": "rationale words",
     "loop_share": "words in loops %", "hallucination false_rationales": "false rationales %",
     "hallucination false_facts": "false facts %",
@@ -27,49 +27,6 @@ OTHER_ROWS = {  # key of the metrics, or the path to it: the label of its row
 
 
 # --- files
-def read_predictions(path, problems=()):
-    """Predictions of a JSONL file, of MathVista's {pid: {"response"}} or of the released code's
-    predictions_ans_*.json. Raises ValueError naming the line, the problem or the position."""
-    content = files.regular_file(path).read_bytes()
-    try:
-        whole = files.parsed(content)
-    except ValueError:  # several lines, as it should be
-        whole = None
-    if isinstance(whole, dict) and "preds" in whole:
-        return in_split_order(path, whole["preds"], whole.get("labels", []), problems)
-    if isinstance(whole, dict) and whole and all(isinstance(x, dict) for x in whole.values()):
-        told = [(f"problem {pid}", {"id": pid} | picked(x)) for pid, x in whole.items()]
-    else:
-        told = [(where.removeprefix(f"{path}, "), x) for where, x in files.json_lines(path)]
-    for where, x in told:
-        if isinstance(x, dict) and type(x.get("id")) is int:
-            x["id"] = str(x["id"])
-        texts = {"id": str, "response": str, "rationale": str | None, "stop": str | None}
-        for key, kinds in texts.items():
-            if not isinstance(x, dict) or not isinstance(x.get(key), kinds):
-                found = f"found {json.dumps(x, ensure_ascii=False)[:60]}"
-                raise ValueError(f'{path}, {where}: "{key}" must be a string; {found}.')
-    return [x for _, x in told]
-
-
-def picked(record):
-    """What of MathVista's official record is the model's: the rest is the problem."""
-    return {key: record[key] for key in ("response", "rationale") if key in record}
-
-
-def in_split_order(path, preds, labels, problems):
-    """The released code's list without ids, matched to problems by position. Where its labels are
-    answers they must be the gold ones, else the split or the order is another."""
-    if len(preds) != len(problems):
-        found = f"{len(preds)} predictions without ids, for {len(problems)} problems"
-        raise ValueError(f"{path} lists {found}; it needs the complete split in its own order.")
-    for p, label in zip(problems, labels, strict=False):
-        if ANSWER.search(label) and not grade(p, label).correct:
-            found = f"{label!r} as the label of problem {p.id}, which has another answer"
-            raise ValueError(f"{path} has {found}; it is of another split, or in another order.")
-    return [{"id": p.id, "response": said} for p, said in zip(problems, preds, strict=True)]
-
-
 def write_graded(folder: str | Path, graded: list[Graded], scores: dict) -> None:
     """Write metrics.json and predictions.jsonl, with "correct", "parsed", "how", "kind" and its
     "because"."""
@@ -86,7 +43,11 @@ def write_graded(folder: str | Path, graded: list[Graded], scores: dict) -> None
 
 
 def graded_folder(
-    folder: str | Path, problems: list[Problem], faithful: bool = False, limit: int | None = None
+    folder: str | Path,
+    problems: list[Problem],
+    faithful: bool = False,
+    limit: int | None = None,
+    strict: bool = False,
 ) -> list[Graded]:
     """`grade_all` of a folder's predictions.jsonl; with `limit`, of these problems only."""
     path = Path(folder) / "predictions.jsonl"
@@ -97,7 +58,7 @@ def graded_folder(
         ids = {p.id for p in problems}
         predictions = [x for x in predictions if x["id"] in ids]
     try:
-        return grade_all(problems, predictions, faithful, partial=True)
+        return grade_all(problems, predictions, faithful, partial=True, strict=strict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -164,7 +125,8 @@ NEEDED = {  # what the tables show of metrics.json, and a check of each value
     "ci95_by": each(is_interval, or_none=True),
 }  # fmt: skip
 OPTIONAL = {  # the same where it is there
-    "families": each(is_number), "axes": each(is_names), "stop": each(is_count),
+    "inconclusive": is_number, "families": each(is_number), "axes": each(is_names),
+    "stop": each(is_count),
     "failure_modes": each(is_count), "skipped": each(is_count), "rationale_words": each(is_number),
     "hallucination": is_hallucination,
 } | dict.fromkeys(
@@ -177,8 +139,10 @@ def heading(m: dict) -> str:
     """Data set and split in words, "" where they are not known."""
     if not {"data", "split"} <= m.keys():
         return ""
-    guessed = ", guessing where no answer was found" if m.get("faithful_parse") else ""
-    return f"{Path(m['data']).name or m['data']}, {m['split']}{guessed}"
+    rule = ", by the published rule" if m.get("strict_parse") else ""
+    if m.get("faithful_parse"):
+        rule = ", guessing where no answer was found"
+    return f"{Path(m['data']).name or m['data']}, {m['split']}{rule}"
 
 
 def table(columns: dict[str, dict], markdown: bool = False, all_rows: bool = False) -> str:

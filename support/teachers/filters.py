@@ -4,7 +4,7 @@ Shaping: `shape` takes out what a student should not learn: markdown, headings w
 about the task, an answer line of its own. LaTeX stays, as the questions are written in it; so do
 "- " and "1. " before a line: one may be a minus, the other is what "step 1" refers to.
 
-Judging: `rule_verdict` is free and always the same; `is_conclusive` says where a model should be
+Judging: `rule_verdict` is free and always the same; grading.is_conclusive says where a model is
 asked instead, which `ask_judge` does, and `judge_many` for eval.py. A verdict is {"correct",
 "consistent", "by", "why"}, and "picture" (whether the thought agrees with it) where a judge could
 look. `agreement`: Cohen, A coefficient of agreement for nominal scales (1960).
@@ -92,7 +92,7 @@ def shape(problem: data.Problem, thought: str, answer: str) -> tuple[str, str]:
     gold answer. A thought that is nothing but talk stays, without its markup.
     """
     last = LABEL.sub("", (unmarked(answer).splitlines() or [""])[-1])
-    text = graded(problem, answer).parsed or graded(problem, last).parsed or last
+    text = grading.grade(problem, answer).parsed or grading.grade(problem, last).parsed or last
     question = " ".join([problem.question, problem.hint, *problem.choices]).lower()
     facts = set(NEWS.findall(question))
     shaped = thought
@@ -191,16 +191,6 @@ def reason_to_drop(
 # --- the rule
 
 
-def graded(problem: data.Problem, answer: str) -> grading.Grade:
-    """grading.py's Grade. Where it reads one form only (ScienceQA), a teacher may use any other."""
-    grade = grading.grade(problem, answer)
-    committed = grading.committed(problem, answer)
-    if grade.parsed is None and committed:
-        text, form = committed
-        return replace(grading.grade(problem, text), how=form)
-    return grade
-
-
 NONE = re.compile(r"\b(?:no|none|neither|nobody)\b", re.IGNORECASE)
 WORD = re.compile(r"-?\d(?:[\d.,/]*\d)?|\b[A-J]\b|[^\W\d_]{2,}")
 
@@ -213,7 +203,7 @@ def rule_verdict(problem: data.Problem, thought: str, answer: str) -> dict:
     seems to commit to another but names this one at its end. Where talk about the form of an answer
     hides its last words, the shaped thought is read.
     """
-    grade = graded(problem, answer)
+    grade = grading.grade(problem, answer)
     consistent = grading.agrees(problem, thought, answer)
     if consistent is None:
         consistent = grading.agrees(problem, shape(problem, thought, answer)[0], answer)
@@ -240,14 +230,6 @@ def ends_with(problem: data.Problem, thought: str, parsed: str | None) -> bool:
         if answers := named(sentence) - asked:
             return parsed in answers
     return False
-
-
-def is_conclusive(grade: grading.Grade) -> bool:
-    """Whether the rule's `correct` is final. If not, a model should be asked: nothing was read, or
-    only the nearest choice, or a sentence in passing, or a text that is not the gold text but may
-    mean the same."""
-    doubtful = grade.how.startswith(("nearest", "list", "text")) and not grade.correct
-    return grade.parsed is not None and not doubtful and not grade.how.endswith("in prose")
 
 
 # --- the judge

@@ -20,6 +20,7 @@ import torch
 import data
 import lora
 from model import PaliGemma
+from support import kernels
 from support.checkpoints.hub import resolve
 from support.checkpoints.weights import headers
 from support.dataset.features import Features
@@ -70,6 +71,8 @@ def dry_step(plan: Plan) -> None:
     settings = loss_of.settings
     device = settings.device
     model = loss_of.model.to(device)
+    if not settings.plain:
+        kernels.enable(model)
     optimizer = optim.make_optimizer(model, settings.weight_decay)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what another stage freed

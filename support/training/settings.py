@@ -75,17 +75,13 @@ class Settings:
     eval_batch_size: int = flag(64, "rows decoded together", least=1)
     resume: bool = flag(False, "resume the interrupted run in --out, to the bit", "the process")
     dry_run: bool = flag(
-        False,
-        "print parameters, memory, a measured step and the time; write nothing",
+        False, "print parameters, memory, a measured step and the time; write nothing"
     )
-    save_every: int | None = flag(
-        None,
-        "steps between saved states (one a minute)",
-        least=1,
-    )
+    save_every: int | None = flag(None, "steps between saved states (one a minute)", least=1)
     device: str = flag(DEVICE, "cpu, cuda, cuda:1 ...")
     # In the demo one, as the result depends on it; two are 1.5 times as fast on an idle machine.
     threads: int = flag(torch.get_num_threads(), "CPU threads (demo: 1, else all)", least=1, demo=1)
+    plain: bool = flag(False, "keep every layer's plain class: no kernels (support/kernels.py)")
 
 
 @dataclass(frozen=True, kw_only=True)

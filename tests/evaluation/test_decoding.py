@@ -13,7 +13,7 @@ from torch import nn
 import data
 import eval as evaluation
 import train
-from model import decode, stop_reason
+from model import decode
 from support.dataset.tokenizers import load_tokenizer, plain_ids
 from support.evaluation import decoding
 from support.evaluation.decode_cache import DecodeCache
@@ -154,7 +154,7 @@ def test_on_token_gets_each_token_as_it_is_chosen():
     out = decode(model, logits(), state, 4, on_token=listen)
     assert heard == [(0, [5, 7]), (1, [6, 8]), (2, [1, 9]), (3, [4])]
     assert out.tolist() == script.tolist()
-    assert [stop_reason(row, 1, 0) for row in out] == ["eos", "length"]
+    assert [decoding.stop_reason(row, 1, 0) for row in out] == ["eos", "length"]
 
 
 @pytest.mark.slow

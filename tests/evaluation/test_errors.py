@@ -97,7 +97,9 @@ def judged():
         else:
             continue
         known = set(row["known"]) if "known" in row else None
-        kind, because, _ = errors.classify(problem, x, grade(problem, x["response"]), facts, known)
+        # The labels are of the published rule: "no parse" is what the benchmark does not read.
+        got = grade(problem, x["response"], strict=True)
+        kind, because, _ = errors.classify(problem, x, got, facts, known)
         found.append((row, kind, because))
     return found
 

@@ -332,55 +332,25 @@ def test_sampling_follows_seed_and_temperature(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "response, parsed, rule",
+    "response, parsed",
     [
-        ("It is so.\nAnswer: B", "B", "letter"),
-        ("It is so.\n Answer: B", "B", "letter"),
-        ("Answer: (B)", "B", "letter"),
-        ("Answer: (B).", "B", "letter"),
-        ("Answer: b", "B", "letter"),
-        ("Answer: blue", "B", "choice text"),
-        ("Answer:  Dark   Blue. ", "C", "choice text"),
-        ("B", "B", "letter"),
-        (" (b) ", "B", "letter"),
-        ("blue", "B", "choice text"),
-        ("Answer: A\nNo.\nAnswer: B", "B", "letter"),  # the last counts
-        ("Answer: B\nAnswer:", None, "no answer found"),
-        ("Answer: D", None, "no answer found"),
-        ("Answer: A or B", None, "no answer found"),
-        ("Answer: B because", None, "no answer found"),
-        ("It is blue.", None, "no answer found"),
-        ("answer: B", None, "no answer found"),
-        ("Answer:", None, "no answer found"),
+        ("It is so.\nAnswer: B", "B"),
+        ("It is so.\n Answer: (B).", "B"),
+        ("Answer: blue", "B"),
+        ("Answer:  Dark   Blue. ", "C"),
+        (" (b) ", "B"),
+        ("Answer: A\nNo.\nAnswer: B", "B"),  # the last counts
+        ("Answer: B\nAnswer:", None),  # cut
+        ("Answer: D", None),
+        ("Answer: A or B", None),
+        ("The answer is (D).\nAnswer: B", "B"),
+        ("So: The answer is (A).\nAnswer: B", "B"),
     ],
 )
-def test_paligemmas_forms_are_read(response, parsed, rule):
+def test_paligemmas_forms_are_read(response, parsed):
     problem = own_problem(choices=("red", "blue", "dark  blue"), index=1)
-    assert evaluation.grade(problem, response) == evaluation.Grade(parsed == "B", parsed, rule)
-
-
-def test_two_equal_texts_are_not_read_as_a_choice():
-    twins = own_problem(choices=("cat", "Cat.", "dog"), index=1)
-    assert evaluation.grade(twins, "Answer: cat").parsed is None
-    assert evaluation.grade(twins, "Answer: dog").parsed == "C"
-    assert evaluation.grade(twins, "Answer: B").correct
-    named = own_problem(choices=("B", "A"), index=0)  # a letter is a letter first
-    assert evaluation.grade(named, "Answer: B").parsed == "B"
-    assert not evaluation.grade(named, "Answer: B").correct
-
-
-def test_multimodal_cots_own_form_comes_first():
-    problem = own_problem(index=1)
-    assert evaluation.grade(problem, "Answer: A. The answer is (B).").parsed == "B"
-    assert evaluation.grade(problem, "The answer is (A). The answer is (B).").parsed is None
-    assert evaluation.grade(problem, "The answer is (D).").parsed is None
-
-
-def test_an_answer_line_after_it_is_the_last_word():
-    problem = own_problem(index=1)
-    assert evaluation.grade(problem, "So: The answer is (A).\nAnswer: B").parsed == "B"
-    assert evaluation.grade(problem, "The answer is (D).\nAnswer: B").parsed == "B"
-    assert evaluation.grade(problem, "The answer is (B).\nAnswer:").parsed is None
+    read = evaluation.grade(problem, response)
+    assert (read.correct, read.parsed) == (parsed == "B", parsed)
 
 
 def test_the_original_guess_knows_nothing_of_these_forms():

@@ -66,7 +66,9 @@ def column(folder, problems, letters, **more):
     folder.mkdir(exist_ok=True)
     predictions = []
     for p, letter in zip(problems, letters, strict=True):
-        response = f"{HOSTILE} hm" if letter == "-" else f"The answer is ({letter})."
+        response = f"The answer is ({letter})."
+        if letter == "-":
+            response = f"{HOSTILE} I cannot tell." if p.choices else f"{HOSTILE} hm"
         x = {"id": p.id, "stop": "eos", "tokens": 7, "votes": {"A": 4, "B": 1}} | more
         x |= {"response": response, "rationale": f"I see {p.question[:40]} and count."}
         predictions.append(x)

@@ -67,19 +67,21 @@ def fit(*args, **options):
     """(model, log lines) of `plan_of` these, trained; nothing is saved."""
     log = io.StringIO()
     model = train.fit(plan_of(*args, **options), Checkpoints(log))
-    return model, lines(log.getvalue())
-
-
-def lines(text):
-    return [json.loads(line) for line in text.splitlines()]
+    return model, steps(log.getvalue())
 
 
 def lines_of(path):
-    return lines(Path(path).read_text())
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def steps(log):
+    """The entries of steps in the text of a log; before them are verdicts about kernels."""
+    entries = [json.loads(line) for line in log.splitlines()]
+    return [entry for entry in entries if entry["step"]]
 
 
 def without_seconds(log):
-    entries = lines_of(log)
+    entries = steps(log.read_text())
     assert all(entry.pop("seconds") >= 0 for entry in entries)
     return entries
 

@@ -185,12 +185,14 @@ def test_rule_verdict(thought, answer, correct, consistent):
         (True, "B", "nearest choice", True),
         (False, "B", "nearest choice", False),
         (True, "5", "number in prose", False),
+        (True, "A", "choice text in own words", False),
+        (True, "A", "letter in words, not concluded", False),
         (False, None, "no answer found", False),
         (False, None, "several answers", False),
     ],
 )
 def test_where_the_rule_is_conclusive(correct, parsed, form, conclusive):
-    assert filters.is_conclusive(grading.Grade(correct, parsed, form)) is conclusive
+    assert grading.is_conclusive(grading.Grade(correct, parsed, form)) is conclusive
 
 
 def parts(prompt):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from small_runs import TINY, ended, lines_of, plan_of, t5_row, tiny_t5, without_seconds
+from small_runs import TINY, ended, plan_of, steps, t5_row, tiny_t5, without_seconds
 
 import data
 import train
@@ -216,7 +216,7 @@ def test_the_gradients_of_two_processes_are_those_of_one(case, one_and_two):
     assert 1e-2 < largest < 20
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-6 * largest, rtol=0, msg=name)
-    one, two = (lines_of(folder / f"{case}.log") for folder in one_and_two)
+    one, two = (steps((folder / f"{case}.log").read_text()) for folder in one_and_two)
     assert len(one) == len(two) >= 2
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, scored
 from safetensors.torch import load_file
-from small_runs import PALIGEMMA, lines_of, plan_of, settings
+from small_runs import PALIGEMMA, lines_of, plan_of, settings, steps
 
 import data
 import eval as evaluation
@@ -161,7 +161,7 @@ def test_a_run_folder_has_its_files(short, tokenizer):
     assert config["seed"] == 42 and config["recipe"] == "reason" and config["max_steps"] == 3
     assert {"versions", "commit", "traces", "lora_r", "samples"} <= config.keys()
     assert read_json(short.folder / CONFIG)["base_model_name_or_path"] == PALIGEMMA
-    log = lines_of(short.folder / "log.jsonl")
+    log = steps((short.folder / "log.jsonl").read_text())
     assert [(x["stage"], x["step"]) for x in log] == [("reason", i) for i in (1, 2, 3)]
     assert {"loss", "lr", "grad_norm", "tokens", "seconds", "val_accuracy"} <= log[-1].keys()
     again = load_tokenizer(short.folder)
