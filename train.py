@@ -1,14 +1,13 @@
 """Training: `python train.py --model mmcot` or `--model paligemma`; each ends in a table.
 
 mmcot (Zhang et al., arXiv 2302.00923): stage 1 learns QCM-LE, question to rationale; stage 2 learns
-QCMG-A, question and rationale to answer. At test time stage 2 reads what stage 1 really wrote. Not
-as published: pads are never in the loss (there they were most of it), and a window of accumulated
-batches is averaged over its tokens, not over its batches.
+QCMG-A, question and rationale to answer, and reads at test time what stage 1 really wrote. Not as
+published: pads are never in the loss, and a window of accumulated batches is averaged over its
+tokens, not over its batches.
 
 paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555): a teacher's traces, judged
 right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them.
 What is trained is fp32, without autocast. What a first reading may skip is in support/training/.
-
 Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss. A row
 is one example, a window the list of batches, lists of rows, of one optimizer step.
 """
@@ -23,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import nn
 
 import data
@@ -40,9 +38,9 @@ from support.evaluation import metrics, models, tables
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.decoding import Decoder
 from support.training import ablations, checks, examples, optim, runs
-from support.training.dry_run import blank_features, dry_step
-from support.training.examples import Inputs, Rows, Splits
-from support.training.optim import LossOf, Plan
+from support.training.dry_run import blank_features, dry_run
+from support.training.examples import Inputs
+from support.training.optim import LossOf, Plan, Rows
 from support.training.runs import Checkpoints, StopRequest
 from support.training.settings import MultimodalSettings, PaliGemmaSettings, Settings, parse_args
 
@@ -58,12 +56,10 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy of the supervised tokens, and what to divide it by.
-
     states (B, T, D), labels (B, T), -100 where nothing is learned. The vocabulary layer `head`,
     which multiplies by `weight` (V, D), sees only the supervised positions, some at a time: the
     logits of PaliGemma's 257,216 words are never all there, in neither direction.
-    weighting "token" counts tokens; "example" gives each row the same weight, however long.
-    """
+    weighting "token" counts tokens; "example" gives each row the same weight, however long."""
     supervised = labels != -100  # (B, T)
     rows = supervised.nonzero()[:, 0]  # (tokens,)
     lengths = supervised.sum(1)  # (B,)
@@ -125,48 +121,34 @@ def make_plan(
         rates = optim.linear_decay(s.lr, steps)
     else:
         rates = optim.warmup_cosine(s.lr, steps, s.warmup)
-    return Plan(
-        stage=stage,
-        loss_of=LossOf(
-            model, LOSS[s.model], COLLATE[s.model], s.device, s.weighting, s.label_smoothing
-        ),
-        rows=rows,
-        windows=windows,
-        rates=rates,
-        epoch_ends={n for n in range(1, steps + 1) if n % per_epoch == 0 or n == steps},
-        validate=validate,
-        weight_decay=s.weight_decay,
-        shard=s.model == "paligemma" and s.full,
-        plain=s.plain,
-        seed=s.seed,
-    )
+    loss_of = LossOf(model, LOSS[s.model], COLLATE[s.model], s)
+    epoch_ends = {n for n in range(1, steps + 1) if n % per_epoch == 0 or n == steps}
+    return Plan(stage, loss_of, rows, windows, rates, epoch_ends, validate)
 
 
 def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
-    """Train and return the model, in eval mode; of one that FSDP has sharded, a new full one.
-
-    A run that was stopped resumes after its last saved step. What would go wrong without an error
-    is an error: see support/training/checks.py."""
+    """Train and return the model, in eval mode; of one that FSDP has sharded, a new full one. A
+    run that was stopped resumes after its last saved step. What would go wrong without an error is
+    an error: see support/training/checks.py."""
     loss_of = plan.loss_of
-    model = loss_of.model.to(loss_of.device)
+    settings = loss_of.settings
+    model = loss_of.model.to(settings.device)
     # Before DDP and FSDP, which wrap what they find.
-    verdicts = [] if plan.plain else kernels.enable(model)
+    verdicts = [] if settings.plain else kernels.enable(model)
     if plan.windows:
         checks.stop_if_it_leaks(loss_of, plan.windows[0][0], plan.stage)
-    forward = distributed.on_devices(loss_of, plan.shard)
+    shard = settings.model == "paligemma" and settings.full
+    forward = distributed.on_devices(loss_of, shard)
     # After that, as FSDP replaces the parameters by its shards of them.
-    optimizer = optim.make_optimizer(model, plan.weight_decay)
+    optimizer = optim.make_optimizer(model, settings.weight_decay)
     progress = checkpoints.begin(plan.stage, model, optimizer, plan.rows)
-    if progress.step == 0:
-        for verdict in verdicts:
-            checkpoints.log.write({"stage": plan.stage, "step": 0} | verdict)
-    distributed.own_dropout(plan.seed, progress.step)
+    for verdict in verdicts if progress.step == 0 else ():
+        checkpoints.write({"stage": plan.stage, "step": 0} | verdict)
+    distributed.own_dropout(settings.seed, progress.step)
     start = time.monotonic() - progress.seconds
     steps = len(plan.windows)
     for step in range(progress.step + 1, steps + 1):
-        window = plan.windows[step - 1]
-        lr = plan.rates[step - 1]
-        entry = take_step(forward, loss_of, optimizer, window, lr, plan.stage, step)
+        entry = take_step(plan, forward, optimizer, step)
         validates = step in plan.epoch_ends
         if validates:
             full = distributed.full_model(model)
@@ -175,7 +157,7 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
             progress.keep_if_best(step, entry.get("val_accuracy"), model)
         progress.step = step
         progress.seconds = time.monotonic() - start
-        checkpoints.log.write(entry | {"seconds": round(progress.seconds, 2)})
+        checkpoints.write(entry | {"seconds": round(progress.seconds, 2)})
         optim.show_step(plan.stage, step, steps, entry, progress.seconds)
         # After the log: a state counts its lines, and --resume cuts those beyond them.
         checkpoints.step(progress, steps, validates)
@@ -187,43 +169,40 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     return distributed.full_model(model).eval()
 
 
-def take_step(
-    forward: nn.Module,
-    loss_of: LossOf,
-    optimizer: optim.AdamW,
-    window: list[Rows],
-    lr: float,
-    stage: str,
-    step: int,
-) -> dict:
-    """One step of the optimizer on a window of batches; what is logged of it. `forward` is
-    `loss_of` on all devices."""
+def take_step(plan: Plan, forward: nn.Module, optimizer: optim.AdamW, step: int) -> dict:
+    """Step number `step`, counted from 1, of the optimizer on its window of batches; what is logged
+    of it. `forward` is the plan's `LossOf` on all devices."""
+    loss_of = plan.loss_of
     model = loss_of.model
+    window = plan.windows[step - 1]
+    lr = plan.rates[step - 1]
+    where = f"{plan.stage}, step {step}"
+    weighting = loss_of.settings.weighting
     model.train()  # validation and the checks leave it in eval mode, without dropout
-    checks.stop_unless_supervised(window, stage, step)
+    checks.stop_unless_supervised(window, where)
     # Over the whole window, of all devices: its mean does not depend on how it is cut into batches.
-    count = optim.units(window, loss_of.weighting)
+    count = optim.units(window, weighting)
     batches = [loss_of.batch(rows) for rows in distributed.shard_batches(window)]
     loss = backward(forward, batches, count).item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     norm = distributed.full_tensor(norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        plain = loss_of.of(distributed.full_model(model))
-        checks.stop_at_what_is_not_finite(plain, loss, norm, window, stage, step)
+        full = loss_of.of(distributed.full_model(model))
+        checks.stop_at_what_is_not_finite(full, loss, norm, window, where)
     if step == 1:
         checks.stop_unless_learning(model)
     # lora_A has a gradient only from the second step on, as B starts at 0.
     before = checks.steepest(model) if step <= 2 and lr else {}
     optimizer.step(lr)
-    checks.stop_unless_moved(model, before, lr, window, stage, step)
+    checks.stop_unless_moved(model, before, lr, window, where)
     optimizer.zero_grad()
     return {
-        "stage": stage,
+        "stage": plan.stage,
         "step": step,
         "loss": round(loss, 6),
         "lr": lr,
         "grad_norm": round(norm, 4),
-        f"{loss_of.weighting}s": count,
+        f"{weighting}s": count,
     }
 
 
@@ -243,17 +222,11 @@ def backward(forward: nn.Module, batches: list[dict], count: int) -> torch.Tenso
 
 
 def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
-    """Train, decode and score one recipe into the run folder `settings.out`; the metrics, None if
-    only the rationale stage is trained."""
+    """Train, decode and score one recipe; its metrics, None if only stage 1 is trained."""
     out = Path(settings.out)
     print(f"{out}: recipe {settings.recipe}, vision {settings.vision}", flush=True)
     splits, skipped = examples.load_splits(settings)
-    tokenizer = load_tokenizer(resolve(settings.weights[0]))
-    with distributed.in_turn():  # the first process fills the cache of features for all
-        features, splits = examples.with_features(settings, splits, skipped)
-    runs.begin(settings)  # only now: a run that cannot start leaves nothing
-    counts = examples.write_skipped_report(out, skipped)
-    inputs = Inputs(splits, tokenizer, features)
+    inputs = examples.begin(settings, splits, skipped)
     names = fusion.stage_names(settings.recipe)
     stages = []
     with runs.opened_checkpoints(settings, stop) as checkpoints:
@@ -265,7 +238,7 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
                 model = fit(plan_stage(settings, stage, inputs, generated), checkpoints)
                 if not rank():
                     model.save_pretrained(out / name)
-                    tokenizer.save(str(out / name / "tokenizer.json"))
+                    inputs.tokenizer.save(str(out / name / "tokenizer.json"))
             else:
                 model = fusion.MultimodalT5.from_pretrained(out / name).to(settings.device)
                 if not settings.plain:
@@ -273,7 +246,7 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
             stages.append(model)
             if settings.stage == name != names[-1]:
                 return runs.complete(out)  # nothing to score yet
-    return score(settings, stages, inputs, counts)
+    return score(settings, stages, inputs)
 
 
 def plan_stage(
@@ -287,14 +260,14 @@ def plan_stage(
     train = rows_of(inputs.splits["train"], generated=generated)
     val = rows_of(inputs.splits["val"])
     examples.show_example(train[0], inputs.tokenizer, fmt)
-    weights = settings.weights[min(stage, len(settings.weights) - 1)]
+    weights = (settings.weights * 2)[stage]  # one for both stages, or one each
+    epochs = (settings.epochs * 2)[stage]
     model = optim.start_model(weights, inputs.features, settings.no_image, settings.seed)
 
     def validate(loss_of):
         return {"val_loss": round(optim.mean_loss(loss_of, val, settings.batch_size), 6)}
 
     name = fusion.stage_names(settings.recipe)[stage]
-    epochs = settings.epochs[min(stage, len(settings.epochs) - 1)]
     return make_plan(settings, name, epochs, model, train, validate)
 
 
@@ -303,21 +276,13 @@ def own_rationales(
 ) -> dict[str, str]:
     """{id: rationale} of the training problems, each written by a stage-1 model that did not train
     on it. Training stage 2 on these closes the gap to what it reads at test time."""
-    problems = inputs.splits["train"]
-    tokenizer = inputs.tokenizer
-    # Shuffled: every second problem of a file may be of the same kind (in the demo it is).
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(problems), generator=generator)
     generated = {}
-    for fold in (0, 1):
-        held_out = set(order[fold::2].tolist())
-        learned = [p for i, p in enumerate(problems) if i not in held_out]
-        unseen = [p for i, p in enumerate(problems) if i in held_out]
+    for learned, unseen in examples.halves(inputs.splits["train"], settings.seed):
         fold_inputs = replace(inputs, splits=inputs.splits | {"train": learned})
         model = fit(plan_stage(settings, 0, fold_inputs), checkpoints)
-        rows = models.stage_examples(settings, unseen, "QCM-LE", tokenizer, inputs.features)
+        rows = models.stage_examples(settings, unseen, "QCM-LE", inputs.tokenizer, inputs.features)
         cache = DecodeCache(settings.out, [model])
-        decoder = Decoder(model, tokenizer, settings.eval_batch_size, cache)
+        decoder = Decoder(model, inputs.tokenizer, settings.eval_batch_size, cache)
         texts = decoder.t5_texts(rows, settings.max_output[0])
         generated |= {id: text["text"] for id, text in texts.items()}
     return generated
@@ -332,7 +297,6 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
     epochs = settings.epochs[0]
     print(f"{out}: recipe {settings.recipe}, epochs {epochs:g}", flush=True)
     splits, skipped = examples.load_splits(settings)
-    tokenizer = load_tokenizer(resolve(settings.weights[0]))
     model = models.load_paligemma(settings)
     rows = []
     if epochs:
@@ -341,35 +305,29 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
     # Features only of the images that are used.
     splits["train"] = list({row.problem.id: row.problem for row in rows}.values())
     splits["val"] = splits["val"][: settings.eval_problems]
-    with distributed.in_turn():
-        features, splits = examples.with_features(settings, splits, skipped, model)
-    usable = {p.id for p in splits["train"]}
+    inputs = examples.begin(settings, splits, skipped, model)
+    usable = {p.id for p in inputs.splits["train"]}
     rows = [row for row in rows if row.problem.id in usable]
-    inputs = Inputs(splits, tokenizer, features)
-    if not isinstance(features, LazyImages):
+    if not isinstance(inputs.features, LazyImages):
         model.vision_tower = None  # all features are there: 0.8 GiB of the 3B's 5.7 in bf16
-    runs.begin(settings)  # only now: a run that cannot start leaves nothing
-    counts = examples.write_skipped_report(out, skipped)
     if rows and settings.data != "demo":  # its splits are disjoint by construction
-        examples.warn_of_overlap([row.problem for row in rows], splits[settings.test_split])
-    if not epochs and not settings.plain:
-        kernels.enable(model)
+        examples.warn_of_overlap([row.problem for row in rows], inputs.splits[settings.test_split])
     if epochs:
         with runs.opened_checkpoints(settings, stop) as checkpoints:
             model = fit(plan_tuning(settings, model, rows, inputs), checkpoints)
         if not rank():
-            tokenizer.save(str(out / "tokenizer.json"))
+            inputs.tokenizer.save(str(out / "tokenizer.json"))
             if settings.full:
                 model.save_pretrained(out)
                 runs.write_config(settings, out, files.read_json(out / "config.json"))
             else:
                 lora.save(model, out, settings.weights[0])
-    return score(settings, [model], inputs, counts)
+    return score(settings, [model], inputs)
 
 
 def make_trainable(settings: PaliGemmaSettings, model: PaliGemma) -> None:
-    """New adapters, those of --adapter or, with --full, all weights get gradients. Comes before the
-    image features, which are not cached if the image tower is adapted too."""
+    """Gradients for new adapters, those of --adapter or, with --full, all weights. Before the image
+    features are computed: they are not cached if the image tower is adapted too."""
     torch.manual_seed(settings.seed)
     if settings.full:
         model.requires_grad_(True)
@@ -406,7 +364,7 @@ def plan_tuning(
     return make_plan(settings, settings.recipe, settings.epochs[0], model, train, validate)
 
 
-# ---- one run, a dry one, and many ----------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def run_one(settings: Settings, stop: StopRequest) -> dict | None:
@@ -417,11 +375,8 @@ def run_one(settings: Settings, stop: StopRequest) -> dict | None:
     return {"mmcot": run_mmcot, "paligemma": run_paligemma}[settings.model](settings, stop)
 
 
-def score(
-    settings: Settings, stages: list[nn.Module], inputs: Inputs, skipped: dict | None
-) -> dict:
-    """The metrics of a run, whose models decode the test split now; it is complete then. Counts of
-    `skipped` records by split go into the table."""
+def score(settings: Settings, stages: list[nn.Module], inputs: Inputs) -> dict:
+    """The metrics of a run, whose models decode the test split now; it is complete then."""
     scores = evaluation.evaluate(
         settings.out,
         stages,
@@ -430,30 +385,18 @@ def score(
         inputs.tokenizer,
         inputs.features,
         teacher_forced=settings.model == "mmcot" and settings.teacher_forced,
-        skipped=skipped,
+        skipped=inputs.skipped,
     )
     runs.complete(Path(settings.out))
     return scores
 
 
-def dry_run(settings: Settings) -> None:
-    """Print parameters, memory, one step and the time of each training of a run. Nothing is
-    written; the images are not read: features of zeros stand for them."""
-    print(f"{settings.out}: recipe {settings.recipe}", flush=True)
+def dry_plans(settings: Settings) -> Iterator[Plan]:
+    """The plans of a run's trainings; no image is read: features of zeros stand for them."""
     splits, skipped = examples.load_splits(settings)
-    bad = [entry for entries in (skipped or {}).values() for entry in entries]
-    if bad:
+    if bad := [entry for entries in (skipped or {}).values() for entry in entries]:
         print(f"  {len(set(bad))} bad records would be skipped, the first is {bad[0][0]}")
     tokenizer = load_tokenizer(resolve(settings.weights[0]))
-    plans = []  # their models stay in memory, as in a run
-    for plan in dry_plans(settings, splits, tokenizer):
-        dry_step(plan, settings.eval_batch_size, max(settings.max_output))
-        plans.append(plan)
-    if not plans:
-        print("  nothing is trained: it only decodes")
-
-
-def dry_plans(settings: Settings, splits: Splits, tokenizer: Tokenizer) -> Iterator[Plan]:
     if settings.model == "mmcot":
         features = blank_features(settings, splits["train"] + splits["val"])
         for stage, name in enumerate(fusion.stage_names(settings.recipe)):
@@ -468,9 +411,6 @@ def dry_plans(settings: Settings, splits: Splits, tokenizer: Tokenizer) -> Itera
         yield plan_tuning(settings, model, rows, Inputs(splits, tokenizer, features))
 
 
-# ---- the command ---------------------------------------------------------------------------------
-
-
 def main(argv: list[str] | None = None) -> None:
     settings = parse_args(argv)
     distributed.check_device(settings.device)
@@ -478,11 +418,11 @@ def main(argv: list[str] | None = None) -> None:
     start = time.monotonic()
     table = ablations.table_of(settings)
     lines = ablations.lines_of(settings, table) if table else {settings.out: settings}
-    if settings.dry_run and distributed.under_torchrun():
-        raise ValueError("--dry-run measures a single process: give it without torchrun.")
     if settings.dry_run:
+        if distributed.under_torchrun():
+            raise ValueError("--dry-run measures a single process: give it without torchrun.")
         for line in lines.values():
-            dry_run(line)
+            dry_run(line, dry_plans(line))
         return
     with distributed.together(settings.device), runs.in_use(Path(settings.out)) as stop:
         runs.check_resume([*lines.values()])

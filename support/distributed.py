@@ -1,12 +1,9 @@
 """Many devices: `torchrun --nproc-per-node N train.py ...` does what one device does, sooner.
 
-Under torchrun every process runs train.py, on a device of its own, and knows the whole plan: what
-differs is its shard of the rows, and that only the first process (rank 0) writes files and prints.
-The steps are those of one device: N of them change the time, the last bits of sums, and dropout.
-Adapters and mmcot train under DDP, --full under FSDP2 (arXiv 2304.11277).
-
-All must see one disk. No tensor or pipeline parallelism, no offloading, no elastic restarts, but
---resume takes any number of processes.
+Every process runs train.py on a device of its own and knows the whole plan: what differs is its
+shard of the rows, and that only the first one (rank 0) writes files and prints. N devices change
+the time, the last bits of sums, and dropout. Adapters and mmcot train under DDP, --full under FSDP2
+(arXiv 2304.11277). All must see one disk; --resume takes any number of processes.
 """
 
 import contextlib
@@ -34,11 +31,8 @@ def rank() -> int:
 
 
 def gather_dicts(results: list[dict]) -> dict:
-    """One dict of the results of all processes, the same in each.
-
-    `results` has one dict per batch of this process, which are the batches rank, rank + world ...
-    of all; the merged dict has them in the order of the batches.
-    """
+    """One dict of the results of all processes, the same in each. `results` has one dict per batch
+    of this process, which are the batches rank, rank + world ... of all; it keeps their order."""
     gathered = [results]
     if world() > 1:
         gathered = [None] * world()
@@ -93,12 +87,12 @@ def on_devices(loss_of: torch.nn.Module, shard: bool) -> torch.nn.Module:
     model on each, or by FSDP, which leaves each a shard of weights, gradients and moments."""
     if world() == 1:
         return loss_of
-    on_gpu = loss_of.device == "cuda"
+    device = loss_of.settings.device  # "cpu" or "cuda"
     if shard:
         from torch.distributed.device_mesh import init_device_mesh  # seconds to import
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(loss_of.device, (world(),))
+        mesh = init_device_mesh(device, (world(),))
         model = loss_of.model
         for layer in (*model.vision_tower.encoder.layers, *model.language_model.layers):
             fully_shard(layer, mesh=mesh)
@@ -110,7 +104,7 @@ def on_devices(loss_of: torch.nn.Module, shard: bool) -> torch.nn.Module:
     )
     return torch.nn.parallel.DistributedDataParallel(
         loss_of,
-        device_ids=[torch.cuda.current_device()] if on_gpu else None,
+        device_ids=[torch.cuda.current_device()] if device == "cuda" else None,
         find_unused_parameters=may_be_unused,
     )
 

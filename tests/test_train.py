@@ -34,7 +34,6 @@ from support.dataset.tokenizers import load_tokenizer
 from support.evaluation import decoding, models
 from support.files import read_json
 from support.training import checks, examples, optim
-from support.training.settings import DEMO
 
 pytestmark = pytest.mark.usefixtures("read_once")
 NO_DROPOUT = replace(TINY, dropout_rate=0.0)
@@ -360,7 +359,7 @@ def test_a_fusion_that_cannot_be_saved_is_not_trained(monkeypatch):
 def test_the_demo_learns_to_look_at_the_image(tmp_path):
     """The default run in half its epochs: what it has learned then is the same. Without images a
     model can reach about 43 % (see demo/scenes.py)."""
-    half = ["--epochs", *(str(epochs / 2) for epochs in DEMO["mmcot"]["epochs"])]
+    half = ["--epochs", *(str(epochs / 2) for epochs in settings("mmcot").epochs)]
     train.main(["--model", "mmcot", *half, "--out", str(tmp_path / "run")])
     metrics = read_json(tmp_path / "run" / "metrics.json")
     assert metrics["n"] >= 300

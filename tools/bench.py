@@ -58,7 +58,7 @@ from support.checkpoints.keys import TABLES, transformers_path
 from support.dataset.features import Features
 from support.dataset.tokenizers import load_tokenizer
 from support.training import checks, optim
-from support.training.runs import Checkpoints, Log
+from support.training.runs import Checkpoints
 from support.training.settings import parse_args as train_flags
 
 GIB = 2**30
@@ -160,7 +160,7 @@ def in_the_middle():
 def fit(model: nn.Module, rows: list[dict], settings) -> None:
     """An epoch of train.py on these rows; nothing is saved."""
     plan = train.make_plan(settings, "bench", 1.0, model, rows, lambda loss_of: {})
-    train.fit(plan, Checkpoints(Log(io.StringIO())))
+    train.fit(plan, Checkpoints(io.StringIO()))
 
 
 def to_device(batch: dict, device: str) -> dict:
@@ -989,7 +989,7 @@ import io, json, os, sys
 import torch
 import data, lora, model, train
 from support.training.settings import parse_args
-from support.training.runs import Checkpoints, Log
+from support.training.runs import Checkpoints
 from support.dataset.tokenizers import load_tokenizer
 folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
@@ -1003,7 +1003,7 @@ pixels = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
 example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().numpy()}
 log = io.StringIO()
 plan = train.make_plan(flags, "start", 1.0, pg, [example], lambda loss_of: {})
-train.fit(plan, Checkpoints(Log(log)))
+train.fit(plan, Checkpoints(log))
 print(json.loads(log.getvalue().splitlines()[-1])["loss"], flush=True)
 os._exit(0)
 """

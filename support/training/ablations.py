@@ -1,9 +1,7 @@
 """Many runs in one table: the papers' ablations, and the baselines of a distilled PaliGemma.
 
-A table is {name: changed settings}, a line for each run: Multimodal-CoT's Tables 2, 3 and 6 (Zhang
-et al., arXiv 2302.00923), what a distilled PaliGemma must be compared with, and what each part of
-the distillation buys. The line that changes nothing is the run itself. train.py trains and decodes
-each.
+A table is {name: changed settings}, a line for each run. The one that changes nothing is the run
+itself; train.py trains and decodes each.
 """
 
 from dataclasses import replace
@@ -41,12 +39,8 @@ PALIGEMMA_ABLATION = BASELINES | {  # one part changed in each
     "EOS not in the loss": {"eos_in_loss": False},
     "BOS after the question": {"layout": "seed"},
     "32 traces": {"limit_traces": 32},
-    "no loop stop, no forced answer": {
-        "loop_stop": False,
-        "force_answer": False,
-        "epochs": (0.0,),
-    },
-    "vote of 5": {"samples": 5, "temperature": 0.7, "epochs": (0.0,)},
+    "no loop stop, no forced answer": {"epochs": (0.0,), "loop_stop": False, "force_answer": False},
+    "vote of 5": {"epochs": (0.0,), "samples": 5, "temperature": 0.7},
 }
 # Lines that train nothing and decode the run's own weights in another way.
 DECODED_ONLY = ("no loop stop, no forced answer", "vote of 5")
@@ -63,18 +57,17 @@ def table_of(settings: Settings) -> Table | None:
 
 
 def lines_of(settings: Settings, table: Table) -> dict[str, Settings]:
-    """{name: settings} of every line of a table. The one that changes nothing is the run itself, in
-    `settings.out`; the others have folders in it."""
+    """{name: settings} of every line of a table. The run itself is in `settings.out`; the others
+    have folders in it."""
     lines = {}
     for name, changed in table.items():
         line = replace(settings, **changed)
         if changed:
             plain = "".join(c if c.isalnum() else "-" for c in name.replace("->", "-"))
             line = replace(line, out=str(Path(settings.out) / plain))
-        if name in DECODED_ONLY and settings.full:
-            line = replace(line, weights=(settings.out,))
-        elif name in DECODED_ONLY:
-            line = replace(line, adapter=settings.out)
+        if name in DECODED_ONLY:
+            trained = {"weights": (settings.out,)} if settings.full else {"adapter": settings.out}
+            line = replace(line, **trained)
         lines[name] = line
     return lines
 

@@ -1,12 +1,9 @@
 """What stops a training that goes wrong without an error, with the reason and the records.
 
 All but one stop it before the step is taken; whether weights move is known after the first two. A
-mask leak could be seen by a loss far below the base model's, but how far is a guess; so the first
-batch is tested directly: does a prediction change with what it must not see? `loss_of` is
-train.py's `LossOf` everywhere: it makes a batch of rows and gives the summed loss of one. A window
-is the list of batches, lists of rows, of one step.
-
-Loss spikes, slow learning and overfitting are seen in log.jsonl: no threshold is right for all.
+mask leak is tested directly: does a prediction change with what it must not see? A window is the
+list of batches, lists of rows, of one step. Loss spikes, slow learning and overfitting are seen in
+log.jsonl: no threshold is right for all.
 """
 
 import math
@@ -71,17 +68,16 @@ def stop_if_it_leaks(loss_of: LossOf, rows: Rows, stage: str) -> None:
     rows = rows[:4]
     targets = [[i for i in row["labels"] if i != -100] for row in rows]
     ids = sorted({0}.union(*targets))
-    where = f"{stage}, before the first step, in {ids_of(rows)}: "
+    where = f"{stage}, before the first step, in {ids_of(rows)}"
     for first in {0, min(map(len, targets)) // 2}:
         others = [changed_from(row, first, ids) for row in rows]
         loss = evaluated_loss(loss_of, rows, targets=first + 1)
         changed = evaluated_loss(loss_of, rows, others, targets=first + 1)
         if not same_loss(loss, changed):
             raise RuntimeError(
-                f"{where}label leak: the model can see its targets. The loss of the first "
-                f"{first + 1} changes from {loss:.6g} to {changed:.6g} with the last of them and "
-                "those after it. Look at the attention mask, token_type_ids and the shift of "
-                "labels."
+                f"{where}: label leak: the loss of the first {first + 1} targets changes from "
+                f"{loss:.6g} to {changed:.6g} with the last of them and those after it. Look at "
+                "the attention mask, token_type_ids and the shift of labels."
             )
     count = sum(map(len, targets))
     supervised = int((loss_of.batch(rows)["labels"] != -100).sum())
@@ -89,34 +85,34 @@ def stop_if_it_leaks(loss_of: LossOf, rows: Rows, stage: str) -> None:
     changed = evaluated_loss(loss_of, rows, pad_id=ids[-1])
     if supervised != count or not same_loss(loss, changed):
         raise RuntimeError(
-            f"{where}pads take part: {supervised} targets of {count} are in the loss, which is "
-            f"{loss:.6g}, and {changed:.6g} with other ids at the pads. Look at the attention mask "
-            "and at -100 in the labels."
+            f"{where}: pads take part: {supervised} targets of {count} are in the loss, which "
+            f"is {loss:.6g}, and {changed:.6g} with other ids at the pads. Look at the attention "
+            "mask and at -100 in the labels."
         )
 
 
 # ---- each step -----------------------------------------------------------------------------------
 
 
-def stop_unless_supervised(window: list[Rows], stage: str, step: int) -> None:
+def stop_unless_supervised(window: list[Rows], where: str) -> None:
     """ValueError names the rows of a batch in which no token is in the loss."""
     for rows in window:
         if not any(label != -100 for row in rows for label in row["labels"]):
             raise ValueError(
-                f"{stage}, step {step}: no token of {ids_of(rows)} is supervised, so nothing can "
+                f"{where}: no token of {ids_of(rows)} is supervised, so nothing can "
                 "be learned. Their targets are empty: look at these records."
             )
 
 
 def stop_at_what_is_not_finite(
-    loss_of: LossOf, loss: float, norm: float, window: list[Rows], stage: str, step: int
+    loss_of: LossOf, loss: float, norm: float, window: list[Rows], where: str
 ) -> None:
     """FloatingPointError, always. Of the step's records those are named whose own loss is not
     finite; all, if each is finite alone."""
     rows = [row for batch in window for row in batch]
     bad = [row for row in rows if not math.isfinite(evaluated_loss(loss_of, [row]))]
     raise FloatingPointError(
-        f"{stage}, step {step}: loss {loss}, gradient norm {norm}, in {ids_of(bad or rows)}. This "
+        f"{where}: loss {loss}, gradient norm {norm}, in {ids_of(bad or rows)}. This "
         "step was not taken. Look at these records, or lower --lr."
     )
 
@@ -126,17 +122,13 @@ def stop_at_what_is_not_finite(
 
 def stop_unless_learning(model: torch.nn.Module) -> None:
     """After the first backward pass every lora_B must have a gradient (A has none yet: B is 0).
-    Checkpointing after frozen embeddings is a known way to lose them silently. RuntimeError names
-    one of those that have none."""
-    dead = [
-        name
-        for name, p in model.named_parameters()
-        if "lora_B" in name and (p.grad is None or not p.grad.any())
-    ]
+    Checkpointing after frozen embeddings is a known way to lose them silently. RuntimeError."""
+    adapters = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
+    dead = [name for name, grad in adapters.items() if grad is None or not grad.any()]
     if dead:
         raise RuntimeError(
             f"{len(dead)} adapters got no gradient in the first step, {dead[0]} among them: "
-            "nothing would be learned there."
+            "nothing would be learned there. Look at what is frozen and at checkpointing."
         )
 
 
@@ -155,7 +147,7 @@ def steepest(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tens
 
 
 def stop_unless_moved(
-    model: torch.nn.Module, before: dict, lr: float, window: list[Rows], stage: str, step: int
+    model: torch.nn.Module, before: dict, lr: float, window: list[Rows], where: str
 ) -> None:
     """Every tensor of `steepest` must have changed, unless each number in it is so large that a
     step of `lr` is lost to rounding; and one at least. An optimizer of other tensors, a rate too
@@ -167,7 +159,7 @@ def stop_unless_moved(
             unmoved[name] = (values.abs() * torch.finfo(values.dtype).eps < lr).any()
     if unmoved and (any(unmoved.values()) or len(unmoved) == len(before)):
         raise RuntimeError(
-            f"{stage}, step {step}, in {ids_of([row for rows in window for row in rows])}: "
+            f"{where}, in {ids_of([row for rows in window for row in rows])}: "
             f"{len(unmoved)} of {len(before)} trained tensors have a gradient and did not change, "
             f"{next(iter(unmoved))} among them. Look at --lr, the dtype and the parameters that "
             "the optimizer has."

@@ -2,9 +2,8 @@
 
 What is kept for the backward pass grows by the same amount with each row, so it is counted on one
 and on two rows of the longest batch (unique storages of the saved tensors) and extrapolated to the
-batch: nothing is tried that may not fit. Images are not read: features of zeros stand for them.
-
-Not in the sum: what a kernel needs while it runs, validation and decoding, many devices.
+batch: nothing is tried that may not fit. Not in the sum: what a kernel needs while it runs,
+validation and decoding, many devices.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ import gc
 import math
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from support.checkpoints.weights import headers
 from support.dataset.features import Features
 from support.evaluation import models
 from support.training import optim
-from support.training.optim import AdamW, LossOf, Plan, Rows, make_optimizer, trained
+from support.training.optim import AdamW, LossOf, Plan, Rows, trained
 from support.training.settings import Settings
 
 GIB = 2**30
@@ -53,26 +53,34 @@ def blank_features(
     return Features(torch.zeros(1, *shape).numpy(), rows)
 
 
-def dry_step(plan: Plan, decoded_rows: int, new_tokens: int) -> None:
-    """Print what a training takes and what the device has; then, if that fits, take one step.
-    `decoded_rows` problems are decoded together, each up to `new_tokens`."""
-    windows = plan.windows
-    if not windows:
+def dry_run(settings: Settings, plans: Iterable[Plan]) -> None:
+    """Print parameters, memory, one step and the time of each training of a run."""
+    print(f"{settings.out}: recipe {settings.recipe}", flush=True)
+    kept = []  # their models stay in memory, as in a run
+    for plan in plans:
+        kept.append(plan)
+        if plan.windows:
+            dry_step(plan)
+    if not any(plan.windows for plan in kept):
         print("  nothing is trained: it only decodes")
-        return
+
+
+def dry_step(plan: Plan) -> None:
+    """Print what a training takes and what the device has; then, if that fits, take one step."""
     loss_of = plan.loss_of
-    device = loss_of.device
+    settings = loss_of.settings
+    device = settings.device
     model = loss_of.model.to(device)
-    if not plan.plain:
+    if not settings.plain:
         kernels.enable(model)
-    optimizer = make_optimizer(model, plan.weight_decay)
+    optimizer = optim.make_optimizer(model, settings.weight_decay)
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc keeps what another stage freed
         ctypes.CDLL(None).malloc_trim(0)
     before = held(device)
     total = sum(p.numel() for p in model.parameters())
     learned = sum(p.numel() for p in trained(model).values())
-    batches = [rows for window in windows for rows in window]
+    batches = [rows for window in plan.windows for rows in window]
     longest = max(batches, key=tokens)
     source, target = longest_row(longest)
     print(f"  {learned:,} parameters trainable, {total - learned:,} frozen")
@@ -82,8 +90,9 @@ def dry_step(plan: Plan, decoded_rows: int, new_tokens: int) -> None:
     for name, size in (sizes | {"in all": needed}).items():
         print(f"    {name:18} {size / GIB:8.3f} GiB")
     print(f"    the longest batch: {len(longest)} rows of {source} + {target} tokens")
-    cache = decoded_rows * cache_size(model, source + new_tokens)
-    print(f"    (decoding {decoded_rows} rows: a cache of {cache / GIB:.3f} GiB)")
+    decoded = settings.eval_batch_size
+    cache = decoded * cache_size(model, source + max(settings.max_output))
+    print(f"    (decoding {decoded} rows: a cache of {cache / GIB:.3f} GiB)")
     free, capacity = device_memory(device)
     print(f"    {device} has {capacity / GIB:.1f} GiB, {free / GIB:.1f} GiB of it free")
     if needed > free + before:
@@ -94,13 +103,13 @@ def dry_step(plan: Plan, decoded_rows: int, new_tokens: int) -> None:
         )
         return
     timed_step(loss_of, optimizer, [min(batches, key=tokens)])  # makes AdamW's moments
-    window = [longest] * min(2, len(windows[0]))
+    window = [longest] * min(2, len(plan.windows[0]))
     seconds, peak = timed_step(loss_of, optimizer, window)
     off = 100 * (needed / peak - 1)
     print(f"  one step of it: {seconds:.2f} s, peak {peak / GIB:.3f} GiB, estimated {off:+.0f} %")
     rate = seconds / tokens(longest) / len(window)
     minutes = rate * sum(map(tokens, batches)) / 60
-    print(f"  {len(windows)} steps: {minutes:.1f} minutes, without validation and decoding")
+    print(f"  {len(plan.windows)} steps: {minutes:.1f} minutes, without validation and decoding")
 
 
 def tokens(rows: Rows) -> int:
@@ -121,17 +130,16 @@ def memory(loss_of: LossOf, rows: Rows) -> dict[str, int]:
     """{name: bytes} of a training step on these rows, without the program itself."""
     model = loss_of.model
     tensors = [*model.parameters(), *model.buffers()]
-    learned = sum(p.numel() * p.element_size() for p in trained(model).values())
-    supervised = sum(label != -100 for e in rows for label in e["labels"])
-    logits = min(optim.LOGITS, supervised * text_config(model).vocab_size)
+    learned = sum(p.nbytes for p in trained(model).values())
     sizes = {
-        "weights": sum(t.numel() * t.element_size() for t in tensors),
+        "weights": sum(t.nbytes for t in tensors),
         "gradients": learned,
         "AdamW's moments": 2 * learned,
     }
     if is_paligemma(model):
         sizes["best epoch"] = learned
     sizes["activations"] = activations(loss_of, rows)
+    logits = min(optim.LOGITS, optim.units([rows], "token") * text_config(model).vocab_size)
     sizes["logits"] = 3 * 4 * logits  # themselves, their softmax and their gradient
     return sizes
 
@@ -162,7 +170,6 @@ def saved(loss_of: LossOf, rows: Rows) -> int:
     model = loss_of.model
     batch = loss_of.batch(rows)
     sizes = {}  # {address: bytes}
-    supervised = sum(label != -100 for e in rows for label in e["labels"])
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def pack(tensor):
@@ -173,7 +180,8 @@ def saved(loss_of: LossOf, rows: Rows) -> int:
     model.train()
     before = optim.LOGITS
     # Half of the tokens a chunk, so that the loss is taken in chunks and no logits are kept.
-    optim.LOGITS = max(1, supervised // 2) * text_config(model).vocab_size
+    chunk = max(1, optim.units([rows], "token") // 2)
+    optim.LOGITS = chunk * text_config(model).vocab_size
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss, _ = loss_of(batch)  # kept alive: so all addresses differ
@@ -208,7 +216,7 @@ def cache_size(model: torch.nn.Module, length: int) -> int:
 def timed_step(loss_of: LossOf, optimizer: AdamW, window: list[Rows]) -> tuple[float, int]:
     """(seconds, peak bytes) of a step as train.py's `take_step` takes it, without its checks."""
     model = loss_of.model
-    device = loss_of.device
+    device = loss_of.settings.device
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -225,8 +233,8 @@ def timed_step(loss_of: LossOf, optimizer: AdamW, window: list[Rows]) -> tuple[f
     optimizer.zero_grad()
     if on_gpu:
         torch.cuda.synchronize(device)
-        return time.monotonic() - start, torch.cuda.max_memory_allocated(device)
-    return time.monotonic() - start, process_memory("VmHWM:")
+    seconds = time.monotonic() - start
+    return seconds, torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM:")
 
 
 def held(device: str) -> int:

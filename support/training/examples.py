@@ -2,27 +2,28 @@
 
 Bad records: with --on-error stop, the default, the first bad record, image or trace is the error.
 With skip each goes to RUN/skipped.jsonl with the reason, and the run does without. Skipping test
-problems changes the test set: n is smaller, and the table gives the number skipped and the accuracy
-if all of those were wrong.
-
-Rows: paligemma learns from traces that --keep lets through, a row each, and from --mix answer-only
-rows for each of them.
+problems changes the test set: the table gives the number skipped and the accuracy if all of those
+were wrong.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
 import data
 from data import Problem, TrainRow
 from model import PaliGemma
 from support import files
+from support.checkpoints.hub import resolve
 from support.dataset import images
+from support.dataset.tokenizers import load_tokenizer
 from support.dataset.traces import load_traces, overlap, training_notice
-from support.distributed import rank
+from support.distributed import in_turn, rank
 from support.evaluation import grading, models
+from support.training import runs
 from support.training.optim import Rows
 from support.training.settings import PaliGemmaSettings, Settings
 
@@ -37,9 +38,23 @@ class Inputs:
     splits: Splits
     tokenizer: Tokenizer
     features: data.ImageSource | None  # None: no images
+    skipped: dict[str, int] | None = None  # bad records by split, for the table
 
 
 # ---- problems, and bad records -------------------------------------------------------------------
+
+
+def begin(
+    settings: Settings, splits: Splits, skipped: Skipped | None, model: PaliGemma | None = None
+) -> Inputs:
+    """The inputs of a run, whose folder is made when all of them are there: a run that cannot start
+    leaves nothing."""
+    tokenizer = load_tokenizer(resolve(settings.weights[0]))
+    with in_turn():  # the first process fills the cache of features for all
+        features, splits = with_features(settings, splits, skipped, model)
+    runs.begin(settings)
+    counts = write_skipped_report(Path(settings.out), skipped)
+    return Inputs(splits, tokenizer, features, counts)
 
 
 def bad_records(on_error: str) -> list[tuple[str, str]] | None:
@@ -64,37 +79,44 @@ def load_splits(settings: Settings) -> tuple[Splits, Skipped | None]:
     for name in names:
         # Those with too many choices; no image is opened yet.
         skipped[name] += images.unusable(splits[name], lambda path: None)
-    return without(splits, skipped), skipped
-
-
-def without(splits: Splits, skipped: Skipped) -> Splits:
-    bad = {name: {id for id, _ in entries} for name, entries in skipped.items()}
-    return {name: [p for p in ps if p.id not in bad[name]] for name, ps in splits.items()}
+        bad = {id for id, _ in skipped[name]}
+        splits[name] = [p for p in splits[name] if p.id not in bad]
+    return splits, skipped
 
 
 def with_features(
     settings: Settings, splits: Splits, skipped: Skipped | None, model: PaliGemma | None = None
 ) -> tuple[data.ImageSource | None, Splits]:
     """Image features and, with --on-error skip, the splits without the problems whose image cannot
-    be used, which are added to `skipped`. Images in the feature cache are not decoded again.
-    ValueError if a split has no problem left."""
+    be used, which are added to `skipped`. ValueError if a split has no problem left."""
     problems = [p for ps in splits.values() for p in ps]
-    bad = None if skipped is None else []
+    bad = bad_records(settings.on_error)
     features = models.image_features(settings, problems, model, bad)
-    if not bad:
-        return features, splits
-    reasons = dict(bad)
-    for name, ps in splits.items():
+    reasons = dict(bad or [])
+    for name, ps in splits.items() if bad else ():
         skipped[name] += [(p.id, reasons[p.id]) for p in ps if p.id in reasons]
         if ps and all(p.id in reasons for p in ps):
             raise ValueError(f"No problem of {name} is left, with --on-error skip: {bad[0][1]}")
-    return features, without(splits, {name: skipped[name] for name in splits})
+        splits = splits | {name: [p for p in ps if p.id not in reasons]}
+    return features, splits
 
 
-def write_skipped_report(folder: str | Path, skipped: Skipped | None) -> dict[str, int] | None:
+def halves(problems: list[Problem], seed: int) -> list[tuple[list[Problem], list[Problem]]]:
+    """Two pairs (learned, unseen): each half of the problems is unseen in one of them. The halves
+    are random, as every second problem of a file may be of the same kind (in the demo it is)."""
+    order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed)).tolist()
+    pairs = []
+    for half in (0, 1):
+        unseen = set(order[half::2])
+        learned = [p for i, p in enumerate(problems) if i not in unseen]
+        pairs.append((learned, [problems[i] for i in sorted(unseen)]))
+    return pairs
+
+
+def write_skipped_report(folder: Path, skipped: Skipped | None) -> dict[str, int] | None:
     """Write skipped.jsonl; {split: count} for the table. A record that cannot be read at all is of
     no known split: all three have it."""
-    file = Path(folder) / "skipped.jsonl"
+    file = folder / "skipped.jsonl"
     if not rank():
         file.unlink(missing_ok=True)
     if skipped is None:
@@ -103,13 +125,13 @@ def write_skipped_report(folder: str | Path, skipped: Skipped | None) -> dict[st
     for name, entries in skipped.items():
         for entry in entries:
             splits_of.setdefault(entry, []).append(name)
-    rows = [
-        (id, reason, names[0] if len(names) == 1 else None)
-        for (id, reason), names in splits_of.items()
-    ]
-    counts = {name: sum(split == name for *_, split in rows) for name in skipped}
-    if unknown := sum(split is None for *_, split in rows):
-        counts["split unknown"] = unknown
+    counts = dict.fromkeys(skipped, 0)
+    rows = []
+    for (id, reason), names in splits_of.items():
+        split = names[0] if len(names) == 1 else None
+        rows.append((id, reason, split))
+        key = split or "split unknown"
+        counts[key] = counts.get(key, 0) + 1
     if rows and not rank():
         files.write_skipped(rows, file)
         text = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
@@ -150,10 +172,8 @@ def own_solutions(problems: list[Problem]) -> list[dict]:
     """Traces made of the data's own solutions."""
     solved = [p for p in problems if p.solution]
     print(f"  no --traces: {len(solved)} solutions of the data itself are the thoughts")
-    verdict = {"correct": True, "consistent": True, "by": "data", "why": ""}
-    return [
-        {"id": p.id, "thought": p.solution, "answer": p.answer, "verdict": verdict} for p in solved
-    ]
+    common = {"verdict": {"correct": True, "consistent": True, "by": "data", "why": ""}}
+    return [{"id": p.id, "thought": p.solution, "answer": p.answer} | common for p in solved]
 
 
 def kept_traces(

@@ -1,15 +1,13 @@
 """The parts of a training: its plan, a model with its loss, AdamW, and a step's state.
 
-The loss in chunks: the logits of all supervised tokens are never there at once, in neither
-direction (`in_chunks`). AdamW (Loshchilov and Hutter, arXiv 1711.05101) without the two seconds
-that torch's class takes to import; which tensors decay is as published. All that the next step
-depends on is one dict of tensors (`snapshot`).
+AdamW (Loshchilov and Hutter, arXiv 1711.05101): which tensors decay is as published.
 
 Axes: D width, V vocabulary, `tokens` those that are supervised.
 """
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +16,10 @@ from torch.optim.adamw import adamw
 
 import data
 import fusion
+from support import files
 from support.checkpoints.weights import in_file_names
 from support.distributed import on_first, rank, shard_like, summed, world
+from support.training.settings import Settings
 
 LOGITS = 2**24  # of one chunk of the loss: 64 MiB in fp32
 Rows = list[dict]  # examples, as data.py makes them; a batch is a list of them
@@ -56,34 +56,26 @@ class LossOf(torch.nn.Module):
     divide it by; collate(rows) gives a batch."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        loss: Callable,
-        collate: Callable,
-        device: str,
-        weighting: str = "token",
-        label_smoothing: float = 0.0,
+        self, model: torch.nn.Module, loss: Callable, collate: Callable, settings: Settings
     ):
         super().__init__()
         self.model = model
         self.loss = loss
         self.collate = collate
-        self.device = device
-        self.weighting = weighting
-        self.label_smoothing = label_smoothing
+        self.settings = settings
 
     def batch(self, rows: Rows) -> dict:
         """The rows as a batch on the device."""
+        device = self.settings.device
         batch = self.collate(rows)
-        return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, int]:
-        return self.loss(self.model, batch, self.weighting, self.label_smoothing)
+        return self.loss(self.model, batch, self.settings.weighting, self.settings.label_smoothing)
 
     def of(self, model: torch.nn.Module) -> "LossOf":
         """The same loss of another model."""
-        same = (self.loss, self.collate, self.device, self.weighting, self.label_smoothing)
-        return LossOf(model, *same)
+        return LossOf(model, self.loss, self.collate, self.settings)
 
 
 def units(window: list[Rows], weighting: str) -> int:
@@ -120,10 +112,6 @@ class Plan:
     epoch_ends: set[int]  # the steps, counted from 1, after which it validates
     # What is logged of a model then. If it has "val_accuracy", the best epoch's weights are kept.
     validate: Callable[[LossOf], dict]
-    weight_decay: float
-    shard: bool  # the weights over all devices, by FSDP
-    plain: bool  # without kernels
-    seed: int
 
 
 def windows(
@@ -219,35 +207,36 @@ class InChunks(torch.autograd.Function):
 
 
 class AdamW:
-    """Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2: with m and v the running means of the
-    gradient and its square, both unbiased, p loses lr (m / (sqrt(v) + eps) + weight_decay p).
+    """Loshchilov and Hutter, Algorithm 2: with m and v the running means of the gradient and its
+    square, both unbiased, p loses lr (m / (sqrt(v) + eps) + weight_decay p).
 
-    It calls the function that torch.optim.AdamW calls, to the bit the same, and does without that
-    class, whose first use imports torch's compiler: 2 s of each start."""
+    The function that torch.optim.AdamW calls, without that class, whose first use imports torch's
+    compiler: 3 s of each start."""
 
-    def __init__(self, param_groups: list[dict]):
-        """Groups {"params": parameters, "weight_decay": float}."""
-        self.param_groups = param_groups
-        self.parameters = [p for group in param_groups for p in group["params"]]
+    def __init__(self, groups: list[tuple[list[torch.nn.Parameter], float]]):
+        """Groups (parameters, weight decay)."""
+        self.groups = groups
+        self.parameters = [p for params, _ in groups for p in params]
         self.state = {}  # {parameter: {"step", "exp_avg", "exp_avg_sq"}}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        for group, weight_decay in self.groups:
+            params = [p for p in group if p.grad is not None]
             for p in params:
                 if p not in self.state:
                     moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                     self.state[p] = {"step": torch.tensor(0.0)} | moments
+            states = [self.state[p] for p in params]
             adamw(
                 params,
                 grads=[p.grad for p in params],
-                exp_avgs=[self.state[p]["exp_avg"] for p in params],
-                exp_avg_sqs=[self.state[p]["exp_avg_sq"] for p in params],
+                exp_avgs=[state["exp_avg"] for state in states],
+                exp_avg_sqs=[state["exp_avg_sq"] for state in states],
                 max_exp_avg_sqs=[],
-                state_steps=[self.state[p]["step"] for p in params],
+                state_steps=[state["step"] for state in states],
                 lr=lr,
-                weight_decay=group["weight_decay"],
+                weight_decay=weight_decay,
                 beta1=0.9,
                 beta2=0.999,
                 eps=1e-8,
@@ -258,15 +247,6 @@ class AdamW:
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
-
-    def state_dict(self) -> dict:
-        numbered = enumerate(self.parameters)
-        return {"state": {i: self.state[p] for i, p in numbered if p in self.state}}
-
-    def load_state_dict(self, saved: dict) -> None:
-        for i, moments in saved["state"].items():
-            p = self.parameters[i]
-            self.state[p] = {n: t if n == "step" else t.to(p.device) for n, t in moments.items()}
 
 
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> AdamW:
@@ -284,27 +264,20 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> AdamW:
         f"  trainable {trainable:,} of {total:,} parameters, "
         f"weight decay {weight_decay:g} on {decays:,} of them"
     )
-    return AdamW(
-        [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": spared, "weight_decay": 0.0},
-        ]
-    )
+    return AdamW([(decayed, weight_decay), (spared, 0.0)])
 
 
 def show_step(stage: str, step: int, steps: int, entry: dict, seconds: float) -> None:
     """A line per validation; on a terminal also a running one with rate and time left."""
-    text = f"  {stage} {step}/{steps}  loss {entry['loss']:.4f}"
-    if "val_loss" in entry:
-        clear = "\r" if sys.stderr.isatty() else ""
-        text = f"{clear}{text}  val loss {entry['val_loss']:.4f}"
-        if "val_accuracy" in entry:
-            text += f"  val accuracy {entry['val_accuracy']:.2f}"
-        print(f"{text}  {seconds:.0f} s", flush=True)
-    elif sys.stderr.isatty():
-        rate = step / seconds
-        left = f"{rate:.1f} steps/s, {(steps - step) / rate:.0f} s left"
-        print(f"\r{text}  {left}   ", end="", file=sys.stderr, flush=True)
+    loss = f"  loss {entry['loss']:.4f}"
+    if "val_loss" not in entry:
+        files.progress(f"  {stage}", step, steps, time.monotonic() - seconds, loss)
+        return
+    clear = "\r" if sys.stderr.isatty() else ""
+    text = f"{clear}  {stage} {step}/{steps}{loss}  val loss {entry['val_loss']:.4f}"
+    if "val_accuracy" in entry:
+        text += f"  val accuracy {entry['val_accuracy']:.2f}"
+    print(f"{text}  {seconds:.0f} s", flush=True)
 
 
 # ---- all that the next step depends on -----------------------------------------------------------
@@ -315,8 +288,9 @@ def snapshot(model: torch.nn.Module, optimizer: AdamW | None, best: Tensors) -> 
     the best epoch and the generators, by name."""
     tensors = {f"model.{name}": p.detach() for name, p in trained(model).items()}
     tensors |= {f"best.{name}": p for name, p in best.items()}
-    for i, moments in optimizer.state_dict()["state"].items() if optimizer else ():
-        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    for i, p in enumerate(optimizer.parameters if optimizer else ()):
+        for name, moment in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer.{i}.{name}"] = moment
     tensors = {name: on_first(t) for name, t in tensors.items()}
     device = next(model.parameters()).device
     tensors["rng.cpu"] = torch.get_rng_state()
@@ -336,13 +310,11 @@ def restore(tensors: Tensors, model: torch.nn.Module, optimizer: AdamW) -> Tenso
         param = params.get(rest, params.get(rest.partition(".")[0]))
         parts[part][rest] = shard_like(tensors.pop(name).clone(), param)
     model.load_state_dict(parts["model"], strict=False)
-    moments = {}
-    for name, tensor in parts["optimizer"].items():
-        i, _, key = name.partition(".")
-        moments.setdefault(int(i), {})[key] = tensor
-    if moments:
-        optimizer.load_state_dict({"state": moments})
     device = next(model.parameters()).device
+    for name, moment in parts["optimizer"].items():
+        i, _, key = name.partition(".")
+        moments = optimizer.state.setdefault(optimizer.parameters[int(i)], {})
+        moments[key] = moment if key == "step" else moment.to(device)
     torch.set_rng_state(parts["rng"]["cpu"])
     if "cuda" in parts["rng"]:
         torch.cuda.set_rng_state(parts["rng"]["cuda"], device)

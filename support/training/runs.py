@@ -1,13 +1,10 @@
 """Run folders, and never losing work: what --resume needs of a run that was stopped or killed.
 
-RUN/config.json has the settings, versions and commit; RUN/log.jsonl a line a step. RUN/last/ is
-there until the run is complete, with the two newest states of each of its trainings:
-N-STEP.safetensors (weights, AdamW's moments, the best weights, the generators) and N-STEP.json
-(where it is, and a SHA-256 of both). The JSON is renamed into place last, so a kill leaves the
-state before. All else follows from the settings and is computed again. On a CPU the resumed run
-ends in the same bits.
-
-No pickle. The decoding keeps its own work: support/evaluation/decode_cache.py.
+RUN/config.json has settings, versions and commit; RUN/log.jsonl a line a step. RUN/last/, there
+until the run is complete, has the two newest states of each of its trainings: N-STEP.safetensors
+(weights, AdamW's moments, the best weights, the generators) and N-STEP.json (where it is, and a
+SHA-256 of both), which is renamed into place last, so a kill leaves the state before. All else
+follows from the settings: on a CPU the resumed run ends in the same bits. No pickle.
 """
 
 import contextlib
@@ -130,14 +127,15 @@ def check_resume(runs: list[Settings]) -> None:
     if rank():
         return
     unfinished = [run for run in runs if (Path(run.out) / "last").is_dir()]
-    for run in runs:
-        if not run.resume:
+    if not runs[0].resume:
+        for run in runs:
             refuse_to_overwrite(run, finished=run not in unfinished)
+        return
     for run in unfinished or runs:
-        if run.resume and (changed := changed_settings(run)):
+        if changed := changed_settings(run):
             text = "; ".join(changed.values())
             raise ValueError(f"{run.out} was begun with other settings: {text}.")
-    if runs[0].resume and not unfinished and not any(map(is_complete, runs)):
+    if not unfinished and not any(map(is_complete, runs)):
         print(f"{runs[-1].out}: nothing was saved; it starts from its beginning", flush=True)
 
 
@@ -165,11 +163,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C, as this process has them.
-
-    The first one raises `Stopped` at once, but during training only after the step, when a state is
-    saved (`Checkpoints`). A second one kills.
-    """
+    """SIGTERM and Ctrl-C. The first raises `Stopped` at once, but during training only after the
+    step, when a state is saved (`Checkpoints`). A second one kills."""
 
     def __init__(self):
         self.requested = False
@@ -203,11 +198,12 @@ def in_use(folder: Path) -> Iterator[StopRequest]:
     """While this process works in a run folder no other may, signals are heard, and a full disk is
     an OSError with a sentence."""
     stop = StopRequest()
-    before = {}
-    with contextlib.nullcontext() if rank() else locked(folder):
+    with contextlib.ExitStack() as stack:
+        if not rank():
+            stack.enter_context(locked(folder))
+        for number in SIGNALS:
+            stack.callback(signal.signal, number, signal.signal(number, stop.handle))
         try:
-            for number in SIGNALS:
-                before[number] = signal.signal(number, stop.handle)
             yield stop
         except (OSError, SafetensorError) as error:
             if getattr(error, "errno", None) not in FULL and "os error 28" not in str(error):
@@ -220,9 +216,6 @@ def in_use(folder: Path) -> Iterator[StopRequest]:
             if world() > 1 and stop.requested:  # another process had the signal first
                 raise Stopped from None
             raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -231,8 +224,8 @@ def locked(folder: Path) -> Iterator[None]:
     that could not start nothing is left."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = files.fcntl and os.open(folder, os.O_RDONLY)  # Windows opens no folder
-    busy = f"Another process works in {folder}: wait, or take another --out."
     try:
+        busy = f"Another process works in {folder}: wait, or take another --out."
         if why := files.lock(handle, busy):
             print(f"{folder} cannot be locked ({why}): let no other run use it", file=sys.stderr)
         try:
@@ -248,34 +241,13 @@ def locked(folder: Path) -> Iterator[None]:
 # ---- log and checkpoints -------------------------------------------------------------------------
 
 
-class Log:
-    """log.jsonl: a line for each step of a run's trainings."""
-
-    def __init__(self, file: TextIO):
-        self.file = file
-        self.lines = 0
-
-    def write(self, entry: dict) -> None:
-        print(json.dumps(entry), file=self.file, flush=True)
-        self.lines += 1
-
-    def whole_lines(self) -> list[str]:
-        self.file.seek(0)
-        return [line for line in self.file.readlines() if line.endswith("\n")]
-
-    def cut(self, lines: list[str]) -> None:
-        """Keep these first lines of the file."""
-        self.file.seek(sum(map(len, lines)))
-        self.file.truncate()
-
-
 @dataclass
 class Best:
-    """The best epoch so far: validation accuracy, step, trained weights."""
+    """The epoch of the highest validation accuracy, the later of equal ones."""
 
     accuracy: float
     step: int
-    weights: Tensors
+    weights: Tensors  # what is trained
 
 
 @dataclass
@@ -287,21 +259,18 @@ class Progress:
     seconds: float = 0.0
 
     def keep_if_best(self, step: int, accuracy: float | None, model: torch.nn.Module) -> None:
-        """Of equal ones the later."""
         if accuracy is not None and (self.best is None or accuracy >= self.best.accuracy):
             weights = {name: p.detach().clone() for name, p in trained(model).items()}
             self.best = Best(accuracy, step, weights)
 
 
 class Checkpoints:
-    """The states of a run's trainings, one after the other; see the top of this file.
-
-    Without a folder nothing is saved, and nothing resumed: only the log is written.
-    """
+    """The log and the states of a run's trainings, one after the other. Without a folder nothing is
+    saved or resumed: only the log is written."""
 
     def __init__(
         self,
-        log: Log,
+        log: TextIO,
         folder: Path | None = None,
         every: int | None = None,
         stop: StopRequest | None = None,
@@ -310,14 +279,19 @@ class Checkpoints:
         self.folder = folder
         self.every = every
         self.stop = stop or StopRequest()
+        self.lines = 0  # in the log
         self.trainings = 0
 
+    def write(self, entry: dict) -> None:
+        print(json.dumps(entry), file=self.log, flush=True)
+        self.lines += 1
+
     def begin(
-        self, stage: str, model: torch.nn.Module, optimizer: AdamW, examples: list[dict]
+        self, stage: str, model: torch.nn.Module, optimizer: AdamW, rows: list[dict]
     ) -> Progress:
         """Load the newest whole state of the run's next training into model, optimizer and
-        generators, and cut the log to it. ValueError if the examples are others, or the processes
-        see other files."""
+        generators, and cut the log to it. ValueError if the rows are others, or the processes see
+        other files."""
         self.trainings += 1
         self.model = model
         self.optimizer = optimizer
@@ -325,24 +299,11 @@ class Checkpoints:
         if self.folder is None:
             return Progress()
         self.stop.in_training = True
-        self.rows = files.digest([[e["id"], e["input_ids"], e["labels"]] for e in examples])
-        lines = self.log.whole_lines()
+        self.rows = files.digest([[e["id"], e["input_ids"], e["labels"]] for e in rows])
+        self.log.seek(0)
+        lines = [line for line in self.log if line.endswith("\n")]
         with in_turn():
             state, tensors = newest_state(self.folder, self.trainings, stage, len(lines))
-        self.check(state, stage)
-        if state:
-            self.log.lines = state["lines"]
-        # The log of a training that has ended may go on with lines of the next one.
-        if not rank() and not (state and state["step"] == state["steps"]):
-            self.log.cut(lines[: self.log.lines])
-        if not state:
-            return Progress()
-        weights = restore(tensors, model, optimizer)
-        print(f"  {stage}: {state['step']} of {state['steps']} steps are done", flush=True)
-        best = Best(*state["best"], weights) if state["best"] else None
-        return Progress(state["step"], best, state["seconds"])
-
-    def check(self, state: dict | None, stage: str) -> None:
         steps = gather_dicts([{rank(): state and state["step"]}])
         if len(set(steps.values())) > 1:
             raise ValueError(f"Not all processes find the same files: can all see {self.folder}?")
@@ -351,6 +312,18 @@ class Checkpoints:
                 f"{self.folder.parent}: the training rows of {stage} are not those that its state "
                 "learned from. Give it the same data again, or another --out."
             )
+        if state:
+            self.lines = state["lines"]
+        # The log of a training that has ended may go on with lines of the next one.
+        if not rank() and not (state and state["step"] == state["steps"]):
+            self.log.seek(sum(map(len, lines[: self.lines])))
+            self.log.truncate()
+        if not state:
+            return Progress()
+        weights = restore(tensors, model, optimizer)
+        print(f"  {stage}: {state['step']} of {state['steps']} steps are done", flush=True)
+        best = Best(*state["best"], weights) if state["best"] else None
+        return Progress(state["step"], best, state["seconds"])
 
     def step(self, progress: Progress, steps: int, validated: bool) -> None:
         """Save after a validation and every --save-every steps, else once a minute, but for at most
@@ -366,7 +339,7 @@ class Checkpoints:
         state = {
             "step": progress.step,
             "steps": steps,
-            "lines": self.log.lines,
+            "lines": self.lines,
             "rows": self.rows,
             "seconds": progress.seconds,
             "best": best and (best.accuracy, best.step),
@@ -374,7 +347,7 @@ class Checkpoints:
         optimizer = self.optimizer if progress.step < steps else None
         tensors = snapshot(self.model, optimizer, best.weights if best else {})
         if not rank():
-            os.fsync(self.log.file.fileno())
+            os.fsync(self.log.fileno())
             save_state(self.folder, self.trainings, state, tensors)
         self.due = time.monotonic() + max(60, 20 * (time.monotonic() - start))
         if stopping:
@@ -392,7 +365,7 @@ def opened_checkpoints(settings: Settings, stop: StopRequest) -> Iterator[Checkp
     path = Path(settings.out) / "log.jsonl"
     mode = "r+" if settings.resume and path.is_file() else "w+"
     with open(os.devnull if rank() else path, mode, encoding="utf-8") as file:
-        yield Checkpoints(Log(file), path.parent / "last", settings.save_every, stop)
+        yield Checkpoints(file, path.parent / "last", settings.save_every, stop)
 
 
 # ---- one state -----------------------------------------------------------------------------------
@@ -400,11 +373,11 @@ def opened_checkpoints(settings: Settings, stop: StopRequest) -> Iterator[Checkp
 
 def save_state(folder: Path, number: int, state: dict, tensors: Tensors) -> None:
     """Write a state of training `number`; the one before stays, older ones go."""
-    name = f"{number}-{state['step']:08d}"
-    write_safetensors(tensors, folder / f"{name}.safetensors")
-    files.flush(folder / f"{name}.safetensors")
-    checksum = state_checksum(folder / f"{name}.safetensors", state)
-    files.write_json({"state": state, "sha256": checksum}, folder / f"{name}.json")
+    path = folder / f"{number}-{state['step']:08d}.json"
+    file = path.with_suffix(".safetensors")
+    write_safetensors(tensors, file)
+    files.flush(file)
+    files.write_json({"state": state, "sha256": state_checksum(file, state)}, path)
     kept = sorted(path.stem for path in folder.glob(f"{number}-*.json"))[-2:]
     for path in sorted(folder.iterdir()):  # sorted: the JSON of a state goes first
         if path.stem not in kept and path.name.lstrip(".").startswith(f"{number}-"):

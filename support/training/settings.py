@@ -1,14 +1,13 @@
 """train.py's settings: the flags of its command line, their defaults, and config.json.
 
 A field of these dataclasses is a flag, a key of config.json and an attribute. The values are those
-of the papers and of big_vision's configs, as far as they say; `DEMO` has what differs in the
-built-in demo, where a run may take a few minutes on one core.
+of the papers and of big_vision's configs, as far as they say.
 """
 
 import argparse
 import os
 import types
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,44 +17,71 @@ from support import files
 from support.dataset.sources import SPLITS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ALL_THREADS = torch.get_num_threads()
+DEMO_FOLDER = str(files.ROOT / "demo")
+Weighting = Literal["token", "example"]
+
+
+def flag(
+    default: Any = MISSING,
+    help: str = "",
+    heading: str = "",
+    least: int = 0,
+    demo: Any = None,
+    off: str = "",
+) -> Any:
+    """A field and its flag. `heading` opens a group of --help, `least` is the lowest number allowed
+    and `demo` the default with --data demo, where a run may take a few minutes on one core. `off`
+    names a flag that switches off what is on."""
+    about = {"help": help, "heading": heading, "least": least, "demo": demo, "off": off}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What both systems have. A field without a default gets one in each of the two below."""
 
-    model: Literal["mmcot", "paligemma"]
-    recipe: str
-    ablation: bool = False
-    # files
-    data: str = "demo"
-    weights: tuple[str, ...]
-    features_cache: str | None = None
-    out: str = ""  # `parse_args` names one after data and recipe
-    on_error: Literal["stop", "skip"] = "stop"
-    test_split: str = "test"
-    limit: int | None = None
-    # optimization
-    epochs: tuple[float, ...]
-    max_steps: int | None = None
-    batch_size: int
-    accumulate: int
-    lr: float
-    weight_decay: float
-    weighting: Literal["token", "example"]
-    label_smoothing: float = 0.0
-    seed: int = 42
-    # decoding
-    max_output: tuple[int, ...]
-    eval_batch_size: int = 64
-    # the process
-    resume: bool = False
-    dry_run: bool = False
-    save_every: int | None = None
-    device: str = DEVICE
-    threads: int = ALL_THREADS
-    plain: bool = False  # True: every layer computes by the formula in its class
+    model: Literal["mmcot", "paligemma"] = flag(help="the system to train", heading="what to train")
+    recipe: str = flag(help="mmcot: two-stage, answer, reason, explain; paligemma: reason, answer")
+    ablation: bool = flag(False, "mmcot: Tables 2, 3 and 6; paligemma: what each part buys")
+    data: str = flag("demo", "demo, scienceqa, mathvista, a folder of theirs or a .jsonl", "files")
+    weights: tuple[str, ...] = flag(
+        help="T5 or PaliGemma folder or Hub id; mmcot takes one for both stages or one each"
+    )
+    features_cache: str | None = flag(None, "folder for image features")
+    out: str = flag("", "run folder (runs/DATA-RECIPE-...)")
+    on_error: Literal["stop", "skip"] = flag(
+        "stop", "a record, image or trace that cannot be used: stop at it, or do without"
+    )
+    test_split: str = flag("test", "the split that the table is about")
+    limit: int | None = flag(None, "only the first N problems of each split", least=1)
+    epochs: tuple[float, ...] = flag(
+        help="mmcot: for both stages or one each; 0 only decodes", heading="optimization"
+    )
+    max_steps: int | None = flag(None, "stop each training after so many steps", least=1)
+    batch_size: int = flag(
+        help="rows that go through the model together on a device, at most", least=1
+    )
+    accumulate: int = flag(help="batches in an optimizer step, on however many devices", least=1)
+    lr: float = flag(help="peak learning rate")
+    weight_decay: float = flag(help="of matrices")
+    weighting: Weighting = flag(
+        help="token: mean over a step's tokens; example: mean of its rows' means"
+    )
+    label_smoothing: float = flag(0.0, "spread this much of the target over the whole vocabulary")
+    seed: int = flag(42, "of initial weights, order of rows, dropout and sampling")
+    max_output: tuple[int, ...] = flag(
+        help="new tokens: rationale, answer", heading="decoding", least=1
+    )
+    eval_batch_size: int = flag(64, "rows decoded together", least=1)
+    resume: bool = flag(False, "resume the interrupted run in --out, to the bit", "the process")
+    dry_run: bool = flag(
+        False, "print parameters, memory, a measured step and the time; write nothing"
+    )
+    save_every: int | None = flag(None, "steps between saved states (one a minute)", least=1)
+    device: str = flag(DEVICE, "cpu, cuda, cuda:1 ...")
+    # In the demo one, as the result depends on it; two are 1.5 times as fast on an idle machine.
+    threads: int = flag(torch.get_num_threads(), "CPU threads (demo: 1, else all)", least=1, demo=1)
+    plain: bool = flag(False, "keep every layer's plain class: no kernels (support/kernels.py)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +90,34 @@ class MultimodalSettings(Settings):
 
     model: Literal["mmcot"] = "mmcot"
     recipe: Literal["two-stage", "answer", "reason", "explain"] = "two-stage"
-    weights: tuple[str, ...] = ("allenai/unifiedqa-t5-base",)
-    epochs: tuple[float, ...] = (20.0,)
-    batch_size: int = 8
+    weights: tuple[str, ...] = flag(("allenai/unifiedqa-t5-base",), demo=(f"{DEMO_FOLDER}/t5",))
+    # In the demo rationales take longer to learn than answers.
+    epochs: tuple[float, ...] = flag((20.0,), demo=(8.0, 2.0))
+    batch_size: int = flag(8, demo=32)
     accumulate: int = 1
-    lr: float = 5e-5
+    lr: float = flag(5e-5, demo=3e-3)
     weight_decay: float = 0.01
-    weighting: Literal["token", "example"] = "token"
-    max_output: tuple[int, ...] = (512, 64)
-    vision: Literal["detr", "caption", "none"] = "detr"
-    vision_weights: str = "facebook/detr-resnet-101-dc5"
-    image_size: int = 224
-    features: str | None = None
-    name_map: str | None = None
-    no_image: Literal["zero", "mask"] = "zero"
-    stage: Literal["both", "rationale", "answer"] = "both"
-    stage2_rationales: Literal["gold", "generated"] = "gold"
-    max_input: int = 512
-    faithful_text: bool = False
-    teacher_forced: bool = False
+    weighting: Weighting = "token"
+    max_output: tuple[int, ...] = flag((512, 64), demo=(64, 16))
+    vision: Literal["detr", "caption", "none"] = flag(
+        "detr", "what stands for the image", "mmcot: images"
+    )
+    vision_weights: str = flag(
+        "facebook/detr-resnet-101-dc5", "DETR folder or Hub id", demo=f"{DEMO_FOLDER}/detr"
+    )
+    image_size: int = flag(224, "shorter side for DETR, in pixels", least=1, demo=96)
+    features: str | None = flag(None, "published detr.npy, clip.npy, resnet.npy or vit.pth")
+    name_map: str | None = flag(None, "name_map.json that goes with --features")
+    no_image: Literal["zero", "mask"] = flag(
+        "zero", "problems without image, in a new fusion: see fusion.py"
+    )
+    stage: Literal["both", "rationale", "answer"] = flag(
+        "both", "train one stage", "mmcot: stages and texts"
+    )
+    stage2_rationales: Literal["gold", "generated"] = flag("gold", "what stage 2 trains on")
+    max_input: int = flag(512, "source tokens; longer ones lose their middle", least=1, demo=256)
+    faithful_text: bool = flag(False, 'as the original had it: a newline becomes a stray "n"')
+    teacher_forced: bool = flag(False, "show the inflated ROUGE-L of teacher-forced rationales too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,172 +126,71 @@ class PaliGemmaSettings(Settings):
 
     model: Literal["paligemma"] = "paligemma"
     recipe: Literal["reason", "answer"] = "reason"
-    weights: tuple[str, ...] = ("google/paligemma2-3b-mix-448",)  # mix has answered questions
-    epochs: tuple[float, ...] = (5.0,)  # at most: the best epoch on validation answers is kept
-    batch_size: int = 4  # a guess at what a 24 GB GPU holds with checkpointing at 448 pixels
-    accumulate: int = 8  # 32 rows a step: 4, as in pali_reason, is noise
-    lr: float = 1e-4  # of adapters; for --full take 6e-6 (ScienceQA in 2412.03555, Table 14)
+    # mix: it has answered questions.
+    weights: tuple[str, ...] = flag(
+        ("google/paligemma2-3b-mix-448",), demo=(f"{DEMO_FOLDER}/paligemma",)
+    )
+    # At most: the best epoch on validation answers is kept.
+    epochs: tuple[float, ...] = flag((5.0,), demo=(4.0,))
+    # A guess at what a 24 GB GPU holds with checkpointing at 448 pixels.
+    batch_size: int = flag(4, demo=16)
+    accumulate: int = flag(8, demo=1)  # 32 rows a step: 4, as in pali_reason, is noise
+    # Of adapters; for --full take 6e-6 (ScienceQA in 2412.03555, Table 14).
+    lr: float = flag(1e-4, demo=4e-3)
     weight_decay: float = 0.0  # as the published ScienceQA transfer
-    weighting: Literal["token", "example"] = "example"  # as big_vision: long texts weigh no more
-    max_output: tuple[int, ...] = (384, 16)
-    traces: str | None = None
-    keep: Literal["all", "correct", "consistent"] = "consistent"
-    limit_traces: int | None = None
-    mix: float = 0.25  # so that short answers are not forgotten
-    max_suffix: int = 384  # 62 of pali_reason's 251 are longer; short suits the small (2502.12143)
-    shuffle_choices: bool = False
-    warmup: float = 0.05
-    eval_problems: int = 200
-    alone: bool = False
-    layout: Literal["paligemma", "seed"] = "paligemma"
-    eos_in_loss: bool = True
-    full: bool = False
-    adapter: str | None = None
-    lora_r: int = 32  # long texts are a new skill: more than the usual 8 or 16
-    lora_alpha: float = 64.0  # a scale of 2
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] | None = None
-    lora_rslora: bool = False
-    lora_dora: bool = False
-    dtype: Literal["float32", "bfloat16"] | None = None  # `parse_args` chooses by the device
-    checkpointing: bool = True
-    final_soft_cap: bool = False  # "better for transfer" (big_vision); arg-max is the same without
-    samples: int = 1
-    temperature: float = 0.0
-    loop_stop: bool = True
-    force_answer: bool = True
+    weighting: Weighting = flag("example", demo="token")  # big_vision: long texts weigh no more
+    max_output: tuple[int, ...] = flag((384, 16), demo=(96, 8))
+    traces: str | None = flag(
+        None,
+        "traces.jsonl, or pali_reason's csv or json; none: the data's own solutions",
+        "paligemma: training rows",
+        demo="demo",
+    )
+    keep: Literal["all", "correct", "consistent"] = flag(
+        "consistent", "traces to learn from: all, judged correct, or also judged consistent"
+    )
+    limit_traces: int | None = flag(None, "only the first N of them")
+    # Above 0, so that short answers are not forgotten.
+    mix: float = flag(0.25, "answer-only rows for each trace", demo=0.0)
+    # 62 of pali_reason's 251 are longer; short suits the small (2502.12143).
+    max_suffix: int = flag(384, "tokens of a suffix; longer ones are left out", least=1, demo=96)
+    shuffle_choices: bool = flag(
+        False, "shuffle training rows' choices if no text names their letters"
+    )
+    layout: Literal["paligemma", "seed"] = flag(
+        "paligemma", "seed: BOS after the question, as pali_reason had it"
+    )
+    eos_in_loss: bool = flag(True, "leave EOS out of the loss", off="--no-eos-loss")
+    warmup: float = flag(0.05, "share of the steps; then a cosine to 0", "paligemma: training")
+    eval_problems: int = flag(200, "validation problems decoded each epoch")
+    alone: bool = flag(False, "only this run, without the baselines it must be compared with")
+    dtype: Literal["float32", "bfloat16"] | None = flag(
+        None, "of frozen weights and compute (bfloat16 on a GPU, else float32)"
+    )
+    checkpointing: bool = flag(True, "compute layers again in the backward pass", demo=False)
+    # "Better for transfer" without (big_vision), arg-max is the same; the demo's had it before.
+    final_soft_cap: bool = flag(False, "cap the final logits as in pretraining", demo=True)
+    full: bool = flag(False, "train all weights, not adapters", "paligemma: adapters")
+    adapter: str | None = flag(None, "start from this adapter, or only decode")
+    # Long texts are a new skill: a rank above the usual 8 or 16. The scale alpha / r is 2.
+    lora_r: int = flag(32, "rank", least=1, demo=16)
+    lora_alpha: float = flag(64.0, "the update is scaled by alpha / r", demo=32.0)
+    lora_dropout: float = flag(0.0, "share of the adapters' inputs that are dropped")
+    lora_targets: tuple[str, ...] | None = flag(
+        None, "module names or paths; no patterns (all projections of the language model)"
+    )
+    lora_rslora: bool = flag(False, "scale by alpha / sqrt(r)")
+    lora_dora: bool = flag(False, "magnitude and direction apart")
+    samples: int = flag(1, "texts per problem; their answers vote", "paligemma: decoding", least=1)
+    temperature: float = flag(0.0, "0: greedy")
+    loop_stop: bool = flag(True, "let a rationale repeat itself to the end", off="--no-loop-stop")
+    force_answer: bool = flag(True, 'leave cut ones without "Answer:"', off="--no-forced-answer")
 
 
 SYSTEMS = {"mmcot": MultimodalSettings, "paligemma": PaliGemmaSettings}
-DEMO = {  # what --data demo changes: small checkpoints, and a few minutes on one core
-    "mmcot": {
-        "weights": (str(files.ROOT / "demo/t5"),),
-        "vision_weights": str(files.ROOT / "demo/detr"),
-        "image_size": 96,
-        "epochs": (8.0, 2.0),  # rationales take longer to learn than answers
-        "lr": 3e-3,
-        "batch_size": 32,
-        "max_input": 256,
-        "max_output": (64, 16),
-        "threads": 1,  # the result depends on it; two are 1.5 times as fast on an idle machine
-    },
-    "paligemma": {
-        "weights": (str(files.ROOT / "demo/paligemma"),),
-        "traces": "demo",
-        "epochs": (4.0,),
-        "lr": 4e-3,
-        "batch_size": 16,
-        "accumulate": 1,
-        "weighting": "token",
-        "lora_r": 16,
-        "lora_alpha": 32.0,  # a scale of 2, as above
-        "max_suffix": 96,
-        "max_output": (96, 8),
-        "mix": 0.0,
-        "final_soft_cap": True,  # as this checkpoint was pretrained
-        "checkpointing": False,
-        "threads": 1,
-    },
+FLAGS = {  # {name: about}; a class below the one with the help changes only default and type
+    each.name: each.metadata for system in (*SYSTEMS.values(), Settings) for each in fields(system)
 }
-HELP = {  # {heading: {flag: help}}
-    "what to train": {
-        "model": "the system to train",
-        "recipe": "mmcot: two-stage, answer, reason, explain; paligemma: reason, answer",
-        "ablation": "mmcot: the paper's Tables 2, 3 and 6; paligemma: what each part buys",
-    },
-    "files": {
-        "data": "demo, scienceqa, mathvista, a folder of theirs or a .jsonl",
-        "weights": "T5 or PaliGemma folder or Hub id; mmcot takes one for both stages or one each",
-        "features_cache": "folder for image features",
-        "out": "run folder (runs/DATA-RECIPE-...)",
-        "on_error": "a record, image or trace that cannot be used: stop at it, or do without",
-        "test_split": "the split that the table is about",
-        "limit": "only the first N problems of each split",
-    },
-    "optimization": {
-        "epochs": "mmcot: for both stages or one each; 0 only decodes",
-        "max_steps": "stop each training after so many steps",
-        "batch_size": "rows that go through the model together, at most, on a device",
-        "accumulate": "batches in an optimizer step, on however many devices",
-        "lr": "peak learning rate",
-        "weight_decay": "of matrices",
-        "weighting": "token: the mean over a step's tokens; example: the mean of each row's mean",
-        "label_smoothing": "spread this much of the target over the whole vocabulary",
-        "seed": "of initial weights, order of rows, dropout and sampling",
-    },
-    "decoding": {
-        "max_output": "new tokens: rationale, answer",
-        "eval_batch_size": "rows decoded together",
-    },
-    "the process": {
-        "resume": "resume the run in --out that was interrupted, to the bit",
-        "dry_run": "print parameters, memory, one measured step and the time it would take; "
-        "write nothing",
-        "save_every": "steps between two saved states (one a minute, at most a twentieth of the "
-        "time)",
-        "device": "cpu, cuda, cuda:1 ...",
-        "threads": "CPU threads (demo: 1, else all)",
-        "plain": "keep every layer's plain class: no kernels (support/kernels.py)",
-    },
-    "mmcot: images": {
-        "vision": "what stands for the image",
-        "vision_weights": "DETR folder or Hub id",
-        "image_size": "shorter side for DETR, in pixels",
-        "features": "published detr.npy, clip.npy, resnet.npy or vit.pth",
-        "name_map": "name_map.json that goes with --features",
-        "no_image": "problems without image, in a new fusion: see fusion.py",
-    },
-    "mmcot: stages and texts": {
-        "stage": "train one stage",
-        "stage2_rationales": "what stage 2 trains on",
-        "max_input": "source tokens; longer ones lose their middle",
-        "faithful_text": 'as the original had it: a newline becomes a stray "n"',
-        "teacher_forced": "show the inflated ROUGE-L of teacher-forced rationales as well",
-    },
-    "paligemma: training rows": {
-        "traces": "traces.jsonl, or pali_reason's csv or json; none: the data's own solutions",
-        "keep": "traces to learn from: all, judged correct, or also judged consistent",
-        "limit_traces": "only the first N of them",
-        "mix": "answer-only rows for each trace",
-        "max_suffix": "tokens of a suffix; longer ones are left out, never cut",
-        "shuffle_choices": "shuffle the choices of training rows where no text names their letters",
-        "layout": "seed: BOS after the question, as pali_reason had it",
-        "eos_in_loss": "leave EOS out of the loss: shows what that does",
-    },
-    "paligemma: training": {
-        "warmup": "share of the steps; then a cosine to 0",
-        "eval_problems": "validation problems decoded each epoch",
-        "alone": "only this run, without the baselines it must be compared with",
-        "dtype": "of frozen weights and compute (bfloat16 on a GPU, else float32)",
-        "checkpointing": "keep only each layer's input, compute it again in the backward pass",
-        "final_soft_cap": "cap the final logits as in pretraining",
-    },
-    "paligemma: adapters": {
-        "full": "train all weights, not adapters",
-        "adapter": "start from this adapter, or only decode",
-        "lora_r": "rank",
-        "lora_alpha": "the update is scaled by alpha / r",
-        "lora_dropout": "share of the adapters' inputs that are dropped",
-        "lora_targets": "module names or paths; no patterns (all projections of the language "
-        "model)",
-        "lora_rslora": "scale by alpha / sqrt(r)",
-        "lora_dora": "magnitude and direction apart",
-    },
-    "paligemma: decoding": {
-        "samples": "texts per problem; their answers vote",
-        "temperature": "0: greedy",
-        "loop_stop": "let a rationale repeat itself until its budget is spent",
-        "force_answer": 'do not give a cut rationale its "Answer:"',
-    },
-}
-OFF = {  # flags that switch off what is on by default
-    "eos_in_loss": "--no-eos-loss",
-    "loop_stop": "--no-loop-stop",
-    "force_answer": "--no-forced-answer",
-}
-EITHER_WAY = ("checkpointing", "final_soft_cap")  # on in the demo or in real runs, not in both
-AT_LEAST_ONE = """max_steps batch_size accumulate max_output eval_batch_size limit threads samples
-    image_size max_input max_suffix lora_r save_every""".split()  # others may be 0, none negative
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -267,65 +201,71 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     SystemExit with a sentence on stderr for flags that do not fit the system or each other."""
     parser = make_parser()
     typed = with_tuples(vars(parser.parse_args(argv)))
-    model = typed["model"]
-    system = SYSTEMS[model]
+    system = SYSTEMS[typed["model"]]
     hints = get_type_hints(system)
     if foreign := [flag_of(name) for name in typed if name not in hints]:
-        (other,) = SYSTEMS.keys() - {model}
-        parser.error(f"{', '.join(foreign)}: only --model {other} has that, and this is {model}")
-    demo = DEMO[model] if typed.get("data", "demo") == "demo" else {}
+        (other,) = SYSTEMS.keys() - {system.model}
+        parser.error(f"{', '.join(foreign)}: only --model {other} has that, not {system.model}")
+    demo = demo_defaults(system) if typed.get("data", "demo") == "demo" else {}
     settings = system(**demo | typed)
-    if settings.recipe not in get_args(hints["recipe"]):
-        known = ", ".join(get_args(hints["recipe"]))
-        parser.error(f"--model {model} has the recipes {known}, not {settings.recipe}")
-    refuse_low_numbers(parser, settings)
-    complete = completed_mmcot if model == "mmcot" else completed_paligemma
-    return complete(parser, settings)
+    recipes = get_args(hints["recipe"])
+    if settings.recipe not in recipes:
+        known = ", ".join(recipes)
+        parser.error(f"--model {system.model} has the recipes {known}, not {settings.recipe}")
+    for name, value in asdict(settings).items():
+        least = FLAGS[name]["least"]
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, int | float) and not number >= least:  # refuses nan as well
+                parser.error(f"{flag_of(name)} must be at least {least}, and is {number}")
+    return completed(parser, settings)
+
+
+def demo_defaults(system: type[Settings]) -> dict:
+    """What --data demo changes: small checkpoints, and a few minutes on one core."""
+    values = {each.name: each.metadata.get("demo") for each in fields(system)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    about = (
-        "Training: `python train.py --model mmcot` or `--model paligemma`; each ends in a table."
-    )
-    # What is not given is not in the namespace: so a flag of the other system is seen.
+    """A flag for each field, made from its type."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description=about, argument_default=argparse.SUPPRESS
+        prog="train.py",
+        description="Training: `python train.py --model mmcot` or `--model paligemma`; "
+        "each ends in a table.",
+        argument_default=argparse.SUPPRESS,  # so that a flag of the other system is seen
     )
     hints = {}
-    for system in (PaliGemmaSettings, MultimodalSettings, Settings):
+    for system in (*SYSTEMS.values(), Settings):
         hints |= get_type_hints(system)
-    for heading, flags in HELP.items():
-        group = parser.add_argument_group(heading)
-        for name, text in flags.items():
-            add_flag(group, name, hints[name], text)
+    for name, about in FLAGS.items():
+        if about["heading"]:
+            group = parser.add_argument_group(about["heading"])
+        hint = hints[name]
+        if types.NoneType in get_args(hint):
+            hint = get_args(hint)[0]  # of X | None
+        if hint is bool:
+            # One that the demo has otherwise needs both --NAME and --no-NAME.
+            either = about["demo"] is not None
+            action = argparse.BooleanOptionalAction if either else "store_true"
+            action = "store_false" if about["off"] else action
+            group.add_argument(flag_of(name), dest=name, action=action, help=about["help"])
+            continue
+        is_tuple = get_origin(hint) is tuple
+        kind = get_args(hint)[0] if is_tuple else hint
+        is_choice = get_origin(kind) is Literal
+        group.add_argument(
+            flag_of(name),
+            type=str if is_choice else kind,
+            choices=get_args(kind) if is_choice else None,
+            nargs="+" if is_tuple else None,
+            required=name == "model",
+            help=about["help"] + default_text(name),
+        )
     return parser
 
 
-def add_flag(group: Any, name: str, hint: Any, text: str) -> None:
-    """A field's flag, made from its type."""
-    if name in OFF:
-        group.add_argument(OFF[name], dest=name, action="store_false", help=text)
-    elif hint is bool:
-        either = argparse.BooleanOptionalAction
-        action = either if name in EITHER_WAY else "store_true"
-        group.add_argument(flag_of(name), action=action, help=text)
-    else:
-        kinds = [kind for kind in alternatives(hint) if kind is not types.NoneType]
-        is_tuple = get_origin(kinds[0]) is tuple
-        kind = get_args(kinds[0])[0] if is_tuple else kinds[0]
-        choices = get_args(kind) if get_origin(kind) is Literal else None
-        group.add_argument(
-            flag_of(name),
-            type=str if choices else kind,
-            choices=choices,
-            nargs="+" if is_tuple else None,
-            required=name == "model",
-            help=text + default_text(name),
-        )
-
-
 def flag_of(name: str) -> str:
-    return OFF.get(name, f"--{name.replace('_', '-')}")
+    return FLAGS[name]["off"] or f"--{name.replace('_', '-')}"
 
 
 def default_text(name: str) -> str:
@@ -339,45 +279,26 @@ def default_text(name: str) -> str:
     return f" ({' or '.join(shown)})" if shown else ""
 
 
-def refuse_low_numbers(parser: argparse.ArgumentParser, settings: Settings) -> None:
-    for name, value in asdict(settings).items():
-        least = 1 if name in AT_LEAST_ONE else 0
-        for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, int | float) and not number >= least:  # refuses nan as well
-                parser.error(f"{flag_of(name)} must be at least {least}, and is {number}")
-
-
-def completed_mmcot(
-    parser: argparse.ArgumentParser, settings: MultimodalSettings
-) -> MultimodalSettings:
-    if bool(settings.features) != bool(settings.name_map):
-        parser.error("--features FILE and --name-map name_map.json go together")
-    return replace(
-        settings,
-        out=settings.out or default_out(settings, settings.vision),
-        teacher_forced=settings.teacher_forced or settings.ablation,  # a row of its table
-    )
-
-
-def completed_paligemma(
-    parser: argparse.ArgumentParser, settings: PaliGemmaSettings
-) -> PaliGemmaSettings:
-    if settings.full and settings.adapter:
-        parser.error("--full trains all weights, --adapter starts from an adapter: not both")
-    if settings.samples > 1 and settings.temperature == 0:
-        parser.error("--samples needs a --temperature above 0: greedy texts are all the same")
-    if settings.full and settings.dtype == "bfloat16":
-        parser.error("--full trains in float32: steps of 1e-5 are lost in bfloat16's 8 bits")
-    half = settings.device.startswith("cuda") and not settings.full
-    return replace(
-        settings,
-        out=settings.out or default_out(settings, "paligemma"),
-        dtype=settings.dtype or ("bfloat16" if half else "float32"),
-    )
-
-
-def default_out(settings: Settings, last: str) -> str:
-    return f"runs/{Path(settings.data).stem}-{settings.recipe}-{last}"
+def completed(parser: argparse.ArgumentParser, settings: Settings) -> Settings:
+    """With the defaults that depend on other settings, which must go together."""
+    s = settings
+    if s.model == "mmcot":
+        if bool(s.features) != bool(s.name_map):
+            parser.error("--features FILE and --name-map name_map.json go together")
+        kind = s.vision
+        changed = {"teacher_forced": s.teacher_forced or s.ablation}  # a row of its table
+    else:
+        if s.full and s.adapter:
+            parser.error("--full trains all weights, --adapter starts from an adapter: not both")
+        if s.samples > 1 and s.temperature == 0:
+            parser.error("--samples needs a --temperature above 0: greedy texts are all the same")
+        if s.full and s.dtype == "bfloat16":
+            parser.error("--full trains in float32: steps of 1e-5 are lost in bfloat16's 8 bits")
+        kind = "paligemma"
+        half = s.device.startswith("cuda") and not s.full
+        changed = {"dtype": s.dtype or ("bfloat16" if half else "float32")}
+    out = s.out or f"runs/{Path(s.data).stem}-{s.recipe}-{kind}"
+    return replace(s, out=out, **changed)
 
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -392,16 +313,14 @@ def read_config(folder: str | Path) -> dict:
     config = files.read_json(file)
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{folder} is not a run folder: train.py did not write its config.json.")
-    if config["model"] not in list(SYSTEMS):
+    if config["model"] not in list(SYSTEMS):  # a list: what is read may have no hash
         raise ValueError(f"{file}: there is no model {config['model']!r:.40}.")
-    hints = get_type_hints(SYSTEMS[config["model"]]) | {"commit": str | None}
+    hints = get_type_hints(SYSTEMS[config["model"]])
+    hints |= {"commit": str | None, "test_split": Literal[*SPLITS]}
     for name in hints.keys() & config.keys():
         if not fits(config[name], hints[name]):
-            raise ValueError(
-                f"{file}: {name} is {config[name]!r:.60}, which train.py never writes."
-            )
-    if config.get("test_split", "test") not in SPLITS:
-        raise ValueError(f"{file}: there is no split {config['test_split']!r:.40}.")
+            text = f"{name} is {config[name]!r:.60}, which train.py never writes."
+            raise ValueError(f"{file}: {text}")
     return config
 
 
@@ -416,7 +335,7 @@ def read_settings(folder: str | Path) -> Settings:
     if lacks := [name for name in needed if name not in config]:
         raise ValueError(f"{folder}/config.json has no {', '.join(lacks)}: it cannot decode.")
     system = SYSTEMS[config["model"]]
-    names = {field.name for field in fields(system)}
+    names = {each.name for each in fields(system)}
     return system(**with_tuples({name: x for name, x in config.items() if name in names}))
 
 
@@ -425,20 +344,15 @@ def with_tuples(values: dict) -> dict:
     return {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
 
 
-def alternatives(hint: Any) -> tuple:
-    """The types of `X | None`, or the one there is."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value read from JSON is of a field's type."""
-    if len(kinds := alternatives(hint)) > 1:
-        return any(fits(value, kind) for kind in kinds)
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
     if get_origin(hint) is Literal:
-        return value in get_args(hint)
+        return value in parts
     if get_origin(hint) is tuple:
-        part = get_args(hint)[0]
-        return isinstance(value, list) and value != [] and all(fits(x, part) for x in value)
+        return isinstance(value, list) and value != [] and all(fits(x, parts[0]) for x in value)
     if hint is float:
         return type(value) in (int, float)  # not bool, which is an int
     return type(value) is hint

@@ -19,7 +19,7 @@ import fusion
 import train
 from model import T5, T5Config
 from support.evaluation import models
-from support.training.runs import Checkpoints, Log
+from support.training.runs import Checkpoints
 from support.training.settings import parse_args
 
 PALIGEMMA = str(ROOT / "demo/paligemma")
@@ -66,7 +66,7 @@ def plan_of(model, chosen, rows, epochs=1, stage="reason", validate=lambda loss_
 def fit(*args, **options):
     """(model, log lines) of `plan_of` these, trained; nothing is saved."""
     log = io.StringIO()
-    model = train.fit(plan_of(*args, **options), Checkpoints(Log(log)))
+    model = train.fit(plan_of(*args, **options), Checkpoints(log))
     return model, steps(log.getvalue())
 
 

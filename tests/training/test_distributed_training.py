@@ -29,7 +29,7 @@ from support.dataset.images import LazyImage
 from support.dataset.tokenizers import load_tokenizer
 from support.evaluation import models
 from support.training import optim
-from support.training.runs import Checkpoints, Log, Stopped
+from support.training.runs import Checkpoints, Stopped
 from support.training.settings import parse_args
 
 FLAGS = "--device cpu --limit 9 --epochs 2 --eval-batch-size 2 --max-output 6 4 --lr 3e-5".split()
@@ -192,7 +192,7 @@ def fit(chosen):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
-        trained = train.fit(plan_of(model, chosen, rows), Checkpoints(Log(log)))
+        trained = train.fit(plan_of(model, chosen, rows), Checkpoints(log))
     gradients = {f"{step}.{n}": p for step, each in enumerate(clipped) for n, p in each.items()}
     return gradients, trained.state_dict(), log.getvalue()
 

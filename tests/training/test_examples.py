@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -114,19 +113,16 @@ def test_answer_rows_are_one_for_each_problem_of_the_kept_traces(own):
     assert reasons == [("p1", "So it is."), ("p1", "Look."), ("p4", "So it is.")]
 
 
-@pytest.mark.parametrize("mix, ids", [(0, []), (0.5, [0, 2, 4]), (1, [0, 1, 2, 3, 4, 5])])
-def test_answer_only_rows_are_mixed_in_evenly(own, mix, ids):
+@pytest.mark.parametrize(
+    "traces, mix, ids",
+    [(1, 0, []), (1, 0.5, [0, 2, 4]), (1, 1, [0, 1, 2, 3, 4, 5]),
+     (2, 1.5, [i for i in range(6) for _ in range(3)])],  # more answers than problems
+)  # fmt: skip
+def test_answer_only_rows_are_mixed_in_evenly(own, traces, mix, ids):
     problems, rows = own
-    mixed = rows(own_traces(), "--mix", str(mix))
-    assert [row.task for row in mixed] == ["reason"] * 6 + ["answer"] * len(ids)
-    assert mixed[6:] == [data.TrainRow(problems[i], "answer") for i in ids]
-
-
-def test_a_mix_of_more_answers_than_problems_repeats_them(own):
-    _, rows = own
-    mixed = rows(own_traces() * 2, "--mix", "1.5")
-    answers = Counter(row.problem.id for row in mixed if row.task == "answer")
-    assert len(mixed) == 12 + 18 and set(answers.values()) == {3}
+    mixed = rows(own_traces() * traces, "--mix", str(mix))
+    assert [row.task for row in mixed] == ["reason"] * 6 * traces + ["answer"] * len(ids)
+    assert mixed[6 * traces :] == [data.TrainRow(problems[i], "answer") for i in ids]
 
 
 def test_limit_traces_counts_kept_ones(own):

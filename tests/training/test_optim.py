@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import t5_row, tiny_t5
+from small_runs import settings, t5_row, tiny_t5
 
 import data
 import train
@@ -89,8 +89,8 @@ def test_weight_decay_spares_norms_and_everything_called_bias(capsys):
     model = tiny_t5()
     optimizer = optim.make_optimizer(model, 0.01)
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed, spared = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.01, 0.0]
+    decayed, spared = ({names[id(p)] for p in params} for params, _ in optimizer.groups)
+    assert [decay for _, decay in optimizer.groups] == [0.01, 0.0]
     assert "t5.encoder.relative_attention_bias.weight" in spared
     assert {"fusion.mha_layer.in_proj_bias", "t5.encoder.final_layer_norm.weight"} <= spared
     assert {"t5.shared.weight", "fusion.gate_dense.weight"} <= decayed
@@ -102,15 +102,16 @@ def test_adamw_is_the_library_s_to_the_bit():
     """Also from a state of three steps; a parameter without a gradient stays as it is."""
     ours, theirs = tiny_t5(), tiny_t5()
     optimizer = optim.make_optimizer(ours, 0.01)
-    reference = torch.optim.AdamW(optim.make_optimizer(theirs, 0.01).param_groups)
+    groups = optim.make_optimizer(theirs, 0.01).groups
+    reference = torch.optim.AdamW([{"params": p, "weight_decay": decay} for p, decay in groups])
     for step in range(6):
         for model in (ours, theirs):
             for i, p in enumerate(model.parameters()):
                 p.grad = torch.sin(p.detach() * (i + step)) if i else None
         if step == 3:
-            saved = optimizer.state_dict()
+            saved = optim.snapshot(ours, optimizer, {})
             optimizer = optim.make_optimizer(ours, 0.01)
-            optimizer.load_state_dict(saved)
+            optim.restore(saved, ours, optimizer)
         for group in reference.param_groups:
             group["lr"] = 0.01 / (1 + step)
         optimizer.step(0.01 / (1 + step))
@@ -148,7 +149,9 @@ def test_the_rate_warms_up_and_falls_as_a_cosine():
 
 
 def test_batches_of_one_process_have_all_their_tensors_on_the_device():
-    loss_of = optim.LossOf(tiny_t5(), train.t5_loss, data.collate, "meta")
+    loss_of = optim.LossOf(
+        tiny_t5(), train.t5_loss, data.collate, settings("mmcot", "--device", "meta")
+    )
     batch = loss_of.batch(ROWS[:2])
     devices = {x.device.type for x in batch.values() if torch.is_tensor(x)}
     assert devices == {"meta"} and batch["ids"] == ["q0", "q1"]

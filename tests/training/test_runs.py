@@ -33,7 +33,7 @@ from support import files
 from support.files import write_json
 from support.training import checks, optim, runs
 from support.training.ablations import BASELINES, lines_of
-from support.training.runs import Best, Checkpoints, Log, Progress, Stopped, StopRequest, in_use
+from support.training.runs import Best, Checkpoints, Progress, Stopped, StopRequest, in_use
 from support.training.settings import parse_args
 
 ROWS = [t5_row(i, 4 + i, 4 + i) for i in range(6)]
@@ -65,7 +65,7 @@ def fitted(folder, kill=None, rows=ROWS, every=2, stop=None, validate=validate):
         open(log, "r+" if log.exists() else "w+") as file,
     ):
         patch.setattr(optim, "show_step", show_step)
-        checkpoints = Checkpoints(Log(file), folder / "last", every, stop)
+        checkpoints = Checkpoints(file, folder / "last", every, stop)
         for stage in ("one", "two"):
             plan = plan_of(tiny_t5(seed=7), chosen, rows, 3, stage, validate)
             weights.append(train.fit(plan, checkpoints).state_dict())
@@ -123,38 +123,33 @@ def test_saving_changes_nothing(whole, tmp_path):
     same(fitted(tmp_path, every=100), whole)
 
 
+def shortened(log):
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:-3]) + lines[-3][:20])
+
+
 @pytest.mark.parametrize(
-    "tear, end", [(flip, "json"), (cut, "json"), (flip, "safetensors"), (cut, "safetensors")]
+    "spoil, path, where, err, out",
+    [
+        (flip, "last/2-00000006.json", ("two", 8), "last/2-00000006.json", "two: 4 of 9 steps"),
+        (cut, "last/2-00000006.json", ("two", 8), "last/2-00000006.json", "two: 4 of 9 steps"),
+        (flip, "last/2-*6.safetensors", ("two", 8), "last/2-00000006.json", "two: 4 of 9 steps"),
+        (cut, "last/2-*6.safetensors", ("two", 8), "last/2-00000006.json", "two: 4 of 9 steps"),
+        (flip, "last/*.safetensors", ("one", 8), "no state", ""),  # from the beginning
+        (cut, "last/1-00000009.safetensors", ("two", 8), "1-00000009.json", "one: 8 of 9 steps"),
+        (shortened, "log.jsonl", ("one", 8), "log.jsonl", "one: 4 of 9 steps"),
+    ],
 )
-def test_of_a_torn_state_the_one_before_is_taken(tear, end, whole, tmp_path, capsys):
-    folder = killed(tmp_path, "two", 8)
-    tear(folder / f"last/2-00000006.{end}")
+def test_of_a_torn_state_the_one_before_is_taken(
+    spoil, path, where, err, out, whole, tmp_path, capsys
+):
+    folder = killed(tmp_path, *where)
+    for file in folder.glob(path):
+        spoil(file)
     same(fitted(folder), whole)
     printed = capsys.readouterr()
-    assert "last/2-00000006.json" in printed.err and "two: 4 of 9 steps" in printed.out
-
-
-def test_if_no_state_is_whole_it_starts_from_the_beginning(whole, tmp_path, capsys):
-    folder = killed(tmp_path, "one", 8)
-    for path in (folder / "last").glob("*.safetensors"):
-        flip(path)
-    same(fitted(folder), whole)
-    printed = capsys.readouterr()
-    assert "no state" in printed.err and "9 steps" not in printed.out
-
-
-def test_a_finished_training_that_is_torn_is_repeated_with_its_log(whole, tmp_path):
-    folder = killed(tmp_path, "two", 8)
-    cut(folder / "last/1-00000009.safetensors")
-    same(fitted(folder), whole)
-
-
-def test_a_shorter_log_needs_an_older_state(whole, tmp_path, capsys):
-    folder = killed(tmp_path, "one", 8)
-    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    (folder / "log.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
-    same(fitted(folder), whole)
-    assert "log.jsonl" in capsys.readouterr().err
+    assert err in printed.err and out in printed.out
+    assert out or "9 steps" not in printed.out
 
 
 @pytest.mark.parametrize(
@@ -196,7 +191,7 @@ def test_it_saves_once_a_minute_and_a_twentieth_of_the_time_at_most(tmp_path, mo
     monkeypatch.setattr(runs, "save_state", slow)
     monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
     with open(tmp_path / "log.jsonl", "w+") as file:
-        checkpoints = Checkpoints(Log(file), tmp_path)
+        checkpoints = Checkpoints(file, tmp_path)
         model = torch.nn.Linear(2, 2)
         checkpoints.begin("one", model, optim.make_optimizer(model, 0.0), [])
         for step in range(1, 100):
@@ -227,7 +222,7 @@ def test_a_signal_saves_after_the_step(whole, tmp_path, monkeypatch):
 
     def stop_unless_moved(*args):
         real(*args)
-        if args[4:] == ("one", 7):
+        if args[-1] == "one, step 7":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0)  # the handler runs here
 

@@ -1,7 +1,7 @@
 """train.py's flags, their defaults, and config.json."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -10,8 +10,7 @@ from small_runs import PALIGEMMA, settings
 import fusion
 from support.training.runs import write_config
 from support.training.settings import (
-    DEMO,
-    HELP,
+    FLAGS,
     SYSTEMS,
     flag_of,
     parse_args,
@@ -28,12 +27,8 @@ def refused(flags, capsys):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_every_field_has_one_flag_and_choices_are_those_of_the_code():
-    flags = [name for group in HELP.values() for name in group]
-    assert len(flags) == len(set(flags))
-    assert set(flags) == {field.name for system in SYSTEMS.values() for field in fields(system)}
-    for model, changed in DEMO.items():
-        replace(SYSTEMS[model](), **changed)  # a TypeError for a name that is no field
+def test_every_field_has_help_and_choices_are_those_of_the_code():
+    assert all(about["help"] for about in FLAGS.values())
     hints = get_type_hints(SYSTEMS["mmcot"])
     assert set(get_args(hints["recipe"])) == set(fusion.RECIPES)
     assert get_args(hints["no_image"]) == fusion.NO_IMAGE

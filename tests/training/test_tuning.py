@@ -28,7 +28,7 @@ from support.checkpoints.peft import CONFIG, WEIGHTS
 from support.dataset import images
 from support.dataset.features import Features
 from support.dataset.tokenizers import load_tokenizer, plain_ids, special_ids
-from support.evaluation import decoding, models
+from support.evaluation import models
 from support.files import read_json
 from support.training import examples, optim
 from support.training.ablations import BASELINES, PALIGEMMA_ABLATION
@@ -145,8 +145,7 @@ def test_the_plan_has_the_settings_of_the_run():
     flags = "--lr 0.5 --weight-decay 0.2 --seed 3 --full --weighting example --label-smoothing 0.1"
     chosen = settings("paligemma", *flags.split())
     plan = plan_of(torch.nn.Linear(1, 1), chosen, [])
-    assert (plan.weight_decay, plan.seed, plan.shard) == (0.2, 3, True)
-    assert (plan.loss_of.weighting, plan.loss_of.label_smoothing) == ("example", 0.1)
+    assert plan.loss_of.settings is chosen
     assert plan.loss_of.loss is train.paligemma_loss
 
 
@@ -175,15 +174,13 @@ def test_predictions_and_metrics_are_of_the_test_split(short):
     predictions = lines_of(short.folder / "predictions.jsonl")
     assert [x["id"] for x in predictions] == [p.id for p in problems]
     keys = {"id", "response", "rationale", "stop", "tokens", "correct", "parsed", "how", "kind"}
-    assert all(keys <= x.keys() for x in predictions)
+    assert all(keys <= x.keys() and 0 < x["tokens"] <= 40 + 8 for x in predictions)
     assert {x["stop"] for x in predictions} <= {"eos", "loop", "length", "forced"}
-    assert all(0 < x["tokens"] <= 40 + 8 for x in predictions)
     metrics = read_json(short.folder / "metrics.json")
     right = sum(x["correct"] for x in predictions)
     assert metrics["n"] == 24 and metrics["accuracy"]["avg"] == round(100 * right / 24, 2)
     luck = sum(1 / len(p.choices) for p in problems) / 24
-    assert metrics["chance"] == round(100 * luck, 2)
-    assert sum(metrics["stop"].values()) == 24
+    assert metrics["chance"] == round(100 * luck, 2) and sum(metrics["stop"].values()) == 24
 
 
 def test_the_baselines_are_in_the_table(short):
@@ -237,21 +234,17 @@ def test_the_same_seed_gives_the_same_run(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_decoding_a_run_again_gives_the_same_predictions(short, capsys):
-    before = (short.folder / "predictions.jsonl").read_bytes()
-    evaluation.main([str(short.folder), "--decode", "--limit", "24"])
-    assert (short.folder / "predictions.jsonl").read_bytes() == before
-    assert "chance" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_an_adapter_can_be_decoded_by_itself(tiny, tmp_path):
+def test_decoding_again_gives_the_same_predictions(short, tiny, tmp_path, capsys):
+    """A run, and an adapter by itself."""
     folder = run(tmp_path / "decoded", "--adapter", str(tiny.folder), "--epochs", "0").folder
     before = (tiny.folder / "predictions.jsonl").read_bytes()
     assert (folder / "predictions.jsonl").read_bytes() == before
     assert not (folder / WEIGHTS).exists() and not (folder / "log.jsonl").exists()
-    evaluation.main([str(folder), "--decode", "--limit", "8"])
-    assert (folder / "predictions.jsonl").read_bytes() == before
+    for path, limit in ((short.folder, "24"), (folder, "8")):
+        before = (path / "predictions.jsonl").read_bytes()
+        evaluation.main([str(path), "--decode", "--limit", limit])
+        assert (path / "predictions.jsonl").read_bytes() == before
+        assert "chance" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -331,13 +324,6 @@ def test_full_training_moves_the_image_tower_and_is_decoded_from_its_folder(tmp_
     assert capsys.readouterr().out
 
 
-def test_full_training_reads_images_not_a_cache():
-    chosen = settings("paligemma", "--full")
-    problem = next(p for p in data.load("demo", "train") if p.image)
-    features = models.image_features(chosen, [problem], models.load_paligemma(chosen))
-    assert isinstance(features, images.LazyImages)
-
-
 @pytest.mark.slow
 def test_adapters_on_the_image_tower_read_images_too(tmp_path):
     """The cache is the base's: one trained elsewhere may have changed what the tower sees."""
@@ -350,35 +336,11 @@ def test_adapters_on_the_image_tower_read_images_too(tmp_path):
     assert isinstance(models.image_features(chosen, problems, model), images.LazyImages)
     plain = models.load_paligemma(chosen)
     assert isinstance(models.image_features(chosen, problems, plain), Features)
+    full = replace(chosen, full=True)
+    assert isinstance(models.image_features(full, problems, plain), images.LazyImages)
 
 
 # ---- one flag each -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def spied(monkeypatch):
-    """Flags -> a run's folder, and the rows, prompts and model that it used."""
-
-    def spy(folder, *flags):
-        used, fit, write = {}, train.fit, decoding.Decoder.continued
-
-        def watched_fit(plan, checkpoints):
-            used.update(model=plan.loss_of.model, rows=plan.rows)
-            return fit(plan, checkpoints)
-
-        def watched_write(decoder, prompts, *rest, **options):
-            prompts = list(prompts)
-            if not any(sum(x["token_type_ids"]) for x in prompts):  # else: a forced answer
-                used["prompts"] = prompts
-            return write(decoder, prompts, *rest, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "fit", watched_fit)
-            patch.setattr(decoding.Decoder, "continued", watched_write)
-            run(folder, *flags)
-        return SimpleNamespace(folder=folder, **used)
-
-    return spy
 
 
 def test_plain_adapters_are_on_all_seven_projections(tiny):
@@ -426,12 +388,13 @@ def test_the_final_soft_cap_can_be_off(tiny, tmp_path, monkeypatch):
     assert caps == {folder: None, tiny.folder: TEXT["final_logit_softcapping"]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["paligemma", "seed"])
-def test_the_layout_is_that_of_training_and_of_decoding(layout, spied, tmp_path, tokenizer):
-    got = spied(tmp_path / "run", "--layout", layout, "--no-forced-answer")
+def test_the_layout_is_that_of_training_and_of_decoding(layout, planned, tokenizer):
+    got = planned("--layout", layout)
+    problems = got.inputs.splits["val"]
+    prompts = models.prompt_examples(got.settings, problems, tokenizer, got.inputs.features)
     special, newline = special_ids(tokenizer), plain_ids(tokenizer, "\n")[0]
-    for row in got.rows + got.prompts:
+    for row in got.plan.rows + prompts:
         start = row["token_type_ids"].count(0)
         prefix = [i for i in row["input_ids"][:start] if i != special["image"]]
         assert prefix.count(special["bos"]) == 1 and prefix[-1] == newline
@@ -439,27 +402,22 @@ def test_the_layout_is_that_of_training_and_of_decoding(layout, spied, tmp_path,
         assert prefix.index(special["bos"]) == place
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("learns", [True, False])
-def test_eos_is_always_there_and_in_the_loss_by_default(learns, spied, tmp_path):
-    for row in spied(tmp_path / "run", *([] if learns else ["--no-eos-loss"])).rows:
+@pytest.mark.parametrize("flags, last", [([], 1), (["--no-eos-loss"], -100)])
+def test_eos_is_always_there_and_in_the_loss_by_default(flags, last, planned):
+    for row in planned(*flags).plan.rows:
         assert row["input_ids"][-1] == 1 and row["labels"][-2] == row["input_ids"][-2]
-        assert row["labels"][-1] == (1 if learns else -100)
+        assert row["labels"][-1] == last
 
 
-@pytest.mark.slow
-def test_choices_can_be_shuffled_in_training_rows_only(spied, tmp_path, tokenizer):
-    flags = ["--limit", "20", "--keep", "all"]
-    plain = spied(tmp_path / "plain", *flags)
-    mixed = spied(tmp_path / "mixed", *flags, "--shuffle-choices")
-    assert [x["input_ids"] for x in plain.prompts] == [x["input_ids"] for x in mixed.prompts]
+def test_choices_can_be_shuffled_in_training_rows(planned, tokenizer):
+    plain, mixed = (planned("--keep", "all", *x).plan.rows for x in ([], ["--shuffle-choices"]))
     problems, moved = {p.id: p for p in data.load("demo", "train")}, 0
     traces = examples.load_traces(examples.demo_traces())
     judged = {t["id"]: t["verdict"]["correct"] for t in traces}
-    for one, other in zip(plain.rows, mixed.rows, strict=True):
+    for one, other in zip(plain, mixed, strict=True):
         texts = [tokenizer.decode(x["input_ids"]).replace("\n ", "\n") for x in (one, other)]
-        choices = texts[1].split("Choices:")[1].split("\n")[0]
-        if texts[0].split("Choices:")[1].split("\n")[0] != choices:
+        before, choices = (text.split("Choices:")[1].split("\n")[0] for text in texts)
+        if before != choices:
             letter = texts[1].split("Answer:")[1].strip()[0]
             gold = problems[one["id"]].answer
             assert f"({letter}) {gold}" in choices and judged[one["id"]]
@@ -485,9 +443,11 @@ def test_checkpointing_gives_the_same_adapters(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_bf16_is_for_frozen_weights_alone(tiny, tmp_path, spied):
-    got = spied(tmp_path / "half", "--dtype", "bfloat16")
-    dtypes = {(p.requires_grad, p.dtype) for p in got.model.parameters()}
+def test_bf16_is_for_frozen_weights_alone(tiny, tmp_path, monkeypatch):
+    fitted, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda *args: fitted.append(fit(*args)) or fitted[0])
+    got = run(tmp_path / "half", "--dtype", "bfloat16")
+    dtypes = {(p.requires_grad, p.dtype) for p in fitted[0].parameters()}
     assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
     one, other = adapter(tiny.folder), adapter(got.folder)
     assert all(tensor.dtype == torch.float32 for tensor in other.values())
