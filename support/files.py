@@ -1,6 +1,6 @@
 """Files that come from strangers, and files that another process may be reading or writing.
 
-Every fault of JSON or JSONL is a sentence that names file and line; a bad record is an error or an
+A fault of JSON or JSONL is a sentence that names file and line; a bad record is an error or an
 entry of a list; what is written appears whole or not at all. Standard library only.
 """
 
@@ -67,8 +67,8 @@ def parsed(content: bytes) -> Any:
         text = content.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=distinct)
         if re.search(r"\\ud[89a-f]", text, re.IGNORECASE):
-            text = re.sub(r"[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False))
-            return json.loads(text, object_pairs_hook=distinct)
+            text = json.dumps(value, ensure_ascii=False)
+            value = json.loads(re.sub(r"[\ud800-\udfff]", "\ufffd", text))
         return value
     except RecursionError:
         raise ValueError("it is nested too deep") from None

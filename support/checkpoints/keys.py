@@ -1,12 +1,10 @@
 """Weight names as data: those of the files on the Hub <-> ours, a table for each architecture.
 
-Loading and saving go by the same table. The tables are looked up by the name of the model class,
-so the classes themselves know nothing of files:
+Loading and saving go by the same table; the tables are looked up by the name of the model class, so
+the classes themselves know nothing of files. A model of your own needs a table here.
 
     TABLES["T5"].to_ours("encoder.block.0.layer.0.SelfAttention.q.weight")
     # "encoder.block.0.self_attn.q_proj.weight"
-
-A model of your own needs a table here.
 """
 
 import itertools
@@ -34,9 +32,8 @@ class KeyTable:
             same = theirs if ours == "=" else ours
             our_names = self.expand(same) if same else [None] * len(names)
             self.rows.update(zip(names, our_names, strict=True))
-        inverse = {ours: theirs for theirs, ours in self.rows.items() if ours}
         self.by_file_name = self.by_outline(self.rows)
-        self.by_our_name = self.by_outline(inverse)
+        self.by_our_name = self.by_outline({o: theirs for theirs, o in self.rows.items() if o})
 
     @staticmethod
     def expand(pattern: str) -> list[str]:
@@ -50,20 +47,18 @@ class KeyTable:
         """A name or pattern with "#" for each number: the key that finds its rows quickly."""
         return re.sub(r"\{\}|\d+", "#", name)
 
-    @classmethod
-    def by_outline(cls, rows: NameRows) -> dict[str, list[tuple[str, str | None]]]:
-        """The rows, as (pattern, target), by their pattern's outline."""
+    def by_outline(self, rows: NameRows) -> dict[str, list[tuple[str, str | None]]]:
+        """The rows, as (regex, target), by their pattern's outline."""
         grouped = {}
         for pattern, target in rows.items():
-            grouped.setdefault(cls.outline(pattern), []).append((pattern, target))
+            regex = re.escape(pattern).replace(r"\{\}", r"(\d+)")
+            grouped.setdefault(self.outline(pattern), []).append((regex, target))
         return grouped
 
-    @classmethod
-    def translate(cls, name: str, grouped: dict) -> str | None:
+    def translate(self, name: str, grouped: dict[str, list]) -> str | None:
         """The target of the row that fits, None if it is skipped, "?name" if no row fits."""
-        for pattern, target in grouped.get(cls.outline(name), ()):
-            match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), name)
-            if match:
+        for regex, target in grouped.get(self.outline(name), ()):
+            if match := re.fullmatch(regex, name):
                 return target and target.format(*match.groups())
         return f"?{name}"
 
@@ -214,8 +209,8 @@ def architecture(model_class: type) -> str:
         if base.__name__ in TABLES:
             return base.__name__
     raise ValueError(
-        f"{model_class.__name__} has no table of weight names: add one to TABLES in "
-        "support/checkpoints/keys.py."
+        f"{model_class.__name__} has no table of weight names in support/checkpoints/keys.py: "
+        "add one to TABLES."
     )
 
 

@@ -276,7 +276,7 @@ def test_a_detr_saved_without_timm_is_named(tmp_path):
     "text, sentence",
     [
         (None, "config.json does not exist"),
-        ('{"model_type": "t5", ', "config.json is not valid JSON"),
+        ('{"model_type": "t5", ', "config.json is not complete JSON"),
         ("[]", "not a JSON object"),
         ("{}", "model_type None"),
         ('{"model_type": "detr"}', "model_type 'detr'"),
