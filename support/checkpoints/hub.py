@@ -21,7 +21,6 @@ from support.checkpoints.keys import architecture
 from support.checkpoints.weights import (
     PICKLE,
     SINGLE,
-    has_weights,
     head_is_tied,
     headers,
     in_file_names,
@@ -30,9 +29,7 @@ from support.checkpoints.weights import (
     write_safetensors,
 )
 
-# ----------------------------------------------------------------------------------------------
-# Finding
-# ----------------------------------------------------------------------------------------------
+# ---- Finding -------------------------------------------------------------------------------------
 
 
 def resolve(where: str | Path) -> Path:
@@ -95,9 +92,7 @@ def refuse_other_folders(folder: Path) -> None:
         raise ValueError(f"{folder} holds checkpoints, not a model: give one, as {folder / last}.")
 
 
-# ----------------------------------------------------------------------------------------------
-# config.json into the dataclasses of sizes
-# ----------------------------------------------------------------------------------------------
+# ---- config.json into the dataclasses of sizes ---------------------------------------------------
 
 MODEL_TYPES = {"T5": "t5", "MultimodalT5": "t5", "DETR": "detr", "PaliGemma": "paligemma"}
 
@@ -235,9 +230,7 @@ def model_config(model_class: type, config: dict):
     return from_config(model_class.config_class, config)
 
 
-# ----------------------------------------------------------------------------------------------
-# Building and loading
-# ----------------------------------------------------------------------------------------------
+# ---- Building and loading ------------------------------------------------------------------------
 
 
 def load(model_class: type, where: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -264,7 +257,9 @@ def build(model_class: type, folder: str | Path) -> nn.Module:
     if MODEL_TYPES[kind] != "t5":
         with described(folder):
             return model_class(model_config(model_class, config))
-    stored = headers(folder) if has_weights(folder) else {}
+    stored = {}
+    with contextlib.suppress(FileNotFoundError):  # there may be no weights yet
+        stored = headers(folder)
     tied = head_is_tied(folder) if stored else None
     dense = [stored[name] for name in stored if name.endswith("image_dense.weight")]
     with described(folder):
@@ -301,9 +296,7 @@ def described(folder: str | Path) -> Iterator[None]:
         ) from e
 
 
-# ----------------------------------------------------------------------------------------------
-# Saving
-# ----------------------------------------------------------------------------------------------
+# ---- Saving --------------------------------------------------------------------------------------
 
 
 def save(model: nn.Module, folder: str | Path) -> None:

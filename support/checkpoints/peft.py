@@ -17,7 +17,7 @@ import torch
 
 from support.checkpoints.hub import refuse_other_folders
 from support.checkpoints.keys import architecture, file_path, table_of, transformers_path
-from support.checkpoints.weights import first_names, json_object, opened, write_safetensors
+from support.checkpoints.weights import json_object, listed, opened, write_safetensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -65,9 +65,7 @@ class Adapter(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
 
-# ----------------------------------------------------------------------------------------------
-# Writing
-# ----------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 def write(
@@ -105,9 +103,7 @@ def write(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------
-# Reading
-# ----------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def read(
@@ -122,24 +118,29 @@ def read(
     """
     config, stored = read_files(Path(folder))
     names = names_in_file(model_class, shapes, stored)
-    adapted = [path for path, name in names.items() if is_target(config, name)]
-    settings = {path: layer_settings(config, names[path]) for path in adapted}
-    parts = {path: adapter_shapes(shapes[path], settings[path]) for path in adapted}
+    settings = {
+        path: layer_settings(config, name)
+        for path, name in names.items()
+        if is_target(config, name)
+    }
+    prefixes = {path: f"{PREFIX}{names[path]}." for path in settings}
     # Compared before anything of that size is made: the rank may be any number.
-    prefixes = {path: f"{PREFIX}{names[path]}." for path in adapted}
     wanted = {
-        prefixes[path] + part: shape for path in adapted for part, shape in parts[path].items()
+        prefixes[path] + part: shape
+        for path, layer in settings.items()
+        for part, shape in adapter_shapes(shapes[path], layer).items()
     }
     if problems := unfit(wanted, stored):
         raise ValueError(
             f"The adapters in {folder} do not fit this {model_class.__name__} and their own "
             f"{CONFIG}. Tensors {problems}."
         )
-    refuse_unmatched(config, [names[path] for path in adapted], folder)
-    tensors = {
-        path: {part: stored[prefixes[path] + part] for part in parts[path]} for path in adapted
-    }
-    return {path: Adapter(settings[path], tensors[path]) for path in adapted}
+    refuse_unmatched(config, [names[path] for path in settings], folder)
+    adapters = {path: Adapter(layer, {}) for path, layer in settings.items()}
+    for path, prefix in prefixes.items():
+        for name in filter(lambda name: name.startswith(prefix), stored):  # noqa: B023
+            adapters[path].tensors[name.removeprefix(prefix)] = stored[name]
+    return adapters
 
 
 def read_files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -148,16 +149,14 @@ def read_files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     config = folder / CONFIG
     if not config.is_file():
         refuse_other_folders(folder)
-    for path in (config, folder / WEIGHTS):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist. An adapter is a folder with {CONFIG} and {WEIGHTS} (PEFT "
-                "loads an old adapter_model.bin and saves it so)."
-            )
     settings = json_object(config)
     refuse_unsupported(settings, config)
     settings = {key: value for key, value in settings.items() if value is not None}
     check_settings(settings, config)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{folder / WEIGHTS} does not exist. (PEFT makes it of an old adapter_model.bin.)"
+        )
     with opened(folder / WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     clean = {name.replace("_orig_mod.", "").removeprefix("module."): name for name in tensors}
@@ -178,9 +177,7 @@ def unfit(wanted: dict[str, list[int]], stored: dict[str, torch.Tensor]) -> str:
             if not t.is_floating_point() or not t.float().isfinite().all()
         },
     }
-    return "; ".join(
-        f"{len(x)} {kind}: {first_names(sorted(x))}" for kind, x in problems.items() if x
-    )
+    return listed(problems)
 
 
 def adapter_shapes(shape: tuple[int, int], settings: Settings) -> dict[str, list[int]]:
@@ -205,9 +202,7 @@ def names_in_file(model_class: type, paths: Iterable[str], stored: Iterable[str]
     return {path: theirs.get(path) or spelled(model_class, path) for path in paths}
 
 
-# ----------------------------------------------------------------------------------------------
-# Settings
-# ----------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
 
 
 def refuse_unsupported(config: dict, path: Path) -> None:
@@ -221,9 +216,9 @@ def refuse_unsupported(config: dict, path: Path) -> None:
     if not config.get("target_modules"):
         refused["target_modules"] = config.get("target_modules")
     if refused:
-        listed = ", ".join(f"{name} = {value!r}" for name, value in refused.items())
+        asked = ", ".join(f"{name} = {value!r}" for name, value in refused.items())
         raise ValueError(
-            f"{path} asks for what is not supported here: {listed}. Only LoRA, rsLoRA and DoRA on "
+            f"{path} asks for what is not supported here: {asked}. Only LoRA, rsLoRA and DoRA on "
             "named Linear layers are: merge this adapter with PEFT and load the merged model."
         )
 
@@ -266,12 +261,12 @@ def refuse_unmatched(config: dict, names: list[str], folder: str | Path) -> None
     """ValueError for targets, ranks or alphas of which none fits a layer: the defaults would be
     used in their place. If only some do not, that is printed (PEFT warns too)."""
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = list(config.get(key, ()))
+        patterns = config.get(key, {})
         unknown = [p for p in patterns if not any(matches(p, name) for name in names)]
+        message = f"{folder}: {key} {unknown!r:.60} matches none of the adapted layers."
+        if unknown and len(unknown) == len(patterns):
+            raise ValueError(f"{message} Was the adapter made for another model?")
         if unknown:
-            message = f"{folder}: {key} {unknown!r:.60} matches none of the adapted layers."
-            if len(unknown) == len(patterns):
-                raise ValueError(f"{message} Was the adapter made for another model?")
             print(message, file=sys.stderr)
     if not names:
         targets = f"{config['target_modules']!r:.60}"

@@ -32,9 +32,7 @@ AXIS_LETTERS |= {AXIS_SIZES[axis] // n: f"{axis}/{n}" for axis in "YX" for n in 
 AXIS_LETTERS |= {AXIS_SIZES["Y"] * AXIS_SIZES["X"] // n**2: "P" for n in (16, 32)}
 
 
-# ----------------------------------------------------------------------------------------------
-# The weight table
-# ----------------------------------------------------------------------------------------------
+# ---- The weight table ----------------------------------------------------------------------------
 
 
 def keys(model: nn.Module, folder: Path) -> tuple[list[str], int]:
@@ -74,9 +72,7 @@ def aligned(table: Iterable[tuple[str, ...]], right: tuple[int, ...] = ()) -> It
         yield "  ".join(cells).rstrip()
 
 
-# ----------------------------------------------------------------------------------------------
-# The architecture
-# ----------------------------------------------------------------------------------------------
+# ---- The architecture ----------------------------------------------------------------------------
 
 
 def ones(*axes: str | int) -> torch.Tensor:
@@ -166,9 +162,7 @@ def rows_of(name: str, equal: list[Branch], indent: str) -> Iterator[tuple[str, 
                 yield from rows_of(f"{child_name}  ", [child], indent + "  ")
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line of model.py and fusion.py
-# ----------------------------------------------------------------------------------------------
+# ---- The command line of model.py and fusion.py --------------------------------------------------
 
 
 def main(architectures: dict[str, type]) -> None:

@@ -6,6 +6,7 @@ a tensor that is missing, unexpected or of another shape is an error that names 
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -43,9 +44,14 @@ def first_names(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-# ----------------------------------------------------------------------------------------------
-# Which files, and what their headers say
-# ----------------------------------------------------------------------------------------------
+def listed(problems: dict[str, list[str]]) -> str:
+    """ "2 missing: a, b; 1 unexpected: c" for {kind: names}; "" if there are none."""
+    return "; ".join(
+        f"{len(x)} {kind}: {first_names(sorted(x))}" for kind, x in problems.items() if x
+    )
+
+
+# ---- Which files, and what their headers say -----------------------------------------------------
 
 
 class Header(NamedTuple):
@@ -54,11 +60,6 @@ class Header(NamedTuple):
     path: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it: "F32", "BF16"
-
-
-def has_weights(folder: str | Path) -> bool:
-    """Whether a checkpoint folder has a weight file of a kind that is read here."""
-    return any((Path(folder) / name).exists() for name in (INDEX, SINGLE, PICKLE))
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -126,9 +127,7 @@ def head_is_tied(folder: str | Path) -> bool:
     return head.dtype == embedding.dtype and torch.equal(head, embedding)
 
 
-# ----------------------------------------------------------------------------------------------
-# Pickles
-# ----------------------------------------------------------------------------------------------
+# ---- Pickles -------------------------------------------------------------------------------------
 
 
 def is_outdated(single: Path, pickle: Path) -> bool:
@@ -192,9 +191,7 @@ def is_plain(t: object) -> bool:
     return t.numel() * t.element_size() <= t.untyped_storage().nbytes()
 
 
-# ----------------------------------------------------------------------------------------------
-# From the files into a model
-# ----------------------------------------------------------------------------------------------
+# ---- From the files into a model -----------------------------------------------------------------
 
 
 class Weight(NamedTuple):
@@ -236,8 +233,7 @@ def weight_rows(module: nn.Module, folder: str | Path) -> list[Weight]:
 
 def unfit(rows: list[Weight]) -> str:
     """The rows that do not fit: for each fate the number and the first names; "" if all do."""
-    names = {fate: sorted(str(row) for row in rows if row.fate == fate) for fate in UNFIT}
-    return "; ".join(f"{len(x)} {fate}: {first_names(x)}" for fate, x in names.items() if x)
+    return listed({fate: [str(row) for row in rows if row.fate == fate] for fate in UNFIT})
 
 
 def cause(rows: list[Weight], folder: str | Path, table: KeyTable) -> str:
@@ -289,15 +285,13 @@ def load_weights(module: nn.Module, folder: str | Path, dtype: torch.dtype) -> N
             f"The weights in {folder} do not fit {type(module).__name__} as its config.json "
             f"describes it. {cause(rows, folder, table_of(type(module)))}Tensors {problems}."
         )
-    by_file = {}
-    for row in rows:
-        if row.fate == "matched":
-            by_file.setdefault(row.header.path, []).append(row)
+    matched = [row for row in rows if row.fate == "matched"]
     tensors = {}
-    for path, matched in by_file.items():
+    for path, group in itertools.groupby(matched, lambda row: row.header.path):
         with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            read = pool.map(lambda row: usable(file.get_tensor(row.theirs), dtype), matched)  # noqa: B023
-            tensors |= dict(zip(matched, read, strict=True))
+            of_file = list(group)
+            read = pool.map(lambda row: usable(file.get_tensor(row.theirs), dtype), of_file)  # noqa: B023
+            tensors |= dict(zip(of_file, read, strict=True))
     if bad := sorted(row.theirs for row, t in tensors.items() if t is None):
         raise ValueError(
             f"The weights in {folder} are not finite {dtype} numbers in {len(bad)} tensors: "
@@ -316,9 +310,7 @@ def usable(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     return converted if t.is_floating_point() and finite else None
 
 
-# ----------------------------------------------------------------------------------------------
-# Writing
-# ----------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
