@@ -36,7 +36,7 @@ from support.files import (
 )
 
 Extract = Callable[[list[torch.Tensor]], list[torch.Tensor]]
-Pixels = Callable[[Image.Image, int], torch.Tensor]  # (image, size): detr_pixels, siglip_pixels
+Pixels = Callable[[Image.Image, int], torch.Tensor]  # of (image, size): detr_pixels, siglip_pixels
 
 
 class Features:

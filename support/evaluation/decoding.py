@@ -4,8 +4,7 @@ Of mmcot each stage is decoded; PaliGemma writes rationale and answer in one tex
 the rationale, a stop for loops and a forced "Answer:"; `majority` takes the vote of several samples
 (self-consistency, Wang et al. 2022, arXiv 2203.11171).
 
-Left out: the step from logits to a token (`model.decode`) and the file of decoded batches
-(decode_cache.py).
+Axes: B texts, U new tokens.
 """
 
 import itertools

@@ -27,7 +27,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PATHS = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("support/[!_]*.py"))
+PATHS = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("support/**/[!_]*.py"))
+PATHS.remove(ROOT / "support/proofs.py")  # its small copies have sizes of their own
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in PATHS}  # by module's name
 SHAPES = re.compile(r"#\s*(\([^()]*\)(?:\s*(?:,|->)\s*\([^()]*\))*)")
 CHANGING = ("live", "length")  # sizes that may be other ones later in the same call
@@ -416,12 +417,14 @@ FIXED = {  # letter: the sizes it may have in a file; no two letters of a file s
         "G": {2},
         "I": {49},
     },
-    "fusion": {"V": {V}, "D": {37}, "P": {23}, "F": {44}},
+    "fusion": {"V": {V}, "D": {37}, "P": {23, 1}, "F": {44}},
     "lora": {"r": {9}},
+    "support.cpu_kernels": {"V": {V}, "D": {37}, "N": {13}, "H": {5}},
+    "support.kernels": {"D": {37, 41}, "F": {59}, "K": {3}, "G": {2}, "r": {9}},
     "...": {  # all others, which see several models
         "V": {V},
         "D": {37, 41},
-        "P": {23, 49},
+        "P": {23, 49, 1},  # 1: a question without an image
         "F": {44, 41},
         "I": {49, 0},
         "S": {70},
@@ -503,6 +506,41 @@ def forward_passes(models):
         lora.merge(model)
 
 
+def kernel_passes(models):
+    """Each kernel, training and decoding, oneDNN's for layers of any size. They are put in without
+    the proofs, whose layers have sizes of their own."""
+    import copy
+
+    import torch
+
+    import lora
+    from support import cpu_kernels, kernels
+
+    cpu_kernels.LARGE = 1
+    swaps = kernels.KERNELS | kernels.CPU_KERNELS
+    models = {name: copy.deepcopy(model).requires_grad_() for name, model in models.items()}
+    for name in ("lora", "dora"):
+        models[name] = copy.deepcopy(models["paligemma"])
+        lora.inject(models[name], r=9, alpha=18, dora=name == "dora")
+    for layer in [layer for model in models.values() for layer in model.modules()]:
+        if type(layer) in swaps:
+            layer.__class__ = swaps[type(layer)]
+    ids, pictures = torch.randint(5, 300, (7, 68)), torch.randn(7, 3, 70, 70)
+    mask, targets = torch.ones(7, 19, dtype=torch.long), torch.randint(5, 300, (7, 31))
+    ids[:, :49] = 308
+    kinds = (torch.arange(68) >= 60).long().expand(7, -1)
+    for name in ("t5", "t5-v1.1"):
+        models[name].train()(ids[:, 49:], mask, targets).sum().backward()
+        models[name].eval().generate(ids[:, 49:], mask, 6)
+    for name in ("paligemma", "lora", "dora"):
+        models[name].train()(ids, pictures, torch.ones_like(ids), kinds).sum().backward()
+        models[name].eval().generate(ids, pictures, max_new_tokens=5)
+    with torch.inference_mode():
+        models["detr"].eval()(torch.randn(7, 3, 64, 96))
+    q, k, bias = torch.randn(7, 3, 38, 10), torch.randn(7, 3, 68, 10), torch.zeros(7, 1, 19, 68)
+    kernels.CappedAttention.apply(q.requires_grad_(), k, k, bias, 5.0).sum().backward()
+
+
 def files(folder):
     """The readers of pictures and published features that a run of the demo does not pass."""
     import numpy as np
@@ -539,6 +577,7 @@ def runs(folder):
     asked = ["--image", folder / "deep.png", "--question", "Which?", "--choices", "a", "b"]
     for name in ("pali", "mmcot"):
         evaluation.main([*map(str, [folder / name, *asked])])
+    evaluation.main([*map(str, [folder / "mmcot", *asked[2:]])])
 
 
 def legend(name):
@@ -568,7 +607,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         RECORD.sizes = FIXED
         folder = Path(folder)
-        forward_passes(checkpoints(folder))
+        models = checkpoints(folder)
+        forward_passes(models)
+        kernel_passes(models)
         files(folder)
         runs(folder)
     wrong = [f"{f}:{n}: {what}" for (f, n), what in sorted(RECORD.lies.items())]
