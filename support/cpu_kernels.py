@@ -4,8 +4,8 @@ See support/kernels.py, which swaps these in once each is proved equal to the pl
 operators, which torch keeps for compiled models, have no public name; they take float32 without
 gradients only.
 
-Axes: B batch, S keys, T source tokens, D width, N heads, H head width, V vocabulary, I input width, O output width,
-C channels, h w a feature map; `...` any axes.
+Axes: B batch, S keys, T source tokens, D width, N heads, H head width, V vocabulary, I input width,
+O output width, C channels, h w a feature map; `...` any axes.
 """
 
 import contextlib
