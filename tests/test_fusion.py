@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
-from oracle import ATOL
+from pairs import close, padded
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,10 +31,6 @@ NEW_LAYERS = {  # as the released checkpoints name them, behind `encoder.` or, i
     "gate_dense.weight": (D, 2 * D),
     "gate_dense.bias": (D,),
 }
-
-
-def close(ours, theirs, atol=ATOL):
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
 class Published(nn.Module):
@@ -381,10 +376,6 @@ def test_a_multimodal_checkpoint_is_not_silently_a_t5(mm):
 
 
 # ---- decoding -----------------------------------------------------------------------------------
-
-
-def padded(rows, length):
-    return F.pad(rows, (0, length - rows.shape[1]))
 
 
 def test_greedy_ids_equal_the_reference_and_a_recomputation(mm, published):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import ATOL
-from pairs import VERSIONS, assert_same_logits, close, file_names, make_t5, t5_logits
+from pairs import VERSIONS, assert_same_logits, close, file_names, make_t5, padded, t5_logits
 from safetensors.torch import load_file
 
 import model
@@ -263,10 +263,6 @@ def test_bf16_is_close(pair):
 
 
 # ---- decoding -----------------------------------------------------------------------------------
-
-
-def padded(rows, length):
-    return F.pad(rows, (0, length - rows.shape[1]))
 
 
 def lengths(rows, eos=1):

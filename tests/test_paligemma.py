@@ -19,8 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import ATOL, STEPS
+from pairs import close, padded
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import model
 from model import Gemma2Config, PaliGemma, SigLIPConfig
@@ -31,10 +32,6 @@ from support.evaluation.decoding import stop_reason
 DATA = Path(os.environ["NANOCOT_DATA"])
 KEYS = TABLES["PaliGemma"]
 IMAGE = oracle.TINY_PALIGEMMA["image_token_index"]
-
-
-def close(ours, theirs, atol=ATOL):
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
 def make_batch(side="left", **how):
@@ -570,17 +567,8 @@ def layout_with_buffers(folder, config, hf):
     oracle.write_checkpoint(folder, config, oracle.paligemma_stored(hf) | buffers)
 
 
-def sharded(folder, config, hf, name=lambda name: name):
-    stored = {name(n): p.detach().clone() for n, p in oracle.paligemma_stored(hf).items()}
-    names, weight_map = sorted(stored), {}
-    for shard in range(3):
-        file = f"model-{shard + 1:05d}-of-00003.safetensors"
-        part = {n: stored[n] for n in names[shard::3]}
-        save_file(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
+def sharded(folder, config, hf):
+    oracle.write_shards(folder, config, oracle.paligemma_stored(hf))
 
 
 LAYOUTS = (
@@ -777,15 +765,8 @@ def heavy(tmp_path_factory):
     config = oracle.paligemma_config(text=text | {"num_hidden_layers": 6})
     with torch.device("meta"):
         shapes = PaliGemma(model_config(PaliGemma, config)).state_dict()
-    shapes = {KEYS.to_file(n): t.shape for n, t in shapes.items()}
-    weight_map = {}
-    for shard in range(3):
-        file = f"model-{shard + 1:05d}-of-00003.safetensors"
-        part = {n: torch.ones(shapes[n], dtype=torch.bfloat16) for n in sorted(shapes)[shard::3]}
-        save_file(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config))
+    ones = {KEYS.to_file(n): torch.ones(t.shape, dtype=torch.bfloat16) for n, t in shapes.items()}
+    oracle.write_shards(folder, config, ones)
     yield folder, 2 * sum(shape.numel() for shape in shapes.values())
     for file in folder.glob("*.safetensors"):
         file.unlink()
@@ -813,10 +794,6 @@ def test_peak_memory_of_loading(heavy, dtype, times, tmp_path):
 
 
 # ---- generation ---------------------------------------------------------------------------------
-
-
-def padded(rows, length=STEPS):
-    return F.pad(rows, (0, length - rows.shape[1]))
 
 
 def endless(pg):
@@ -849,7 +826,9 @@ def test_greedy_ids_equal_the_reference(window, tmp_path):
     theirs = made.hf.generate(**batch, max_new_tokens=STEPS, do_sample=False)
     theirs = theirs[:, batch["input_ids"].shape[1] :]
     assert theirs.unique().numel() > 10
-    assert torch.equal(padded(made.pg.generate(**batch, max_new_tokens=STEPS)), padded(theirs))
+    assert torch.equal(
+        padded(made.pg.generate(**batch, max_new_tokens=STEPS), STEPS), padded(theirs, STEPS)
+    )
 
 
 def test_prompts_with_suffix_tokens_equal_the_reference(tmp_path):
@@ -926,11 +905,11 @@ def test_sampling_follows_the_generator_and_the_temperature(speaker):
     def sample(seed, temperature):
         generator = torch.Generator().manual_seed(seed)
         how = dict(max_new_tokens=STEPS, temperature=temperature, generator=generator)
-        return padded(speaker.pg.generate(**speaker.batch, **how))
+        return padded(speaker.pg.generate(**speaker.batch, **how), STEPS)
 
     assert torch.equal(sample(1, 1.0), sample(1, 1.0))
     assert not torch.equal(sample(1, 1.0), sample(2, 1.0))
-    greedy = padded(speaker.pg.generate(**speaker.batch, max_new_tokens=STEPS))
+    greedy = padded(speaker.pg.generate(**speaker.batch, max_new_tokens=STEPS), STEPS)
     assert torch.equal(sample(1, 0), greedy) and torch.equal(sample(2, 0), greedy)
     assert torch.equal(sample(1, 1e-4), greedy)
     assert not greedy.requires_grad
