@@ -12,9 +12,6 @@ Where a comment belongs: to the statement that ends on its line; on a `def` line
 on a `for` line to the loop's variables; inside a longer statement to the largest expression that
 ends on that line. `(B, 1) -> (B, V)` means first argument and result. A single shape goes for all
 tensors of a tuple. None, and whatever has no shape, is passed over and does not count.
-
-It also looks the other way: an assignment or return without a comment whose tensor has a shape that
-none of the names on its right side has is listed as "not said".
 """
 
 import ast
@@ -62,10 +59,10 @@ def comments(source):
 
 
 class Record:
-    """What all frames found: {file: {line: times}}, the lies, and the lines that say nothing."""
+    """What all frames found: {file: {line: times}}, and the lies."""
 
     def __init__(self):
-        self.checked, self.lies, self.silent, self.sizes = {}, {}, {}, {}
+        self.checked, self.lies, self.sizes = {}, {}, {}
         self.apart = set()  # (file, line) whose letters had sizes of their own
 
 
@@ -135,17 +132,6 @@ class Frame:
     def lie(self, line, what):
         RECORD.lies.setdefault((self.file, line), what)
 
-    def before(self, names, local):
-        held = [t for n in names for t in direct(local.get(n))]
-        self.held = [tuple(t.shape) for t in held]
-
-    def after(self, value, line):
-        for tensor in direct(value):
-            if self.held and tensor.dim() and tuple(tensor.shape) not in self.held:
-                what = f"{self.function}: {self.held} -> {tuple(tensor.shape)}"
-                RECORD.silent.setdefault((self.file, line), what)
-        return value
-
 
 def leaves(value):
     """The tensors and arrays in a value, in order; what a tuple, list or dict holds counts."""
@@ -155,12 +141,6 @@ def leaves(value):
         return [tensor for item in value for tensor in leaves(item)]
     shape = getattr(value, "shape", None)
     return [value] if isinstance(shape, tuple) and hasattr(value, "dtype") else []
-
-
-def direct(value):
-    """As leaves, but only of a tensor or a tuple of them: lists may be long."""
-    parts = value if type(value) is tuple else (value,)
-    return [t for t in parts if isinstance(getattr(t, "shape", None), tuple) and hasattr(t, "dim")]
 
 
 # ---- rewriting a file ----------------------------------------------------------------------------
@@ -235,7 +215,7 @@ class Instrument(ast.NodeTransformer):
         told = self.told.get(line)
         self.expressions(node)
         if told is None:
-            return self.silent(node)
+            return [node]
         self.placed.add(line)
         given, made = told
         if isinstance(node, ast.Return):
@@ -303,27 +283,6 @@ class Instrument(ast.NodeTransformer):
                 else:
                     setattr(parent, field, check)
                 self.placed.add(line)
-
-    def silent(self, node):
-        """A line without a comment: note a shape that nothing on its right side has."""
-        if isinstance(node, ast.Return) and self.depth[-1].lineno in self.told:
-            return [node]  # the line of its `def` says it
-        if isinstance(node, ast.Return) and node.value is not None:
-            value, made = None, node.value
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1:
-            value = loaded(node.targets[0])
-        else:
-            return [node]
-        names = sorted({n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)})
-        before = call("before", constant(names), ast.parse("locals()", mode="eval").body)
-        if isinstance(node, ast.Return) and names:
-            node.value = call("after", made, ast.Constant(node.end_lineno))
-            return [ast.copy_location(ast.Expr(before), node), node]
-        if value is None or not names:
-            return [node]
-        after = call("after", value, ast.Constant(node.end_lineno))
-        made = [ast.Expr(before), node, ast.Expr(after)]
-        return [ast.copy_location(m, node) for m in made]
 
     def visit_ClassDef(self, node):
         depth, self.depth = self.depth, []
@@ -625,8 +584,6 @@ def main():
         wrong += [f"{name}:{n}: has letters of one size" for n in sorted(set(checked) - apart)]
         unknown = {n: at for n, at in used(name).items() if n not in legend(name)}
         wrong += [f"{name}:{at}: {n} is not in the legend" for n, at in unknown.items()]
-    for (file, line), what in sorted(RECORD.silent.items()):
-        print(f"not said: {file}:{line}: {what}")
     print(summed("all", total["lines"], total["checked"], total["times"]))
     print("\n".join(wrong))
     sys.exit(len(wrong) > 0)
