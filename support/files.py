@@ -160,10 +160,10 @@ def write_skipped(skipped: list[tuple], path: AnyPath) -> None:
 def atomic_write(
     path: AnyPath, durable: bool = False, errors: str | None = None, newline: str | None = None
 ) -> Iterator[TextIO]:
-    """A UTF-8 file to write that appears as `path` when the block ends, whole, or not at all.
+    """A UTF-8 file to write that appears as `path` when the block ends, whole, or not at all: until
+    then, and after an error, it is path.part. ValueError where `path` is a folder.
 
     durable  flushed to the disk, and its name too: a power cut takes neither.
-    Until then, and after an error, the text is in path.part. ValueError where `path` is a folder.
     """
     part = f"{path}.part"
     with open(part, "w", encoding="utf-8", errors=errors, newline=newline) as file:

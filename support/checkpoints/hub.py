@@ -312,47 +312,36 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def config_json(model: nn.Module) -> dict:
     """config.json's content for a model, as transformers writes it."""
     kind = architecture(type(model))
-    if kind == "DETR":
-        return detr_json(model.config)
-    if kind == "PaliGemma":
-        return paligemma_json(model.config)
-    t5 = model if kind == "T5" else model.t5
-    fusion = None if kind == "T5" else model.fusion
-    config = asdict(t5.config) | {
-        "model_type": "t5",
-        "architectures": [f"T5For{'Multimodal' if fusion else 'Conditional'}Generation"],
-        "is_encoder_decoder": True,
-        "num_decoder_layers": t5.config.decoder_layers,
-        "tie_word_embeddings": t5.lm_head is None,  # transformers 4 scales the output by it,
-        "scale_decoder_outputs": t5.config.scaled,  # transformers 5 by this
-    }
-    return config | ({"no_image": fusion.no_image} if fusion else {})
-
-
-def detr_json(sizes) -> dict:
-    config = asdict(sizes) | {
-        "model_type": "detr",
-        "architectures": ["DetrForObjectDetection"],
-        "use_timm_backbone": True,
-        "id2label": sizes.id2label or {str(i): f"LABEL_{i}" for i in range(sizes.num_labels)},
-    }
-    return {key: value for key, value in config.items() if value is not None}
-
-
-def paligemma_json(sizes) -> dict:
-    config = asdict(sizes)
-    text = config.pop("text") | {"model_type": "gemma2", "num_image_tokens": sizes.image_tokens}
-    if not text["layer_types"]:
-        del text["layer_types"]
-    vision = config.pop("vision") | {
-        "model_type": "siglip_vision_model",
-        "vision_use_head": False,
-        "projection_dim": text["hidden_size"],
-    }
-    return config | {
-        "model_type": "paligemma",
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "text_config": text,
-        "vision_config": vision,
-        "projection_dim": text["hidden_size"],
-    }
+    if MODEL_TYPES[kind] == "t5":
+        t5 = model if kind == "T5" else model.t5
+        fusion = None if kind == "T5" else model.fusion
+        config = asdict(t5.config) | {
+            "architectures": [f"T5For{'Multimodal' if fusion else 'Conditional'}Generation"],
+            "is_encoder_decoder": True,
+            "num_decoder_layers": t5.config.decoder_layers,
+            "tie_word_embeddings": t5.lm_head is None,  # transformers 4 scales the output by it,
+            "scale_decoder_outputs": t5.config.scaled,  # transformers 5 by this
+        }
+        config |= {"no_image": fusion.no_image} if fusion else {}
+    elif kind == "DETR":
+        c = model.config
+        config = asdict(c) | {
+            "architectures": ["DetrForObjectDetection"],
+            "use_timm_backbone": True,
+            "id2label": c.id2label or {str(i): f"LABEL_{i}" for i in range(c.num_labels)},
+        }
+        config = {key: value for key, value in config.items() if value is not None}
+    else:
+        config = asdict(model.config)
+        text = config.pop("text") | {"model_type": "gemma2"}
+        text["num_image_tokens"] = model.config.image_tokens
+        if not text["layer_types"]:
+            del text["layer_types"]
+        width = {"projection_dim": text["hidden_size"]}
+        vision = {"model_type": "siglip_vision_model", "vision_use_head": False} | width
+        config |= width | {
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "text_config": text,
+            "vision_config": config.pop("vision") | vision,
+        }
+    return config | {"model_type": MODEL_TYPES[kind]}

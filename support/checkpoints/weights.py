@@ -55,8 +55,6 @@ def listed(problems: dict[str, list[str]]) -> str:
 
 
 class Header(NamedTuple):
-    """What a weight file says of one tensor."""
-
     path: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it: "F32", "BF16"
@@ -119,11 +117,11 @@ def head_is_tied(folder: str | Path) -> bool:
     inputs = [name for name in stored if name.endswith(("shared.weight", "embed_tokens.weight"))]
     if not heads or not inputs:
         return True
-    tensors = []
-    for name in (heads[0], min(inputs, key=len)):  # T5's copies of `shared` have longer names
-        with opened(stored[name].path) as file:
-            tensors.append(file.get_tensor(name))
-    head, embedding = tensors
+    embedding = min(inputs, key=len)  # T5's copies of `shared` have longer names
+    with opened(stored[heads[0]].path) as file:
+        head = file.get_tensor(heads[0])
+    with opened(stored[embedding].path) as file:
+        embedding = file.get_tensor(embedding)
     return head.dtype == embedding.dtype and torch.equal(head, embedding)
 
 
