@@ -60,18 +60,18 @@ class LayerCache:
     a T5 decoder's cross-attention, computed once from the encoder's states."""
 
     def __init__(self, like, B, heads, length, H, memory=None):
-        self.k = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
-        self.v = like.new_zeros(B, heads, length, H)  # (B, K, S, H)
+        self.k = like.new_zeros(B, heads, length, H)  # (B, heads, S, H)
+        self.v = like.new_zeros(B, heads, length, H)  # (B, heads, S, H)
         self.length = 0
         self.memory = memory
 
     def append(self, k: Tensor, v: Tensor) -> Pair:
-        """k, v (B, K, T, H) of the new tokens -> views on all tokens so far."""
+        """k, v (B, heads, T, H) of the new tokens -> views on all tokens so far."""
         start = self.length
         self.length += k.shape[2]
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]  # (B, K, S, H)
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]  # (B, heads, S, H)
 
     def keep(self, alive: Tensor) -> None:
         self.k = self.k[alive]

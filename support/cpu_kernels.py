@@ -4,8 +4,8 @@ See support/kernels.py, which swaps these in once each is proved equal to the pl
 operators, which torch keeps for compiled models, have no public name; they take float32 without
 gradients only.
 
-Axes: B batch, S keys, D width, N heads, H head width, V vocabulary, I input width, O output width,
-C channels, h w a feature map; `...` any axes.
+Axes: B batch, S keys, T source tokens, D width, N heads, H head width, V vocabulary, I input width,
+O output width, C channels, h w a feature map; `...` any axes.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class QuickT5Stack(plain.T5Stack):
             return super().forward(x, mask_bias, memory, cache)
         rows = (len(x), self.config.num_heads, 1, -1)
         bias = self.newest_bias(cache.length + 1).expand(rows).flatten(0, 1)  # (B*N, 1, S)
-        memory_bias = mask_bias.expand(rows).flatten(0, 1)  # (B*N, 1, S)
+        memory_bias = mask_bias.expand(rows).flatten(0, 1)  # (B*N, 1, T)
         x = x[:, 0]  # (B, D)
         for block, layer in zip(self.block, cache.layers, strict=True):
             h = block.self_attn_norm(x)

@@ -1,6 +1,6 @@
 """Files that come from strangers, and files that another process may be reading or writing.
 
-Every fault of JSON or JSONL is a sentence that names file and line; a bad record is an error or an
+A fault of JSON or JSONL is a sentence that names file and line; a bad record is an error or an
 entry of a list; what is written appears whole or not at all. Standard library only.
 """
 
@@ -67,8 +67,8 @@ def parsed(content: bytes) -> Any:
         text = content.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=distinct)
         if re.search(r"\\ud[89a-f]", text, re.IGNORECASE):
-            text = re.sub(r"[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False))
-            return json.loads(text, object_pairs_hook=distinct)
+            text = json.dumps(value, ensure_ascii=False)
+            value = json.loads(re.sub(r"[\ud800-\udfff]", "\ufffd", text))
         return value
     except RecursionError:
         raise ValueError("it is nested too deep") from None
@@ -160,10 +160,10 @@ def write_skipped(skipped: list[tuple], path: AnyPath) -> None:
 def atomic_write(
     path: AnyPath, durable: bool = False, errors: str | None = None, newline: str | None = None
 ) -> Iterator[TextIO]:
-    """A UTF-8 file to write that appears as `path` when the block ends, whole, or not at all.
+    """A UTF-8 file to write that appears as `path` when the block ends, whole, or not at all: until
+    then, and after an error, it is path.part. ValueError where `path` is a folder.
 
     durable  flushed to the disk, and its name too: a power cut takes neither.
-    Until then, and after an error, the text is in path.part. ValueError where `path` is a folder.
     """
     part = f"{path}.part"
     with open(part, "w", encoding="utf-8", errors=errors, newline=newline) as file:

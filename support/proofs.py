@@ -232,9 +232,10 @@ CASES = {
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """The global generators are afterwards as they were."""
+    """The global generators are afterwards as they were; inside, gradients are on."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(list(devices)):
+    grads = (torch.inference_mode(False), torch.enable_grad())
+    with torch.random.fork_rng(list(devices)), grads[0], grads[1]:
         yield
 
 

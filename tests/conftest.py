@@ -19,6 +19,51 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # tiny models; a second thread only waits for a busy core
 
 
+def pytest_addoption(parser):
+    text = "with support/kernels.py enabled in every model that is loaded or gets adapters"
+    parser.addoption("--kernels", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--kernels"):
+        config.hook.pytest_deselected(
+            items=[x for x in items if x.get_closest_marker("plain_only")]
+        )
+        items[:] = [x for x in items if not x.get_closest_marker("plain_only")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def with_kernels(request):
+    if not request.config.getoption("--kernels"):
+        yield
+        return
+    import lora
+    from model import Pretrained
+    from support import cpu_kernels, kernels
+
+    load, inject, load_adapter = Pretrained.from_pretrained.__func__, lora.inject, lora.load
+
+    def loaded(cls, *args, **options):
+        model = load(cls, *args, **options)
+        kernels.enable(model)
+        return model
+
+    def adapted(put_in):
+        def change(model, *args, **options):
+            names = put_in(model, *args, **options)
+            kernels.enable(model)
+            return names
+
+        return change
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernels, "LARGE", 1)  # oneDNN's products for layers of any size
+        patch.setattr(Pretrained, "from_pretrained", classmethod(loaded))
+        patch.setattr(lora, "inject", adapted(inject))
+        patch.setattr(lora, "load", adapted(load_adapter))
+        yield
+
+
 @functools.cache
 def gemma():
     """The real PaliGemma's tokenizer: a second to read, so once for all modules."""

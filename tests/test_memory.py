@@ -1,7 +1,5 @@
 """Bytes alive at the peak of the real 3B's LoRA step; and whether that count can be believed."""
 
-from types import SimpleNamespace
-
 import memory
 import oracle
 import pytest
@@ -27,10 +25,9 @@ def small_step(checkpointing):
     batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=kinds)
     batch |= {"labels": ids.masked_fill(kinds == 0, -100)}
     batch["image_features"] = oracle.uniform("features", (2, 16, 128), -1.0, 1.0)
-    args = SimpleNamespace(weighting="token", label_smoothing=0.0)
 
     def loss_of(model, batch):
-        loss, count = train.paligemma_loss(model, batch, args)
+        loss, count = train.paligemma_loss(model, batch)
         return loss / count
 
     return model.train(), loss_of, batch

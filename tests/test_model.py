@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import ATOL
-from pairs import VERSIONS, assert_same_logits, close, file_names, make_t5, t5_logits
+from pairs import VERSIONS, assert_same_logits, close, file_names, make_t5, padded, t5_logits
 from safetensors.torch import load_file
 
 import model
@@ -75,6 +75,7 @@ def test_t5_decoder_is_causal(pair):
     assert (a[:, 4:] - b[:, 4:]).abs().max() > 0.1
 
 
+@pytest.mark.plain_only
 def test_t5_dropout_is_where_the_reference_has_it(pair):
     """Same seed, same random numbers in the same order: only equal sites give equal logits."""
     ours, hf, batch = T5.from_pretrained(pair.folder).train(), pair.hf, oracle.t5_batch()
@@ -168,14 +169,6 @@ def test_t5_unusual_sizes_come_from_the_config(version, tmp_path):
     assert_same_logits(tmp_path, made.hf, oracle.t5_batch(2, 70, 60))
 
 
-def test_t5_unknown_feed_forward_is_refused(tmp_path):
-    config, hf = oracle.tiny_t5("v1.1")
-    config["feed_forward_proj"] = "gated-silu"
-    oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(hf))
-    with pytest.raises(ValueError, match="gated-silu"):
-        T5.from_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 def test_t5_starts_from_scratch_as_the_reference_does(version):
     from transformers import T5Config as HFConfig
@@ -260,9 +253,7 @@ def test_t5_full_shape_logits(size, tmp_path):
 # ---- T5: dtype ----------------------------------------------------------------------------------
 
 
-def test_fp16_is_refused_and_bf16_is_close(pair):
-    with pytest.raises(ValueError, match="float16 is refused.*bfloat16"):
-        T5.from_pretrained(pair.folder, dtype=torch.float16)
+def test_bf16_is_close(pair):
     half = T5.from_pretrained(pair.folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     batch = oracle.t5_batch()
@@ -272,10 +263,6 @@ def test_fp16_is_refused_and_bf16_is_close(pair):
 
 
 # ---- decoding -----------------------------------------------------------------------------------
-
-
-def padded(rows, length):
-    return F.pad(rows, (0, length - rows.shape[1]))
 
 
 def lengths(rows, eos=1):
@@ -324,12 +311,6 @@ def test_cached_equals_recomputed_beyond_the_last_bucket(speaker):
     assert torch.equal(logits.argmax(-1), ours)
 
 
-def test_deeper_decoder_generates(pair):
-    ids, mask, _ = oracle.t5_batch()
-    ours = pair.t5.generate(ids, mask, max_new_tokens=8)
-    assert torch.equal(padded(ours, 8), recompute(pair.t5, ids, mask, 8))
-
-
 def test_batched_equals_single(speaker):
     batched = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
     for i in range(len(speaker.ids)):
@@ -338,62 +319,6 @@ def test_batched_equals_single(speaker):
             speaker.ids[i : i + 1, :keep], speaker.mask[i : i + 1, :keep], max_new_tokens=20
         )
         assert torch.equal(padded(one, 20)[0], padded(batched, 20)[i])
-
-
-def test_rows_that_finish_leave_the_batch(speaker, monkeypatch):
-    """Live rows only go through the decoder; the answers stay in their rows."""
-    sizes = []
-    step = T5.step
-
-    def spy(self, ids, cache):
-        sizes.append(len(ids))
-        return step(self, ids, cache)
-
-    monkeypatch.setattr(T5, "step", spy)
-    out = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
-    ends = lengths(padded(out, 20))
-    assert sizes == [sum(end > step for end in ends) for step in range(len(sizes))]
-    assert sizes[-1] < sizes[0]
-    longest = [i for i, end in enumerate(ends) if end == 20]
-    without = speaker.t5.generate(speaker.ids[longest], speaker.mask[longest], max_new_tokens=20)
-    assert torch.equal(without, out[longest])
-
-
-def test_generation_stops_when_all_rows_have(speaker):
-    out = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
-    short = [i for i, end in enumerate(lengths(out)) if end < 20]
-    alone = speaker.t5.generate(speaker.ids[short], speaker.mask[short], max_new_tokens=20)
-    assert alone.shape[1] == max(lengths(out[short]))
-    for row, end in zip(alone, lengths(alone), strict=True):
-        assert row[end - 1] == 1  # EOS is part of the answer ...
-        assert (row[end:] == 0).all()  # ... and padding follows it
-
-
-def test_max_new_tokens_is_a_limit(speaker):
-    full = speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20)
-    for n in (1, 3):
-        assert torch.equal(
-            speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=n), full[:, :n]
-        )
-
-
-def test_sampling_follows_the_generator_and_the_temperature(speaker):
-    def sample(seed, temperature):
-        return padded(
-            speaker.t5.generate(
-                speaker.ids,
-                speaker.mask,
-                max_new_tokens=20,
-                temperature=temperature,
-                generator=torch.Generator().manual_seed(seed),
-            ),
-            20,
-        )
-
-    assert torch.equal(sample(1, 1.0), sample(1, 1.0))
-    assert not torch.equal(sample(1, 1.0), sample(2, 1.0))
-    greedy = padded(speaker.t5.generate(speaker.ids, speaker.mask, max_new_tokens=20), 20)
-    assert torch.equal(sample(1, 1e-4), greedy)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
@@ -494,11 +419,8 @@ def test_detr_full_shapes_by_key(name):
     assert oracle.key_patterns(shapes) == recorded["keys"]
     assert len(shapes) == recorded["tensors"]
     assert sum(torch.Size(s).numel() for s in shapes.values()) == recorded["elements"]
-
-
-def test_detr_r101_dc5_has_the_published_counts():
-    recorded = GOLDEN["configs"]["detr-resnet-101-dc5"]
-    assert (recorded["tensors"], recorded["elements"]) == (785, 60_675_360)
+    if name == "detr-resnet-101-dc5":  # as published
+        assert (recorded["tensors"], recorded["elements"]) == (785, 60_675_360)
 
 
 @pytest.mark.parametrize("rename", [oracle.detr_layout_c, lambda n: n], ids=["C", "A"])
@@ -506,18 +428,14 @@ def test_detr_layouts_and_ignored_tensors(rename, detr_files, golden, tmp_path):
     weights = load_file(detr_files("tiny-dc5") / "model.safetensors")
     renamed = {rename(name): tensor for name, tensor in weights.items()}
     assert len(renamed) == len(weights)
+    if rename is oracle.detr_layout_c:
+        changed = " ".join(renamed.keys() - weights.keys())
+        assert all(part in changed for part in ("backbone", "o_proj", "fc1"))
     prefix = rename("model.backbone.conv_encoder.model.")
     for norm in ("bn1", "layer1.0.bn2", "layer1.0.downsample.1"):
         renamed[f"{prefix}{norm}.num_batches_tracked"] = torch.tensor(5)
     oracle.write_checkpoint(tmp_path, oracle.DETR_CONFIGS["tiny-dc5"], renamed)
     assert_golden(DETR.from_pretrained(tmp_path), "tiny-dc5-padded", golden)
-
-
-def test_layout_c_differs_from_layout_a():
-    names = detr_shapes("tiny")
-    changed = [n for n in names if oracle.detr_layout_c(n) != n]
-    assert any("conv_encoder" in n for n in changed)
-    assert any("out_proj" in n for n in changed) and any("fc1" in n for n in changed)
 
 
 def test_detr_defaults_are_the_familys():
@@ -559,13 +477,6 @@ def test_detr_round_trip(name, detr_files, tmp_path):
         assert config["backbone_kwargs"] == oracle.TINY_DETR["backbone_kwargs"]
 
 
-def test_detr_is_a_frozen_feature_extractor(detr_files):
-    detr = DETR.from_pretrained(detr_files("tiny"))
-    assert not detr.training
-    trainable = [name for name, _ in detr.named_parameters()]
-    assert not any("bn" in name or "downsample.1" in name for name in trainable)
-
-
 def test_detr_full_mask_is_no_mask_and_rows_are_independent(detr_files):
     detr = DETR.from_pretrained(detr_files("tiny"))
     pixels = torch.cat((oracle.detr_inputs("tiny")[0], oracle.detr_inputs("tiny")[0].flip(3)))
@@ -578,30 +489,11 @@ def test_detr_full_mask_is_no_mask_and_rows_are_independent(detr_files):
 
 
 def test_detr_boxes_are_in_the_unit_square(detr_files):
-    logits, boxes = DETR.from_pretrained(detr_files("tiny"))(*oracle.detr_inputs("tiny"))
+    detr = DETR.from_pretrained(detr_files("tiny"))
+    assert not any("bn" in name or "downsample.1" in name for name, _ in detr.named_parameters())
+    logits, boxes = detr(*oracle.detr_inputs("tiny"))
     assert logits.shape == (1, 5, 7) and boxes.shape == (1, 5, 4)
     assert (boxes > 0).all() and (boxes < 1).all()
-
-
-def test_detr_unknown_backbone_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "detr", "backbone": "swin_tiny"}')
-    with pytest.raises(ValueError, match="swin_tiny.*resnet101"):
-        DETR.from_pretrained(tmp_path)
-
-
-def test_each_wrong_detr_tensor_is_named(detr_files, tmp_path):
-    weights = load_file(detr_files("tiny") / "model.safetensors")
-    gone = "model.backbone.conv_encoder.model.layer4.1.bn2.running_var"
-    del weights[gone]
-    weights["class_labels_classifier.weight"] = torch.ones(92, 32)
-    weights["model.extra"] = torch.ones(1)
-    oracle.write_checkpoint(tmp_path, oracle.DETR_CONFIGS["tiny"], weights)
-    expected = (
-        rf"1 missing: {gone}; 1 unexpected: model.extra; 1 of another shape: "
-        r"class_labels_classifier.weight: file \[92, 32\], model \[7, 32\]"
-    )
-    with pytest.raises(ValueError, match=expected):
-        DETR.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -610,9 +502,9 @@ def test_each_wrong_detr_tensor_is_named(detr_files, tmp_path):
         {"backbone_kwargs": {"layers": [10**9, 1, 1, 1]}},
         {"backbone_kwargs": {"layers": [1, 1], "channels": [8, 8, 8, 8]}},
         {"backbone_kwargs": {"layers": "abcd"}},
-        {"backbone_kwargs": 5},
         {"backbone_config": 5, "backbone": None},
         {"id2label": 5},
+        {"backbone": "swin_tiny", "backbone_kwargs": None},
         {"d_model": 33},
         {"encoder_attention_heads": 5},
     ],

@@ -19,8 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import ATOL, STEPS
+from pairs import close, padded
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import model
 from model import Gemma2Config, PaliGemma, SigLIPConfig
@@ -31,10 +32,6 @@ from support.evaluation.decoding import stop_reason
 DATA = Path(os.environ["NANOCOT_DATA"])
 KEYS = TABLES["PaliGemma"]
 IMAGE = oracle.TINY_PALIGEMMA["image_token_index"]
-
-
-def close(ours, theirs, atol=ATOL):
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
 
 def make_batch(side="left", **how):
@@ -359,13 +356,6 @@ def test_pictures_and_image_tokens_must_agree(pg, pictures, given):
         pg(**batch)
 
 
-def test_a_cut_image_token_is_named(pg):
-    batch, _, _ = make_batch()
-    batch["input_ids"][1, (batch["input_ids"][1] == IMAGE).nonzero()[0]] = 5
-    with pytest.raises(ValueError, match=r"rows have \[4, 3, 4\] <image> tokens.*features for 12"):
-        pg(**batch)
-
-
 def test_one_row_too_short_and_one_too_long_do_not_make_it_right(pg):
     batch, _, _ = make_batch()
     ids = batch["input_ids"]
@@ -499,8 +489,9 @@ def test_null_fields_are_absent_fields_but_for_the_caps():
 def test_a_text_config_that_says_nothing_is_the_2b():
     """Nothing of it comes from the top level, which has a hidden_size and a vocab_size too."""
     top = {"hidden_size": 2048, "vocab_size": 257152, "num_hidden_layers": 18}
-    config = hub_config(T2B) | top | {"text_config": {"model_type": "gemma2"}}
-    assert model_config(PaliGemma, config).text == Gemma2Config()
+    text = {"model_type": "gemma2", "vocab_size": 257216}  # else <image> were not in it
+    config = hub_config(T2B) | top | {"text_config": text}
+    assert model_config(PaliGemma, config).text == replace(Gemma2Config(), vocab_size=257216)
     assert (Gemma2Config().hidden_size, Gemma2Config().num_hidden_layers) == (2304, 26)
 
 
@@ -530,15 +521,24 @@ def test_ids_and_image_size_come_from_the_config(pair, tmp_path):
 # ---- every file layout --------------------------------------------------------------------------
 
 
-def layout_a(folder, config, hf):
-    """The Hub's, transformers 4."""
-    oracle.write_checkpoint(folder, config, oracle.paligemma_stored(hf))
-
-
-def layout_a_with_head(folder, config, hf):
-    """Some fine-tuning code stores the tied head as well."""
-    stored = oracle.paligemma_stored(hf) | {"language_model.lm_head.weight": hf.lm_head.weight}
-    oracle.write_checkpoint(folder, config, stored)
+LAYOUTS = {  # {name in the file: tensor} of the reference
+    "the Hub's, transformers 4": oracle.paligemma_stored,
+    "with the tied head, as some fine-tuning code": lambda hf: (
+        oracle.paligemma_stored(hf) | {"language_model.lm_head.weight": hf.lm_head.weight}
+    ),
+    "transformers 5 in memory, head spelled out": lambda hf: hf.state_dict(),
+    "4.53 to 4.57 in memory": lambda hf: {
+        name.replace("vision_tower.", "vision_tower.vision_model."): t
+        for name, t in hf.state_dict().items()
+    },
+    "with what old versions stored and nobody needs": lambda hf: (
+        oracle.paligemma_stored(hf)
+        | {
+            "vision_tower.vision_model.embeddings.position_ids": torch.arange(4)[None],
+            "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        }
+    ),
+}
 
 
 def layout_b(folder, config, hf):
@@ -550,57 +550,21 @@ def layout_b(folder, config, hf):
     assert "rope_theta" not in json.loads((folder / "config.json").read_text())["text_config"]
 
 
-def layout_c(folder, config, hf):
-    """transformers 5 in memory, head spelled out."""
-    state = hf.state_dict()
-    assert {"lm_head.weight", "model.language_model.norm.weight"} <= state.keys()
-    oracle.write_checkpoint(folder, config, state)
+def sharded(folder, config, hf):
+    oracle.write_shards(folder, config, oracle.paligemma_stored(hf))
 
 
-def layout_453(folder, config, hf):
-    """4.53 to 4.57 in memory."""
-    state = hf.state_dict()
-    renamed = {
-        n.replace("vision_tower.", "vision_tower.vision_model."): t for n, t in state.items()
-    }
-    assert "model.vision_tower.vision_model.post_layernorm.weight" in renamed
-    oracle.write_checkpoint(folder, config, renamed)
+def written_as(layout):
+    def write(folder, config, hf):
+        oracle.write_checkpoint(folder, config, LAYOUTS[layout](hf))
+
+    return write
 
 
-def layout_with_buffers(folder, config, hf):
-    """Tensors that old versions stored and nobody needs."""
-    buffers = {
-        "vision_tower.vision_model.embeddings.position_ids": torch.arange(4)[None],
-        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-    }
-    oracle.write_checkpoint(folder, config, oracle.paligemma_stored(hf) | buffers)
+WRITERS = {layout: written_as(layout) for layout in LAYOUTS} | {"5": layout_b, "shards": sharded}
 
 
-def sharded(folder, config, hf, name=lambda name: name):
-    stored = {name(n): p.detach().clone() for n, p in oracle.paligemma_stored(hf).items()}
-    names, weight_map = sorted(stored), {}
-    for shard in range(3):
-        file = f"model-{shard + 1:05d}-of-00003.safetensors"
-        part = {n: stored[n] for n in names[shard::3]}
-        save_file(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-LAYOUTS = (
-    layout_a,
-    layout_a_with_head,
-    layout_b,
-    layout_c,
-    layout_453,
-    layout_with_buffers,
-    sharded,
-)
-
-
-@pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_layouts_load_identically(pair, write, tmp_path):
     write(tmp_path, pair.config, pair.hf)
     loaded, expected = PaliGemma.from_pretrained(tmp_path), pair.pg.state_dict()
@@ -608,9 +572,6 @@ def test_layouts_load_identically(pair, write, tmp_path):
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert not loaded.training
-    batch = make_batch()[0]
-    with torch.no_grad():
-        assert torch.equal(loaded(**batch), pair.pg(**batch))
 
 
 def test_a_head_of_its_own_is_refused(pair, tmp_path):
@@ -674,37 +635,6 @@ def test_transformers_path_is_where_transformers_has_the_module(pair):
 # ---- refusals -----------------------------------------------------------------------------------
 
 
-def test_each_wrong_tensor_is_named(pair, tmp_path):
-    stored = dict(oracle.paligemma_stored(pair.hf))
-    missing = [
-        "language_model.model.layers.1.pre_feedforward_layernorm.weight",
-        "vision_tower.vision_model.encoder.layers.0.self_attn.out_proj.bias",
-    ]
-    for name in missing:
-        del stored[name]
-    unexpected = ["language_model.model.layers.4.mlp.up_proj.weight", "model.extra.weight"]
-    for name in unexpected:
-        stored[name] = torch.ones(40, 24)
-    stored["multi_modal_projector.linear.weight"] = torch.ones(24, 33)
-    oracle.write_checkpoint(tmp_path, pair.config, stored)
-    with pytest.raises(ValueError) as error:
-        PaliGemma.from_pretrained(tmp_path)
-    sections = str(error.value).split(";")
-    assert str(tmp_path) in sections[0] and "2 missing" in sections[0]
-    assert all(name in sections[0] for name in missing)
-    assert "2 unexpected" in sections[1] and all(name in sections[1] for name in unexpected)
-    shapes = "multi_modal_projector.linear.weight: file [24, 33], model [24, 32]"
-    assert "1 of another shape" in sections[2] and shapes in sections[2]
-
-
-def test_defaults_of_another_version_do_not_fit(tmp_path, pair):
-    """4.46's Gemma-2 defaults (3072 wide, 28 layers) loaded the Hub's files as noise."""
-    config = oracle.paligemma_config(text={"num_hidden_layers": 5})
-    oracle.write_checkpoint(tmp_path, config, oracle.paligemma_stored(pair.hf))
-    with pytest.raises(ValueError, match=r"11 missing: language_model\.model\.layers\.4\."):
-        PaliGemma.from_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize(
     "text", [{"model_type": "gemma", "hidden_size": 2048}, {"hidden_size": 2048}, None, ABSENT]
 )
@@ -717,18 +647,10 @@ def test_paligemma_1_is_refused_by_name(text, tmp_path):
         PaliGemma.from_pretrained(tmp_path)
 
 
-def test_another_architecture_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(oracle.TINY_T5))
-    with pytest.raises(ValueError, match="model_type 't5'.*'paligemma' is needed"):
-        PaliGemma.from_pretrained(tmp_path)
-
-
 # ---- dtypes, memory, gradients ------------------------------------------------------------------
 
 
-def test_fp16_is_refused_and_bf16_is_close(pair):
-    with pytest.raises(ValueError, match="float16 is refused.*Gemma overflow.*bfloat16"):
-        PaliGemma.from_pretrained(pair.folder, dtype=torch.float16)
+def test_bf16_is_close(pair):
     half = PaliGemma.from_pretrained(pair.folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     batch, _, valid = make_batch()
@@ -787,20 +709,6 @@ def test_checkpointing_gives_the_same_gradients(pair, monkeypatch):
         close(again[name], grad, 1e-6)
 
 
-def test_checkpointing_with_everything_below_frozen(pair):
-    """Reentrant checkpoints lose the gradient of adapters when the embedding is frozen."""
-    pg, (batch, labels, _) = PaliGemma.from_pretrained(pair.folder), make_batch()
-    pg.requires_grad_(False)
-    pg.language_model.layers[0].self_attn.q_proj.requires_grad_(True)
-    plain = grads(pg, batch, labels)
-    pg.language_model.checkpointing = True
-    again = grads(pg, batch, labels)
-    assert list(plain) == list(again) == ["language_model.layers.0.self_attn.q_proj.weight"]
-    for name in plain:
-        assert again[name].abs().max() > 1e-3
-        close(again[name], plain[name], 1e-6)
-
-
 def test_checkpointing_does_not_touch_decoding(speaker, golden):
     speaker.pg.language_model.checkpointing = True
     try:
@@ -836,15 +744,8 @@ def heavy(tmp_path_factory):
     config = oracle.paligemma_config(text=text | {"num_hidden_layers": 6})
     with torch.device("meta"):
         shapes = PaliGemma(model_config(PaliGemma, config)).state_dict()
-    shapes = {KEYS.to_file(n): t.shape for n, t in shapes.items()}
-    weight_map = {}
-    for shard in range(3):
-        file = f"model-{shard + 1:05d}-of-00003.safetensors"
-        part = {n: torch.ones(shapes[n], dtype=torch.bfloat16) for n in sorted(shapes)[shard::3]}
-        save_file(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config))
+    ones = {KEYS.to_file(n): torch.ones(t.shape, dtype=torch.bfloat16) for n, t in shapes.items()}
+    oracle.write_shards(folder, config, ones)
     yield folder, 2 * sum(shape.numel() for shape in shapes.values())
     for file in folder.glob("*.safetensors"):
         file.unlink()
@@ -872,15 +773,6 @@ def test_peak_memory_of_loading(heavy, dtype, times, tmp_path):
 
 
 # ---- generation ---------------------------------------------------------------------------------
-
-
-def padded(rows, length=STEPS):
-    return F.pad(rows, (0, length - rows.shape[1]))
-
-
-def ends(rows, eos):
-    """Tokens per row up to and including EOS; the row's width where there is none."""
-    return [row.index(eos) + 1 if eos in row else len(row) for row in rows.tolist()]
 
 
 def endless(pg):
@@ -913,7 +805,9 @@ def test_greedy_ids_equal_the_reference(window, tmp_path):
     theirs = made.hf.generate(**batch, max_new_tokens=STEPS, do_sample=False)
     theirs = theirs[:, batch["input_ids"].shape[1] :]
     assert theirs.unique().numel() > 10
-    assert torch.equal(padded(made.pg.generate(**batch, max_new_tokens=STEPS)), padded(theirs))
+    assert torch.equal(
+        padded(made.pg.generate(**batch, max_new_tokens=STEPS), STEPS), padded(theirs, STEPS)
+    )
 
 
 def test_prompts_with_suffix_tokens_equal_the_reference(tmp_path):
@@ -963,48 +857,6 @@ def test_mask_and_types_may_be_left_out_or_boolean(speaker):
     assert torch.equal(speaker.pg.generate(**boolean, max_new_tokens=5), expected)
 
 
-def test_rows_that_finish_leave_the_batch(speaker, golden, monkeypatch):
-    """Live rows only go through the model; each answer stays in its row, pads after its EOS."""
-    sizes, forward = [], model.Gemma2.forward
-
-    def spy(self, x, *rest):
-        sizes.append(len(x))
-        return forward(self, x, *rest)
-
-    monkeypatch.setattr(model.Gemma2, "forward", spy)
-    said = speaker.pg.generate(**speaker.batch, max_new_tokens=STEPS)
-    eos = speaker.pg.config.eos_token_id
-    stops = [stop_reason(row, eos, 0) for row in said]
-    until = ends(said, eos)
-    assert sizes == [sum(end > step for end in until) for step in range(len(sizes))]
-    assert len(set(sizes)) == 4 and len(sizes) == STEPS
-    assert stops == ["eos" if eos in row else "length" for row in said.tolist()]
-    assert stops.count("eos") == 3
-    for row, end in zip(said.tolist(), until, strict=True):
-        assert not any(row[end:])
-    never = endless(speaker.pg).generate(**speaker.batch, max_new_tokens=STEPS)
-    for row, end in enumerate(until):
-        assert torch.equal(never[row, :end], said[row, :end])
-
-
-def test_pads_are_the_configs(speaker, golden):
-    with torch.device("meta"):
-        other = PaliGemma(replace(speaker.pg.config, pad_token_id=8))
-    other.load_state_dict(speaker.pg.state_dict(), assign=True)
-    said = other.generate(**speaker.batch, max_new_tokens=STEPS)
-    until = ends(golden["ids"], speaker.pg.config.eos_token_id)
-    for row, end in enumerate(until):
-        assert said[row].tolist() == golden["ids"][row, :end].tolist() + [8] * (STEPS - end)
-
-
-def test_generation_stops_when_all_rows_have(speaker, golden):
-    eos = speaker.pg.config.eos_token_id
-    short = [i for i, row in enumerate(golden["ids"].tolist()) if eos in row]
-    some = {k: v[short] for k, v in speaker.batch.items()}
-    said = speaker.pg.generate(**some, max_new_tokens=STEPS)
-    assert said.shape[1] == max(ends(golden["ids"][short], eos)) < STEPS
-
-
 def test_pictures_of_some_rows_only_in_generation(speaker):
     batch, _, _ = make_batch(**oracle.PROMPTS | {"pictures": (1, 3)})
     pg, pixels = endless(speaker.pg), batch.pop("pixel_values")
@@ -1032,11 +884,11 @@ def test_sampling_follows_the_generator_and_the_temperature(speaker):
     def sample(seed, temperature):
         generator = torch.Generator().manual_seed(seed)
         how = dict(max_new_tokens=STEPS, temperature=temperature, generator=generator)
-        return padded(speaker.pg.generate(**speaker.batch, **how))
+        return padded(speaker.pg.generate(**speaker.batch, **how), STEPS)
 
     assert torch.equal(sample(1, 1.0), sample(1, 1.0))
     assert not torch.equal(sample(1, 1.0), sample(2, 1.0))
-    greedy = padded(speaker.pg.generate(**speaker.batch, max_new_tokens=STEPS))
+    greedy = padded(speaker.pg.generate(**speaker.batch, max_new_tokens=STEPS), STEPS)
     assert torch.equal(sample(1, 0), greedy) and torch.equal(sample(2, 0), greedy)
     assert torch.equal(sample(1, 1e-4), greedy)
     assert not greedy.requires_grad
@@ -1072,7 +924,7 @@ def test_looping_by_its_definition(times, least):
     assert min(found[True], found[False]) > 150
 
 
-@pytest.mark.parametrize("period", range(1, 61))
+@pytest.mark.parametrize("period", [1, 5, 6, 7, 60])
 def test_how_soon_a_loop_is_stopped(period):
     """After four rounds, or 24 tokens if that is more; whatever came before it."""
     words = torch.randperm(500, generator=torch.Generator().manual_seed(period))
@@ -1081,11 +933,6 @@ def test_how_soon_a_loop_is_stopped(period):
     assert not model.looping(ids[:, : 100 + needed - 1])
     assert model.looping(ids[:, : 100 + needed])
     assert model.looping(ids[:, : 100 + needed + 1])  # also in the middle of a round
-
-
-def test_looping_looks_at_each_row_alone():
-    loop, free = torch.arange(3).repeat(100), torch.randperm(300)
-    assert model.looping(torch.stack((loop, free, loop + 1))).tolist() == [True, False, True]
 
 
 def first_stop(ids):
@@ -1165,33 +1012,28 @@ def script():
     return [row[:LIMIT] for row in (looping, counting, ending, late)]
 
 
-def test_stopped_loops_leave_the_batch_and_others_do_not_notice():
+@pytest.mark.parametrize("stop_loops", [True, False])
+def test_decode(stop_loops):
+    """A row that has ended or loops leaves the batch, and others do not notice; pads follow."""
     rows = script()
-    said, stops = Script(rows).decode(LIMIT, stop_loops=True)
-    assert stops == ["loop", "length", "eos", "loop"]
-    lengths = [10 + LEAST, LIMIT, 41, 30 + LEAST]
-    for row, told, length in zip(rows, said.tolist(), lengths, strict=True):
-        assert told == row[:length] + [0] * (LIMIT - length)
+    stops = (
+        ["loop", "length", "eos", "loop"] if stop_loops else ["length", "length", "eos", "length"]
+    )
+    lengths = [10 + LEAST, LIMIT, 41, 30 + LEAST] if stop_loops else [LIMIT, LIMIT, 41, LIMIT]
+    written, found = Script(rows).decode(LIMIT, stop_loops, pad_id=3)
+    assert found == stops
+    for row, ids, length in zip(rows, written.tolist(), lengths, strict=True):
+        assert ids == row[:length] + [3] * (LIMIT - length)
+    for limit in (1, 41):
+        assert torch.equal(Script(rows).decode(limit, stop_loops, pad_id=3)[0], written[:, :limit])
 
 
-def test_loops_go_on_unless_asked():
-    rows = script()
-    said, stops = Script(rows).decode(LIMIT)
-    assert stops == ["length", "length", "eos", "length"]
-    assert said[[0, 1, 3]].tolist() == [rows[0], rows[1], rows[3]]
-
-
-def test_an_end_is_no_loop():
+def test_decoding_ends_with_the_last_row():
     """A row that ends where it would have been stopped has ended."""
     ended = [5] * (LEAST - 1) + [1] + [6] * (LIMIT - LEAST)
-    said, stops = Script([ended, [1] * LIMIT]).decode(LIMIT, stop_loops=True)
-    assert stops == ["eos", "eos"]
-    assert said.tolist() == [ended[:LEAST], [1] + [0] * (LEAST - 1)]
-
-
-def test_decoding_ends_when_all_rows_loop():
-    said, stops = Script([[7] * LIMIT, [8] * LIMIT]).decode(LIMIT, stop_loops=True, pad_id=3)
-    assert stops == ["loop", "loop"] and said.shape == (2, LEAST)
+    written, stops = Script([ended, [1] * LIMIT, [8] * LIMIT]).decode(LIMIT, stop_loops=True)
+    assert stops == ["eos", "eos", "loop"]
+    assert written.tolist() == [ended[:LEAST], [1] + [0] * (LEAST - 1), [8] * LEAST]
 
 
 def test_a_real_loop_is_stopped(speaker):

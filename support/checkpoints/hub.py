@@ -2,8 +2,6 @@
 
 The model classes are passed in, `load(T5, "allenai/unifiedqa-t5-base")`: what differs between
 architectures goes by the name of the class.
-
-Left out: sharded pickles, folders inside a Hub repository.
 """
 
 import contextlib
@@ -19,10 +17,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from support.checkpoints.keys import architecture, table_of
+from support.checkpoints.keys import architecture
 from support.checkpoints.weights import (
+    PICKLE,
     SINGLE,
-    has_weights,
     head_is_tied,
     headers,
     in_file_names,
@@ -31,39 +29,35 @@ from support.checkpoints.weights import (
     write_safetensors,
 )
 
-# ----------------------------------------------------------------------------------------------
-# Finding
-# ----------------------------------------------------------------------------------------------
+# ---- Finding -------------------------------------------------------------------------------------
 
 
 def resolve(where: str | Path) -> Path:
     """A local folder for a directory or a Hub id ("allenai/unifiedqa-t5-base").
 
-    Weights are fetched as safetensors; only a repository without any gives its pytorch_model.bin.
     Raises FileNotFoundError for a missing path or repository, PermissionError for a gated one,
     ConnectionError without network, ValueError for a folder that holds something else.
     """
-    if Path(where).is_dir():
-        folder = Path(where)
-    elif Path(where).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
-        raise FileNotFoundError(
-            f"{where} is neither a folder with config.json and weights nor a Hub id like org/name."
-        )
-    else:
+    folder = Path(where)
+    if not folder.is_dir():
+        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
+            raise FileNotFoundError(
+                f"{where} is neither a folder with config.json and weights nor a Hub id (org/name)."
+            )
         folder = download(str(where))
     refuse_other_folders(folder)
     return folder
 
 
 def download(repository: str) -> Path:
-    """The local copy of a Hub repository; errors as in `resolve`."""
+    """The local copy of a Hub repository: safetensors, or pytorch_model.bin if it has none."""
     from huggingface_hub import errors, snapshot_download
 
     small = ["*.json", "spiece.model"]
     try:
         folder = Path(snapshot_download(repository, allow_patterns=[*small, "*.safetensors"]))
         if not list(folder.glob("*.safetensors")):
-            snapshot_download(repository, allow_patterns=[*small, "pytorch_model.bin"])
+            snapshot_download(repository, allow_patterns=[*small, PICKLE])
         return folder
     except errors.GatedRepoError as e:
         raise PermissionError(
@@ -98,9 +92,7 @@ def refuse_other_folders(folder: Path) -> None:
         raise ValueError(f"{folder} holds checkpoints, not a model: give one, as {folder / last}.")
 
 
-# ----------------------------------------------------------------------------------------------
-# config.json into the dataclasses of sizes
-# ----------------------------------------------------------------------------------------------
+# ---- config.json into the dataclasses of sizes ---------------------------------------------------
 
 MODEL_TYPES = {"T5": "t5", "MultimodalT5": "t5", "DETR": "detr", "PaliGemma": "paligemma"}
 
@@ -108,16 +100,11 @@ MODEL_TYPES = {"T5": "t5", "MultimodalT5": "t5", "DETR": "detr", "PaliGemma": "p
 def read_config(folder: str | Path, *model_types: str) -> dict:
     """config.json of `folder` as a dict; ValueError unless its model_type is one of these."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a checkpoint folder needs its config.json."
-        )
     config = json_object(path)
     if config.get("model_type") not in model_types:
         raise ValueError(
             f"{path} says model_type {config.get('model_type')!r:.60}, but "
-            f"{' or '.join(map(repr, model_types))} is needed here: these weights belong to "
-            "another architecture."
+            f"{' or '.join(map(repr, model_types))} is needed here."
         )
     return config
 
@@ -126,7 +113,8 @@ def from_config(config_class: type, config: dict):
     """A dataclass of sizes from a config dict, and the dataclasses inside it from the dicts there.
 
     Absent fields keep the family's default, and so do null ones, but where the field may be None.
-    ValueError for a value of another type, or a size no model has: it would take hours to build.
+    ValueError for a value of another type, or for sizes no model has: they would take hours to
+    build, or be refused by torch in words of its own.
     """
     values = {}
     for field in fields(config_class):
@@ -141,75 +129,61 @@ def from_config(config_class: type, config: dict):
                 f"{field.name} is {value!r:.60}, which no {config_class.__name__} has."
             )
         values[field.name] = value
-    return config_class(**values)
-
-
-def checked(config: object):
-    """A config, if its sizes and those of the configs in it go together; else a ValueError."""
-    for field in fields(config):
-        if is_dataclass(getattr(config, field.name)):
-            checked(getattr(config, field.name))
-    for holds, sentence in size_checks(config):
+    made = config_class(**values)
+    for sentence, holds in requirements(made).items():
         if not holds:
             raise ValueError(sentence)
-    return config
+    return made
 
 
-def size_checks(c: object) -> list[tuple[bool, str]]:
-    """(whether it holds, what is wrong if not) of the sizes of one architecture: what torch would
-    refuse later in words of its own, or take hours to build."""
+def requirements(c: object) -> dict[str, bool]:
+    """{what is wrong if it does not hold: whether it holds} of the sizes of one architecture."""
     kind = type(c).__name__
     if kind == "T5Config":
         buckets = c.relative_attention_num_buckets
         far = c.relative_attention_max_distance
         form = c.feed_forward_proj
+        known = form in ("relu", "gated-gelu")
         low = max(c.pad_token_id, c.decoder_start_token_id) < c.vocab_size
-        return [
-            (
-                buckets >= 4 and far > buckets // 2,
-                f"{buckets} position buckets cannot reach {far}.",
-            ),
-            (low, "pad_token_id or decoder_start_token_id is not below vocab_size."),
-            (
-                form in ("relu", "gated-gelu"),
-                f"feed_forward_proj {form!r} is not relu or gated-gelu.",
-            ),
-        ]
+        return {
+            f"{buckets} position buckets cannot reach {far}.": buckets >= 4 and far > buckets // 2,
+            "pad_token_id or decoder_start_token_id is not below vocab_size.": low,
+            f"feed_forward_proj {form!r} is not relu or gated-gelu.": known,
+        }
     if kind == "DETRConfig":
         stages = c.backbone_kwargs or {}
         layers = stages.get("layers") or (3, 4, 6, 3)
         channels = stages.get("channels") or (64, 128, 256, 512)
         four = len(layers) == len(channels) == 4 and max(*layers, *channels) <= 10_000
         heads = (c.encoder_attention_heads, c.decoder_attention_heads)
-        even = not any(c.d_model % n for n in (*heads, 4))  # 4: sines, cosines, two axes
         known = "layers" in stages or c.backbone in ("resnet50", "resnet101")
-        return [
-            (known, f"backbone {c.backbone!r} is not known; resnet50 and resnet101 are."),
-            (four and sum(layers) <= 256, f"backbone_kwargs {stages!r:.60} are not four stages."),
-            (even, f"d_model {c.d_model} is not a multiple of 4 and of {heads} heads."),
-        ]
+        # 4: sines and cosines of two axes
+        even = not any(c.d_model % n for n in (*heads, 4))
+        return {
+            f"backbone {c.backbone!r} is not known; resnet50 and resnet101 are.": known,
+            f"backbone_kwargs {stages!r:.60} are not four stages.": four and sum(layers) <= 256,
+            f"d_model {c.d_model} is not a multiple of 4 and of {heads} heads.": even,
+        }
     if kind == "SigLIPConfig":
         even = c.hidden_size % c.num_attention_heads == 0
-        return [
-            (even, "hidden_size is not a multiple of num_attention_heads."),
-            (c.image_size >= c.patch_size, "patch_size is larger than image_size."),
-        ]
+        return {
+            "hidden_size is not a multiple of num_attention_heads.": even,
+            "patch_size is larger than image_size.": c.image_size >= c.patch_size,
+        }
     if kind == "Gemma2Config":
-        even = c.num_attention_heads % c.num_key_value_heads == 0 and c.head_dim % 2 == 0
+        heads_fit = c.num_attention_heads % c.num_key_value_heads == 0
         types_fit = not c.layer_types or len(c.layer_types) == c.num_hidden_layers
         positive = c.query_pre_attn_scalar > 0 and c.rope_theta > 0
-        return [
-            (types_fit, "layer_types does not have an entry for each of num_hidden_layers."),
-            (
-                even,
-                "num_attention_heads is no multiple of num_key_value_heads, or head_dim is odd.",
-            ),
-            (positive, "query_pre_attn_scalar or rope_theta is not above 0."),
-        ]
+        return {
+            "layer_types does not have an entry for each of num_hidden_layers.": types_fit,
+            "num_attention_heads is not a multiple of num_key_value_heads.": heads_fit,
+            f"head_dim {c.head_dim} is odd.": c.head_dim % 2 == 0,
+            "query_pre_attn_scalar or rope_theta is not above 0.": positive,
+        }
     if kind == "PaliGemmaConfig":
         low = max(c.image_token_index, c.pad_token_id) < c.text.vocab_size
-        return [(low, "image_token_index or pad_token_id is not below vocab_size.")]
-    return []
+        return {"image_token_index or pad_token_id is not below vocab_size.": low}
+    return {}
 
 
 def unwrap(annotation: object) -> tuple[type, bool]:
@@ -236,40 +210,27 @@ def is_sensible(name: str, kind: type, value: object) -> bool:
 def model_config(model_class: type, config: dict):
     """The sizes of a model class (its `config_class`) from the content of config.json."""
     kind = architecture(model_class)
-    if kind == "DETR":
-        config = detr_fields(config)
-    elif kind == "PaliGemma":
-        config = paligemma_fields(config)
+    if kind == "DETR":  # transformers 5 moves the backbone's name
+        inner = config.get("backbone_config") or {}
+        labels = config.get("id2label")  # whose length says how many classes there are
+        config = config | {
+            "backbone": config.get("backbone") or inner.get("backbone"),
+            "num_labels": len(labels) if labels else None,
+        }
+    elif kind == "PaliGemma":  # the top-level hidden_size is wrong in released files: never read
+        text = config.get("text_config") or {}
+        if text.get("model_type") != "gemma2":
+            raise ValueError(
+                f"this is PaliGemma 1 (its text model is {text.get('model_type')!r}, not "
+                "'gemma2'): use google/paligemma2-3b-mix-448."
+            )
+        rotary = text.get("rope_parameters") or {}  # transformers 5
+        text = text | {"rope_theta": rotary.get("rope_theta") or text.get("rope_theta")}
+        config = config | {"text": text, "vision": config.get("vision_config") or {}}
     return from_config(model_class.config_class, config)
 
 
-def detr_fields(config: dict) -> dict:
-    """transformers 5 moves the backbone's name into `backbone_config`, and the number of classes is
-    only there as the length of `id2label`."""
-    inner = config.get("backbone_config") or {}
-    return config | {
-        "backbone": config.get("backbone") or inner.get("backbone"),
-        "num_labels": len(config["id2label"]) if config.get("id2label") else None,
-    }
-
-
-def paligemma_fields(config: dict) -> dict:
-    """The top-level hidden_size is wrong or absent in released files and is never read. ValueError
-    for PaliGemma 1, which has the same model_type."""
-    text = config.get("text_config") or {}
-    if text.get("model_type") != "gemma2":
-        raise ValueError(
-            f"this is PaliGemma 1 (its text model is {text.get('model_type')!r}, not 'gemma2'). "
-            "Its norms and attention differ; use google/paligemma2-3b-mix-448."
-        )
-    rotary = text.get("rope_parameters") or {}  # transformers 5
-    text = text | {"rope_theta": rotary.get("rope_theta") or text.get("rope_theta")}
-    return config | {"text": text, "vision": config.get("vision_config") or {}}
-
-
-# ----------------------------------------------------------------------------------------------
-# Building and loading
-# ----------------------------------------------------------------------------------------------
+# ---- Building and loading ------------------------------------------------------------------------
 
 
 def load(model_class: type, where: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -293,23 +254,22 @@ def build(model_class: type, folder: str | Path) -> nn.Module:
     """
     kind = architecture(model_class)
     config = read_config(folder, MODEL_TYPES[kind])
-    stored = headers(folder) if kind in ("T5", "MultimodalT5") and has_weights(folder) else {}
+    if MODEL_TYPES[kind] != "t5":
+        with described(folder):
+            return model_class(model_config(model_class, config))
+    stored = {}
+    with contextlib.suppress(FileNotFoundError):  # there may be no weights yet
+        stored = headers(folder)
     tied = head_is_tied(folder) if stored else None
+    dense = [stored[name] for name in stored if name.endswith("image_dense.weight")]
     with described(folder):
         if kind == "T5":
-            return model_class(checked(model_config(model_class, config)), tied)
-        if kind == "MultimodalT5":
-            t5_class = model_class.t5_class
-            t5 = t5_class(checked(model_config(t5_class, config)), tied)
-            table = table_of(model_class)
-            shapes = {table.to_ours(name): header.shape for name, header in stored.items()}
-            if "fusion.image_dense.weight" not in shapes:
-                return model_class(t5)
-            feature_dim = shapes["fusion.image_dense.weight"][1]
-            no_image = config.get("no_image", "zero")
-            fusion = model_class.fusion_class(t5.config.d_model, feature_dim, no_image)
-            return model_class(t5, fusion)
-        return model_class(checked(model_config(model_class, config)))
+            return model_class(model_config(model_class, config), tied)
+        t5 = model_class.t5_class(model_config(model_class.t5_class, config), tied)
+        if not dense:
+            return model_class(t5)
+        sizes = (t5.config.d_model, dense[0].shape[1])
+        return model_class(t5, model_class.fusion_class(*sizes, config.get("no_image", "zero")))
 
 
 class Undrawn(TorchFunctionMode):
@@ -336,9 +296,7 @@ def described(folder: str | Path) -> Iterator[None]:
         ) from e
 
 
-# ----------------------------------------------------------------------------------------------
-# Saving
-# ----------------------------------------------------------------------------------------------
+# ---- Saving --------------------------------------------------------------------------------------
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -354,57 +312,36 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def config_json(model: nn.Module) -> dict:
     """config.json's content for a model, as transformers writes it."""
     kind = architecture(type(model))
-    if kind == "T5":
-        return t5_json(model, "T5ForConditionalGeneration")
-    if kind == "DETR":
-        return detr_json(model.config)
-    if kind == "PaliGemma":
-        return paligemma_json(model.config)
-    if model.fusion is None:
-        return t5_json(model.t5, "T5ForConditionalGeneration")
-    config = t5_json(model.t5, "T5ForMultimodalGeneration")
-    return config | {"no_image": model.fusion.no_image}
-
-
-def t5_json(t5: nn.Module, architecture_name: str) -> dict:
-    """The output scaling is spelled for readers of transformers 4 and of transformers 5."""
-    return asdict(t5.config) | {
-        "model_type": "t5",
-        "architectures": [architecture_name],
-        "is_encoder_decoder": True,
-        "num_decoder_layers": t5.config.decoder_layers,
-        "tie_word_embeddings": t5.lm_head is None,
-        "scale_decoder_outputs": t5.config.scaled,
-    }
-
-
-def detr_json(sizes) -> dict:
-    labels = {str(i): f"LABEL_{i}" for i in range(sizes.num_labels)}
-    config = asdict(sizes) | {
-        "model_type": "detr",
-        "architectures": ["DetrForObjectDetection"],
-        "use_timm_backbone": True,
-        "id2label": sizes.id2label or labels,
-    }
-    return {key: value for key, value in config.items() if value is not None}
-
-
-def paligemma_json(sizes) -> dict:
-    text = asdict(sizes.text) | {"model_type": "gemma2", "num_image_tokens": sizes.image_tokens}
-    if not text["layer_types"]:
-        del text["layer_types"]
-    width = sizes.text.hidden_size
-    vision = asdict(sizes.vision) | {
-        "model_type": "siglip_vision_model",
-        "vision_use_head": False,
-        "projection_dim": width,
-    }
-    config = asdict(sizes) | {
-        "model_type": "paligemma",
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "text_config": text,
-        "vision_config": vision,
-        "projection_dim": width,
-    }
-    del config["text"], config["vision"]
-    return config
+    if MODEL_TYPES[kind] == "t5":
+        t5 = model if kind == "T5" else model.t5
+        fusion = None if kind == "T5" else model.fusion
+        config = asdict(t5.config) | {
+            "architectures": [f"T5For{'Multimodal' if fusion else 'Conditional'}Generation"],
+            "is_encoder_decoder": True,
+            "num_decoder_layers": t5.config.decoder_layers,
+            "tie_word_embeddings": t5.lm_head is None,  # transformers 4 scales the output by it,
+            "scale_decoder_outputs": t5.config.scaled,  # transformers 5 by this
+        }
+        config |= {"no_image": fusion.no_image} if fusion else {}
+    elif kind == "DETR":
+        c = model.config
+        config = asdict(c) | {
+            "architectures": ["DetrForObjectDetection"],
+            "use_timm_backbone": True,
+            "id2label": c.id2label or {str(i): f"LABEL_{i}" for i in range(c.num_labels)},
+        }
+        config = {key: value for key, value in config.items() if value is not None}
+    else:
+        config = asdict(model.config)
+        text = config.pop("text") | {"model_type": "gemma2"}
+        text["num_image_tokens"] = model.config.image_tokens
+        if not text["layer_types"]:
+            del text["layer_types"]
+        width = {"projection_dim": text["hidden_size"]}
+        vision = {"model_type": "siglip_vision_model", "vision_use_head": False} | width
+        config |= width | {
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "text_config": text,
+            "vision_config": config.pop("vision") | vision,
+        }
+    return config | {"model_type": MODEL_TYPES[kind]}

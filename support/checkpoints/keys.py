@@ -1,12 +1,10 @@
 """Weight names as data: those of the files on the Hub <-> ours, a table for each architecture.
 
-Loading and saving go by the same table. The tables are looked up by the name of the model class,
-so the classes themselves know nothing of files:
+Loading and saving go by the same table; the tables are looked up by the name of the model class, so
+the classes themselves know nothing of files. A model of your own needs a table here.
 
     TABLES["T5"].to_ours("encoder.block.0.layer.0.SelfAttention.q.weight")
     # "encoder.block.0.self_attn.q_proj.weight"
-
-A model of your own needs a table here.
 """
 
 import itertools
@@ -34,9 +32,8 @@ class KeyTable:
             same = theirs if ours == "=" else ours
             our_names = self.expand(same) if same else [None] * len(names)
             self.rows.update(zip(names, our_names, strict=True))
-        inverse = {ours: theirs for theirs, ours in self.rows.items() if ours}
         self.by_file_name = self.by_outline(self.rows)
-        self.by_our_name = self.by_outline(inverse)
+        self.by_our_name = self.by_outline({o: theirs for theirs, o in self.rows.items() if o})
 
     @staticmethod
     def expand(pattern: str) -> list[str]:
@@ -50,20 +47,18 @@ class KeyTable:
         """A name or pattern with "#" for each number: the key that finds its rows quickly."""
         return re.sub(r"\{\}|\d+", "#", name)
 
-    @classmethod
-    def by_outline(cls, rows: NameRows) -> dict[str, list[tuple[str, str | None]]]:
-        """The rows, as (pattern, target), by their pattern's outline."""
+    def by_outline(self, rows: NameRows) -> dict[str, list[tuple[str, str | None]]]:
+        """The rows, as (regex, target), by their pattern's outline."""
         grouped = {}
         for pattern, target in rows.items():
-            grouped.setdefault(cls.outline(pattern), []).append((pattern, target))
+            regex = re.escape(pattern).replace(r"\{\}", r"(\d+)")
+            grouped.setdefault(self.outline(pattern), []).append((regex, target))
         return grouped
 
-    @classmethod
-    def translate(cls, name: str, grouped: dict) -> str | None:
+    def translate(self, name: str, grouped: dict[str, list]) -> str | None:
         """The target of the row that fits, None if it is skipped, "?name" if no row fits."""
-        for pattern, target in grouped.get(cls.outline(name), ()):
-            match = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), name)
-            if match:
+        for regex, target in grouped.get(self.outline(name), ()):
+            if match := re.fullmatch(regex, name):
                 return target and target.format(*match.groups())
         return f"?{name}"
 
@@ -80,10 +75,10 @@ class KeyTable:
         return self.translate(name, self.by_our_name)
 
 
-# ----------------------------------------------------------------------------------------------
-# The tables
-# ----------------------------------------------------------------------------------------------
+# ---- The tables ----------------------------------------------------------------------------------
 
+BLOCK = "<encoder|decoder>.block.{}"
+FFN = "<encoder.block.{}.layer.1|decoder.block.{}.layer.2>"
 T5_KEYS = KeyTable(
     {
         "shared.weight": "=",
@@ -93,56 +88,48 @@ T5_KEYS = KeyTable(
         "<encoder|decoder>.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
             "<encoder|decoder>.relative_attention_bias.weight"
         ),
-        "<encoder|decoder>.block.{}.layer.0.SelfAttention.<q|k|v|o>.weight": (
-            "<encoder|decoder>.block.{}.self_attn.<q|k|v|o>_proj.weight"
+        f"{BLOCK}.layer.0.SelfAttention.<q|k|v|o>.weight": (
+            f"{BLOCK}.self_attn.<q|k|v|o>_proj.weight"
         ),
-        "<encoder|decoder>.block.{}.layer.0.layer_norm.weight": (
-            "<encoder|decoder>.block.{}.self_attn_norm.weight"
-        ),
+        f"{BLOCK}.layer.0.layer_norm.weight": f"{BLOCK}.self_attn_norm.weight",
         "decoder.block.{}.layer.1.EncDecAttention.<q|k|v|o>.weight": (
             "decoder.block.{}.cross_attn.<q|k|v|o>_proj.weight"
         ),
         "decoder.block.{}.layer.1.layer_norm.weight": "decoder.block.{}.cross_attn_norm.weight",
         # In some old files; cross-attention has no position bias and this must not be used.
         "decoder.block.{}.layer.1.EncDecAttention.relative_attention_bias.weight": None,
-        "encoder.block.{}.layer.1.DenseReluDense.<wi|wi_0|wi_1|wo>.weight": (
-            "encoder.block.{}.ffn.<wi|wi_0|wi_1|wo>.weight"
-        ),
-        "decoder.block.{}.layer.2.DenseReluDense.<wi|wi_0|wi_1|wo>.weight": (
-            "decoder.block.{}.ffn.<wi|wi_0|wi_1|wo>.weight"
-        ),
-        "encoder.block.{}.layer.1.layer_norm.weight": "encoder.block.{}.ffn_norm.weight",
-        "decoder.block.{}.layer.2.layer_norm.weight": "decoder.block.{}.ffn_norm.weight",
+        f"{FFN}.DenseReluDense.<wi|wi_0|wi_1|wo>.weight": f"{BLOCK}.ffn.<wi|wi_0|wi_1|wo>.weight",
+        f"{FFN}.layer_norm.weight": f"{BLOCK}.ffn_norm.weight",
     }
 )
 
+
+def moved(theirs: str, ours: str, names: tuple[str, ...]) -> NameRows:
+    """Rows of names that differ in what stands before them."""
+    return {theirs + name: ours + name for name in names}
+
+
 NORM = "<weight|bias|running_mean|running_var>"
 LAYER = "<encoder|decoder>.layers.{}"
+RESNET_NAMES = (
+    "conv1.weight",
+    f"bn1.{NORM}",
+    "layer{}.{}.<conv1|conv2|conv3|downsample.0>.weight",
+    f"layer{{}}.{{}}.<bn1|bn2|bn3|downsample.1>.{NORM}",
+)
+DETR_NAMES = (
+    "<input_projection|decoder.layernorm>.<weight|bias>",
+    "query_position_embeddings.weight",
+    f"{LAYER}.<self_attn_layer_norm|final_layer_norm|fc1|fc2>.<weight|bias>",
+    "decoder.layers.{}.encoder_attn_layer_norm.<weight|bias>",
+)
+ATTENTION = "<encoder.layers.{}.self|decoder.layers.{}.self|decoder.layers.{}.encoder>_attn"
 DETR_KEYS = KeyTable(
-    {
-        "model.backbone.conv_encoder.model.conv1.weight": "backbone.conv1.weight",
-        f"model.backbone.conv_encoder.model.bn1.{NORM}": f"backbone.bn1.{NORM}",
-        "model.backbone.conv_encoder.model.layer{}.{}.<conv1|conv2|conv3|downsample.0>.weight": (
-            "backbone.layer{}.{}.<conv1|conv2|conv3|downsample.0>.weight"
-        ),
-        f"model.backbone.conv_encoder.model.layer{{}}.{{}}.<bn1|bn2|bn3|downsample.1>.{NORM}": (
-            f"backbone.layer{{}}.{{}}.<bn1|bn2|bn3|downsample.1>.{NORM}"
-        ),
-        "model.<input_projection|decoder.layernorm>.<weight|bias>": (
-            "<input_projection|decoder.layernorm>.<weight|bias>"
-        ),
-        "model.query_position_embeddings.weight": "query_position_embeddings.weight",
-        f"model.{LAYER}.self_attn.<q|k|v|out>_proj.<weight|bias>": (
-            f"{LAYER}.self_attn.<q|k|v|o>_proj.<weight|bias>"
-        ),
-        "model.decoder.layers.{}.encoder_attn.<q|k|v|out>_proj.<weight|bias>": (
-            "decoder.layers.{}.encoder_attn.<q|k|v|o>_proj.<weight|bias>"
-        ),
-        f"model.{LAYER}.<self_attn_layer_norm|final_layer_norm|fc1|fc2>.<weight|bias>": (
-            f"{LAYER}.<self_attn_layer_norm|final_layer_norm|fc1|fc2>.<weight|bias>"
-        ),
-        "model.decoder.layers.{}.encoder_attn_layer_norm.<weight|bias>": (
-            "decoder.layers.{}.encoder_attn_layer_norm.<weight|bias>"
+    moved("model.backbone.conv_encoder.model.", "backbone.", RESNET_NAMES)
+    | moved("model.", "", DETR_NAMES)
+    | {
+        f"model.{ATTENTION}.<q|k|v|out>_proj.<weight|bias>": (
+            f"{ATTENTION}.<q|k|v|o>_proj.<weight|bias>"
         ),
         "<class_labels_classifier|bbox_predictor.layers.{}>.<weight|bias>": "=",
     },
@@ -153,30 +140,24 @@ DETR_KEYS = KeyTable(
     ),
 )
 
-VISION_PARTS = "layer_norm1|layer_norm2|mlp.fc1|mlp.fc2|" + "|".join(
-    f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")
+VISION_NAMES = (
+    "embeddings.patch_embedding.<weight|bias>",
+    "embeddings.position_embedding.weight",
+    "encoder.layers.{}.<layer_norm1|layer_norm2|mlp.fc1|mlp.fc2>.<weight|bias>",
+    "encoder.layers.{}.self_attn.<q|k|v|out>_proj.<weight|bias>",
+    "post_layernorm.<weight|bias>",
 )
-TEXT_PARTS = "|".join(
-    [f"self_attn.{name}_proj" for name in "qkvo"]
-    + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    + [f"{when}_layernorm" for when in ("input", "post_attention")]
-    + [f"{when}_feedforward_layernorm" for when in ("pre", "post")]
+TEXT_NAMES = (
+    "embed_tokens.weight",
+    "layers.{}.self_attn.<q|k|v|o>_proj.weight",
+    "layers.{}.mlp.<gate|up|down>_proj.weight",
+    "layers.{}.<input|post_attention|pre_feedforward|post_feedforward>_layernorm.weight",
+    "norm.weight",
 )
 PALIGEMMA_KEYS = KeyTable(
-    {
-        f"vision_tower.vision_model.{theirs}": f"vision_tower.{theirs}"
-        for theirs in (
-            "embeddings.patch_embedding.<weight|bias>",
-            "embeddings.position_embedding.weight",
-            f"encoder.layers.{{}}.<{VISION_PARTS}>.<weight|bias>",
-            "post_layernorm.<weight|bias>",
-        )
-    }
+    moved("vision_tower.vision_model.", "vision_tower.", VISION_NAMES)
     | {"multi_modal_projector.linear.<weight|bias>": "="}
-    | {
-        f"language_model.model.{theirs}": f"language_model.{theirs}"
-        for theirs in ("embed_tokens.weight", f"layers.{{}}.<{TEXT_PARTS}>.weight", "norm.weight")
-    }
+    | moved("language_model.model.", "language_model.", TEXT_NAMES)
     | {"language_model.lm_head.weight": None},  # the embedding again; hub.load checks
     spellings=(  # transformers 5 in a file, and 4.53 and later in memory
         (r"^model\.", ""),
@@ -186,14 +167,13 @@ PALIGEMMA_KEYS = KeyTable(
     ),
 )
 
-FUSION_ROWS = {
-    "encoder.<image_dense|gate_dense|mha_layer.out_proj>.<weight|bias>": (
-        "fusion.<image_dense|gate_dense|mha_layer.out_proj>.<weight|bias>"
-    ),
-    "encoder.mha_layer.in_proj_<weight|bias>": "fusion.mha_layer.in_proj_<weight|bias>",
-}
+FUSION_NAMES = (
+    "<image_dense|gate_dense|mha_layer.out_proj>.<weight|bias>",
+    "mha_layer.in_proj_<weight|bias>",
+)
 MULTIMODAL_KEYS = KeyTable(
-    {theirs: ours and f"t5.{ours}" for theirs, ours in T5_KEYS.rows.items()} | FUSION_ROWS,
+    {theirs: ours and f"t5.{ours}" for theirs, ours in T5_KEYS.rows.items()}
+    | moved("encoder.", "fusion.", FUSION_NAMES),
     spellings=((r"^(image_dense|mha_layer|gate_dense)\.", r"encoder.\1."),),  # Feb 2023 checkpoints
 )
 
@@ -214,8 +194,8 @@ def architecture(model_class: type) -> str:
         if base.__name__ in TABLES:
             return base.__name__
     raise ValueError(
-        f"{model_class.__name__} has no table of weight names: add one to TABLES in "
-        "support/checkpoints/keys.py."
+        f"{model_class.__name__} has no table of weight names in support/checkpoints/keys.py: "
+        "add one to TABLES."
     )
 
 

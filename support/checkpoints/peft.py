@@ -1,8 +1,8 @@
 """Adapter files as PEFT writes and reads them: adapter_config.json, adapter_model.safetensors.
 
-Layers are named as transformers 5 names them, or, in older files, as transformers 4 did: the key
-tables know every spelling. Reading is strict: a setting that would change the outputs and is not
-supported, or a tensor that fits no layer, is an error; nothing is silently left out.
+Layers are named as transformers 5 or, in older files, 4 names them: the key tables know both.
+Reading is strict: a setting that would change the outputs and is not supported, or a tensor that
+fits no layer, is an error.
 """
 
 import json
@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from support.checkpoints.hub import refuse_other_folders
 from support.checkpoints.keys import architecture, file_path, table_of, transformers_path
-from support.checkpoints.weights import first_names, write_safetensors
+from support.checkpoints.weights import json_object, listed, opened, write_safetensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -67,22 +65,14 @@ class Adapter(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
 
-# ----------------------------------------------------------------------------------------------
-# Writing
-# ----------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 def write(
-    model_class: type,
-    adapters: dict[str, Adapter],
-    folder: str | Path,
-    base: str | Path | None = None,
+    model_class: type, adapters: dict[str, Adapter], folder: str | Path, base: str | Path | None
 ) -> None:
-    """Write {our path: Adapter} of a model as PEFT does.
-
-    Layers are named by whole paths, so that no other fits. `base` is the base model's Hub id or
-    folder, for the config.
-    """
+    """Write {our path: Adapter} of a model as PEFT does; layers are named by whole paths, so that
+    no other fits. `base` is the base model's Hub id or folder, for the config."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     by_name = {transformers_path(model_class, path): x for path, x in adapters.items()}
@@ -113,9 +103,7 @@ def write(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------
-# Reading
-# ----------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def read(
@@ -128,16 +116,17 @@ def read(
     are not supported or match no layer, and for tensors that are missing, unexpected, of another
     shape or not finite.
     """
-    config, stored = read_files(folder)
+    config, stored = read_files(Path(folder))
     names = names_in_file(model_class, shapes, stored)
     settings = {
         path: layer_settings(config, name)
         for path, name in names.items()
         if is_target(config, name)
     }
+    prefixes = {path: f"{PREFIX}{names[path]}." for path in settings}
     # Compared before anything of that size is made: the rank may be any number.
     wanted = {
-        f"{PREFIX}{names[path]}.{part}": shape
+        prefixes[path] + part: shape
         for path, layer in settings.items()
         for part, shape in adapter_shapes(shapes[path], layer).items()
     }
@@ -147,71 +136,55 @@ def read(
             f"{CONFIG}. Tensors {problems}."
         )
     refuse_unmatched(config, [names[path] for path in settings], folder)
-    adapters = {}
-    for path, layer in settings.items():
-        parts = adapter_shapes(shapes[path], layer)
-        tensors = {part: stored[f"{PREFIX}{names[path]}.{part}"] for part in parts}
-        adapters[path] = Adapter(layer, tensors)
+    adapters = {path: Adapter(layer, {}) for path, layer in settings.items()}
+    for path, prefix in prefixes.items():
+        for name in filter(lambda name: name.startswith(prefix), stored):  # noqa: B023
+            adapters[path].tensors[name.removeprefix(prefix)] = stored[name]
     return adapters
 
 
-def read_files(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The checked settings of adapter_config.json, and {name: tensor}, of a PEFT folder."""
-    config = Path(folder) / CONFIG
-    weights = Path(folder) / WEIGHTS
-    for path in (config, weights):
-        if not path.is_file():
-            if path == config:
-                refuse_other_folders(Path(folder))
-            raise FileNotFoundError(
-                f"{path} does not exist. An adapter is a folder with {CONFIG} and {WEIGHTS} (PEFT "
-                "loads an old adapter_model.bin and saves it so)."
-            )
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8-sig"))
-        tensors = load_file(weights)
-    except (ValueError, RecursionError, SafetensorError, OSError, AttributeError, KeyError) as e:
-        raise ValueError(
-            f"The adapter in {folder} cannot be read ({type(e).__name__}: {e}). Get it again."
-        ) from e
+def read_files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The checked settings of adapter_config.json, and {name: tensor}, of a PEFT folder; the names
+    without what torch.compile and DataParallel put into them."""
+    config = folder / CONFIG
+    if not config.is_file():
+        refuse_other_folders(folder)
+    settings = json_object(config)
     refuse_unsupported(settings, config)
     settings = {key: value for key, value in settings.items() if value is not None}
     check_settings(settings, config)
-    return settings, {unwrapped(name): t for name, t in tensors.items()}
-
-
-def unwrapped(name: str) -> str:
-    """A tensor's name without what torch.compile and DataParallel put into it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"{folder / WEIGHTS} does not exist. (PEFT makes it of an old adapter_model.bin.)"
+        )
+    with opened(folder / WEIGHTS) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    clean = {name.replace("_orig_mod.", "").removeprefix("module."): name for name in tensors}
+    return settings, {name: tensors[stored] for name, stored in clean.items()}
 
 
 def unfit(wanted: dict[str, list[int]], stored: dict[str, torch.Tensor]) -> str:
     """What does not fit the {name: shape} wanted: numbers and first names; "" if all is well."""
+    shapes = {name: list(t.shape) for name, t in stored.items()}
+    other = {x for x in wanted.keys() & stored.keys() if shapes[x] != wanted[x]}
     problems = {
-        "missing": sorted(wanted.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name}: file {list(stored[name].shape)}, model {shape}"
-            for name, shape in wanted.items()
-            if name in stored and list(stored[name].shape) != shape
-        ],
-        "without finite floating-point numbers": sorted(
+        "missing": wanted.keys() - stored.keys(),
+        "unexpected": stored.keys() - wanted.keys(),
+        "of another shape": {f"{x}: file {shapes[x]}, model {wanted[x]}" for x in other},
+        "without finite floating-point numbers": {
             name
             for name, t in stored.items()
             if not t.is_floating_point() or not t.float().isfinite().all()
-        ),
+        },
     }
-    parts = [f"{len(v)} {kind}: {first_names(v)}" for kind, v in problems.items() if v]
-    return "; ".join(parts)
+    return listed(problems)
 
 
 def adapter_shapes(shape: tuple[int, int], settings: Settings) -> dict[str, list[int]]:
     """{part: shape} of the tensors that adapt a weight (O, I)."""
     outputs, inputs = shape
     shapes = {"lora_A.weight": [settings.r, inputs], "lora_B.weight": [outputs, settings.r]}
-    if settings.dora:
-        shapes["lora_magnitude_vector"] = [outputs]
-    return shapes
+    return shapes | ({"lora_magnitude_vector": [outputs]} if settings.dora else {})
 
 
 def names_in_file(model_class: type, paths: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
@@ -229,16 +202,13 @@ def names_in_file(model_class: type, paths: Iterable[str], stored: Iterable[str]
     return {path: theirs.get(path) or spelled(model_class, path) for path in paths}
 
 
-# ----------------------------------------------------------------------------------------------
-# Settings
-# ----------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
 
 
-def refuse_unsupported(config: object, path: Path) -> None:
+def refuse_unsupported(config: dict, path: Path) -> None:
     """ValueError if the adapter_config.json at `path` asks for what is not done here."""
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if kind != "LORA":
-        raise ValueError(f"{path} describes {kind!r}; only peft_type 'LORA' is supported here.")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} has peft_type {config.get('peft_type')!r:.60}, not 'LORA'.")
     refused = {k: v for k, v in config.items() if v and k not in KNOWN}
     for key, allowed in (("bias", ("none",)), ("init_lora_weights", HARMLESS_INITS)):
         if config.get(key, allowed[0]) not in allowed:
@@ -246,9 +216,9 @@ def refuse_unsupported(config: object, path: Path) -> None:
     if not config.get("target_modules"):
         refused["target_modules"] = config.get("target_modules")
     if refused:
-        listed = ", ".join(f"{name} = {value!r}" for name, value in refused.items())
+        asked = ", ".join(f"{name} = {value!r}" for name, value in refused.items())
         raise ValueError(
-            f"{path} asks for what is not supported here: {listed}. Only LoRA, rsLoRA and DoRA on "
+            f"{path} asks for what is not supported here: {asked}. Only LoRA, rsLoRA and DoRA on "
             "named Linear layers are: merge this adapter with PEFT and load the merged model."
         )
 
@@ -291,12 +261,12 @@ def refuse_unmatched(config: dict, names: list[str], folder: str | Path) -> None
     """ValueError for targets, ranks or alphas of which none fits a layer: the defaults would be
     used in their place. If only some do not, that is printed (PEFT warns too)."""
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = list(config.get(key) or {})
+        patterns = config.get(key, {})
         unknown = [p for p in patterns if not any(matches(p, name) for name in names)]
+        message = f"{folder}: {key} {unknown!r:.60} matches none of the adapted layers."
+        if unknown and len(unknown) == len(patterns):
+            raise ValueError(f"{message} Was the adapter made for another model?")
         if unknown:
-            message = f"{folder}: {key} {unknown!r:.60} matches none of the adapted layers."
-            if len(unknown) == len(patterns):
-                raise ValueError(f"{message} Was the adapter made for another model?")
             print(message, file=sys.stderr)
     if not names:
         targets = f"{config['target_modules']!r:.60}"
@@ -307,15 +277,15 @@ def layer_settings(config: dict, name: str) -> Settings:
     """The settings of the layer that a file calls `name`; patterns match ends of names."""
 
     def of_layer(key, default):
-        patterns = (config.get(key) or {}).items()
+        patterns = config.get(key, {}).items()
         return next((value for pattern, value in patterns if matches(pattern, name)), default)
 
     return Settings(
         r=of_layer("rank_pattern", config.get("r", 8)),
         alpha=of_layer("alpha_pattern", config.get("lora_alpha", 8)),
-        dropout=config.get("lora_dropout") or 0.0,
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
+        dropout=config.get("lora_dropout", 0.0),
+        rslora=config.get("use_rslora", False),
+        dora=config.get("use_dora", False),
     )
 
 
@@ -329,7 +299,7 @@ def is_target(config: dict, name: str) -> bool:
 
     targets = config["target_modules"]
     layers = config.get("layers_to_transform")
-    if fits(config.get("exclude_modules") or []) or not fits(targets):
+    if fits(config.get("exclude_modules", [])) or not fits(targets):
         return False
     if isinstance(targets, str) or name in targets or layers is None or layers == []:
         return True

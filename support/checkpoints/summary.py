@@ -1,8 +1,7 @@
 """What a checkpoint holds, as text and without loading it: `--keys` and `--summary`.
 
-`python model.py --keys DIR_OR_HUB_ID` prints the weight table that loading goes by; `--summary` the
-architecture, with shapes and parameter counts, for which config.json is enough. fusion.py does both
-for a T5 with a fusion.
+`python model.py --keys DIR_OR_HUB_ID` prints the weight table that loading goes by, `--summary` the
+architecture, for which config.json is enough. fusion.py does both for a T5 with a fusion.
 
 Axes, as the summary prints them: B batch, T source length, U target length, P feature pixels,
 Y X pixels of an image, down and across.
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from support.checkpoints.hub import build, read_config, resolve
-from support.checkpoints.keys import architecture, table_of
+from support.checkpoints.keys import T5_KEYS, architecture, table_of
 from support.checkpoints.weights import UNFIT, cause, unfit, weight_rows
 
 # What stands for a shape's letters: large primes, which no config has; an image's sides are 32
@@ -33,9 +32,7 @@ AXIS_LETTERS |= {AXIS_SIZES[axis] // n: f"{axis}/{n}" for axis in "YX" for n in 
 AXIS_LETTERS |= {AXIS_SIZES["Y"] * AXIS_SIZES["X"] // n**2: "P" for n in (16, 32)}
 
 
-# ----------------------------------------------------------------------------------------------
-# The weight table
-# ----------------------------------------------------------------------------------------------
+# ---- The weight table ----------------------------------------------------------------------------
 
 
 def keys(model: nn.Module, folder: Path) -> tuple[list[str], int]:
@@ -56,11 +53,9 @@ def keys(model: nn.Module, folder: Path) -> tuple[list[str], int]:
     counts = ", ".join(f"{n} {fate}" for fate, n in fates.items())
     lines = [*aligned(table), f"{type(model).__name__}: {len(rows)} tensors, {counts}"]
     problems = unfit(rows)
-    kind = architecture(type(model))
     if problems:
-        why = cause(rows, folder, table_of(type(model)))
-        lines += [*([why] if why else []), f"Tensors {problems}."]
-    if re.search("image_dense|mha_layer|gate_dense", problems) and kind == "T5":
+        lines.append(f"{cause(rows, folder, table_of(type(model)))}Tensors {problems}.")
+    if re.search("image_dense|mha_layer|gate_dense", problems) and table_of(type(model)) is T5_KEYS:
         lines.append("Multimodal-CoT's fusion has its own table: python fusion.py --keys.")
     return lines, sum(fates[fate] for fate in UNFIT)
 
@@ -77,9 +72,7 @@ def aligned(table: Iterable[tuple[str, ...]], right: tuple[int, ...] = ()) -> It
         yield "  ".join(cells).rstrip()
 
 
-# ----------------------------------------------------------------------------------------------
-# The architecture
-# ----------------------------------------------------------------------------------------------
+# ---- The architecture ----------------------------------------------------------------------------
 
 
 def ones(*axes: str | int) -> torch.Tensor:
@@ -87,36 +80,23 @@ def ones(*axes: str | int) -> torch.Tensor:
     return torch.ones([AXIS_SIZES.get(a, a) for a in axes], dtype=torch.long, device="meta")
 
 
-def walk_t5(model: nn.Module) -> None:
-    model(ones("B", "T"), ones("B", "T"), ones("B", "U"))
-
-
-def walk_multimodal(model: nn.Module) -> None:
-    features = None
-    if model.fusion is not None:
-        features = ones("B", "P", model.fusion.image_dense.in_features)
-    model(ones("B", "T"), ones("B", "T"), features, ones("B", "U"))
-
-
-def walk_detr(model: nn.Module) -> None:
-    model(ones("B", 3, "Y", "X").float())
-
-
-def walk_paligemma(model: nn.Module) -> None:
-    """Image and text each: on the meta device nobody can count the <image> tokens."""
-    side = model.config.vision.image_size
-    model.image_features(ones("B", 3, side, side))
-    valid = ones("B", "T").bool()
-    embedded = model.language_model.embed(ones("B", "T"))
-    model.head(model.language_model(embedded, valid, valid))
-
-
-WALKS = {  # a forward pass of each architecture
-    "T5": walk_t5,
-    "MultimodalT5": walk_multimodal,
-    "DETR": walk_detr,
-    "PaliGemma": walk_paligemma,
-}
+def walk(model: nn.Module) -> None:
+    """A forward pass on the meta device."""
+    kind = architecture(type(model))
+    text = ones("B", "T")
+    if kind == "T5":
+        model(text, text, ones("B", "U"))
+    elif kind == "MultimodalT5":
+        fusion = model.fusion
+        features = fusion and ones("B", "P", fusion.image_dense.in_features)
+        model(text, text, features, ones("B", "U"))
+    elif kind == "DETR":
+        model(ones("B", 3, "Y", "X").float())
+    else:  # image and text each: on the meta device nobody can count the <image> tokens
+        side = model.config.vision.image_size
+        model.image_features(ones("B", 3, side, side))
+        embedded = model.language_model.embed(text)
+        model.head(model.language_model(embedded, text.bool(), text.bool()))
 
 
 class Branch(NamedTuple):
@@ -128,7 +108,7 @@ class Branch(NamedTuple):
     children: list[tuple[str, Self]]
 
 
-def summary(model: nn.Module, walk: Callable[[nn.Module], None]) -> list[str]:
+def summary(model: nn.Module, walk: Callable[[nn.Module], None] = walk) -> list[str]:
     """The architecture as lines: module, shape of its output, parameters. Sizes that the config
     fixes are numbers, the others letters; equal neighbours are one line."""
     shapes = {}
@@ -182,9 +162,7 @@ def rows_of(name: str, equal: list[Branch], indent: str) -> Iterator[tuple[str, 
                 yield from rows_of(f"{child_name}  ", [child], indent + "  ")
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line of model.py and fusion.py
-# ----------------------------------------------------------------------------------------------
+# ---- The command line of model.py and fusion.py --------------------------------------------------
 
 
 def main(architectures: dict[str, type]) -> None:
@@ -203,7 +181,7 @@ def main(architectures: dict[str, type]) -> None:
         if args.keys:
             lines, problems = keys(model, folder)
         else:
-            lines = summary(model, WALKS[architecture(type(model))])
+            lines = summary(model)
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
     try:

@@ -6,7 +6,7 @@ a tensor that is missing, unexpected or of another shape is an error that names 
 
 import contextlib
 import functools
-import json
+import itertools
 import math
 import os
 import re
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from support.checkpoints.keys import KeyTable, table_of
-from support.files import checksum, write_json
+from support.files import checksum, read_json, write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,10 +32,7 @@ LISTED = 5  # names of each kind in a refusal; --keys prints all
 
 def json_object(path: Path) -> dict:
     """The JSON object in a file; ValueError if it holds anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}). Download it again.") from e
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
     return value
@@ -47,22 +44,20 @@ def first_names(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-# ----------------------------------------------------------------------------------------------
-# Which files, and what their headers say
-# ----------------------------------------------------------------------------------------------
+def listed(problems: dict[str, list[str]]) -> str:
+    """ "2 missing: a, b; 1 unexpected: c" for {kind: names}; "" if there are none."""
+    return "; ".join(
+        f"{len(x)} {kind}: {first_names(sorted(x))}" for kind, x in problems.items() if x
+    )
+
+
+# ---- Which files, and what their headers say -----------------------------------------------------
 
 
 class Header(NamedTuple):
-    """What a weight file says of one tensor."""
-
     path: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it: "F32", "BF16"
-
-
-def has_weights(folder: str | Path) -> bool:
-    """Whether a checkpoint folder has a weight file of a kind that is read here."""
-    return any((Path(folder) / name).exists() for name in (INDEX, SINGLE, PICKLE))
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -77,9 +72,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         names = list(names.values()) if isinstance(names, dict) else [None]
         # Files of its own folder only: an index from a stranger must not read anything else.
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(
-                f"{index} has no weight_map from tensors to files of its own folder. Get it again."
-            )
+            raise ValueError(f"{index} has no weight_map to files of its own folder. Get it again.")
         return sorted({folder / name for name in names})
     single = folder / SINGLE
     pickle = folder / PICKLE
@@ -119,23 +112,20 @@ def head_is_tied(folder: str | Path) -> bool:
     The config cannot tell: transformers 5 writes tie_word_embeddings=true for FLAN-T5 as well, and
     PaliGemma2's says false of a text model whose head is the embedding.
     """
-    embeddings = ("shared.weight", "embed_tokens.weight")
     stored = headers(folder)
     heads = [name for name in stored if name.endswith("lm_head.weight")]
-    inputs = sorted((name for name in stored if name.endswith(embeddings)), key=len)
+    inputs = [name for name in stored if name.endswith(("shared.weight", "embed_tokens.weight"))]
     if not heads or not inputs:
         return True
-    tensors = []
-    for name in (heads[0], inputs[0]):  # T5's copies of `shared` have longer names
-        with opened(stored[name].path) as file:
-            tensors.append(file.get_tensor(name))
-    head, embedding = tensors
+    embedding = min(inputs, key=len)  # T5's copies of `shared` have longer names
+    with opened(stored[heads[0]].path) as file:
+        head = file.get_tensor(heads[0])
+    with opened(stored[embedding].path) as file:
+        embedding = file.get_tensor(embedding)
     return head.dtype == embedding.dtype and torch.equal(head, embedding)
 
 
-# ----------------------------------------------------------------------------------------------
-# Pickles
-# ----------------------------------------------------------------------------------------------
+# ---- Pickles -------------------------------------------------------------------------------------
 
 
 def is_outdated(single: Path, pickle: Path) -> bool:
@@ -174,9 +164,8 @@ def convert_pickle(path: Path) -> None:
             f"{path} is not a plain file of tensors and was not loaded ({reason}). Pickles that "
             "hold code are refused: use a safetensors version of these weights."
         ) from e
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and is_plain(t) for name, t in tensors.items()
-    ):
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(map(is_plain, tensors.values())):
         raise ValueError(f"{path} does not hold a dict of tensors, so it is no model's weights.")
     kept = {}
     for name in sorted(tensors, key=len):  # of several names the shortest: "shared.weight"
@@ -200,9 +189,7 @@ def is_plain(t: object) -> bool:
     return t.numel() * t.element_size() <= t.untyped_storage().nbytes()
 
 
-# ----------------------------------------------------------------------------------------------
-# From the files into a model
-# ----------------------------------------------------------------------------------------------
+# ---- From the files into a model -----------------------------------------------------------------
 
 
 class Weight(NamedTuple):
@@ -230,14 +217,13 @@ def weight_rows(module: nn.Module, folder: str | Path) -> list[Weight]:
     rows = []
     for theirs, header in headers(folder).items():
         ours = table.to_ours(theirs)
-        if ours in wanted:
-            shape = wanted.pop(ours)
+        shape = wanted.pop(ours, None)
+        fate = "unexpected"  # or known by another spelling already
+        if shape is not None:
             fate = "matched" if shape == header.shape else "of another shape"
-            rows.append(Weight(fate, theirs, ours, header, shape))
         elif ours is None or re.fullmatch(r"(t5\.)?lm_head\.weight", ours):  # tied: a copy
-            rows.append(Weight("skipped", theirs, None, header, None))
-        else:  # or known by another spelling already
-            rows.append(Weight("unexpected", theirs, None, header, None))
+            fate = "skipped"
+        rows.append(Weight(fate, theirs, ours if shape is not None else None, header, shape))
     for ours, shape in wanted.items():
         rows.append(Weight("missing", table.to_file(ours), ours, None, shape))
     return rows
@@ -245,35 +231,24 @@ def weight_rows(module: nn.Module, folder: str | Path) -> list[Weight]:
 
 def unfit(rows: list[Weight]) -> str:
     """The rows that do not fit: for each fate the number and the first names; "" if all do."""
-    parts = []
-    for fate in UNFIT:
-        names = sorted(str(row) for row in rows if row.fate == fate)
-        if names:
-            parts.append(f"{len(names)} {fate}: {first_names(names)}")
-    return "; ".join(parts)
+    return listed({fate: [str(row) for row in rows if row.fate == fate] for fate in UNFIT})
 
 
 def cause(rows: list[Weight], folder: str | Path, table: KeyTable) -> str:
-    """A sentence on why the rows do not fit, where that is known, else ""."""
+    """A sentence and a space on why the rows do not fit, where that is known, else ""."""
     config = Path(folder) / "config.json"
     quantization = json_object(config).get("quantization_config") if config.is_file() else None
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        return (
-            f"They are quantised (quantization_config, {method}): use the original weights, or "
-            "dequantise these with the library that wrote them."
-        )
+        return f"They are quantised (quantization_config, {method}): use the original weights. "
     names = [row.theirs for row in rows if row.header is not None]
     if any(".encoder.stages." in name for name in names):
         return (
-            "Their ResNet was saved by transformers (use_timm_backbone=false), not by timm: use a "
-            "DETR whose backbone is timm's, as facebook/detr-resnet-50."
+            "Their ResNet was saved by transformers (use_timm_backbone=false): use a DETR with "
+            "timm's, as facebook/detr-resnet-50. "
         )
-    prefix = foreign_prefix(names, table)
-    if prefix:
-        return (
-            f"Every name in the files begins with {prefix!r}: save the model without its wrapper."
-        )
+    if prefix := foreign_prefix(names, table):
+        return f"Every name begins with {prefix!r}: save the model without its wrapper. "
     return ""
 
 
@@ -303,51 +278,37 @@ def load_weights(module: nn.Module, folder: str | Path, dtype: torch.dtype) -> N
             "bfloat16 where the device is good at it, else float32."
         )
     rows = weight_rows(module, folder)
-    name = type(module).__name__
     if problems := unfit(rows):
-        why = cause(rows, folder, table_of(type(module)))
-        sentences = [
-            f"The weights in {folder} do not fit {name} as its config.json describes it.",
-            *([why] if why else []),
-            f"Tensors {problems}.",
-        ]
-        raise ValueError(" ".join(sentences))
-    by_file = {}
-    for row in rows:
-        if row.fate == "matched":
-            by_file.setdefault(row.header.path, []).append(row)
+        raise ValueError(
+            f"The weights in {folder} do not fit {type(module).__name__} as its config.json "
+            f"describes it. {cause(rows, folder, table_of(type(module)))}Tensors {problems}."
+        )
+    matched = [row for row in rows if row.fate == "matched"]
     tensors = {}
-    bad = []
-    for path, matched in by_file.items():
+    for path, group in itertools.groupby(matched, lambda row: row.header.path):
         with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            read = pool.map(lambda row: checked(file.get_tensor(row.theirs), dtype), matched)  # noqa: B023
-            for row, (tensor, is_good) in zip(matched, read, strict=True):
-                tensors[row.ours] = tensor
-                if not is_good:
-                    bad.append(row.theirs)
-    if bad:
+            of_file = list(group)
+            read = pool.map(lambda row: usable(file.get_tensor(row.theirs), dtype), of_file)  # noqa: B023
+            tensors |= dict(zip(of_file, read, strict=True))
+    if bad := sorted(row.theirs for row, t in tensors.items() if t is None):
         raise ValueError(
             f"The weights in {folder} are not finite {dtype} numbers in {len(bad)} tensors: "
-            f"{first_names(sorted(bad))}. They were stored as integers, or by a run that diverged."
+            f"{first_names(bad)}. They were stored as integers, or by a run that diverged."
         )
-    module.load_state_dict(tensors, assign=True)
+    module.load_state_dict({row.ours: t for row, t in tensors.items()}, assign=True)
 
 
-def checked(t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
-    """A tensor in this dtype, and whether it is one of finite floating-point numbers."""
+def usable(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """A tensor in this dtype; None if it does not hold finite floating-point numbers.
+
+    NaN and infinity show in the sum, which runs at the memory's speed; where only the sum has
+    overflown, the extremes decide."""
     converted = t.to(dtype)
-    return converted, t.is_floating_point() and is_finite(converted)
+    finite = math.isfinite(converted.sum()) or all(map(math.isfinite, converted.aminmax()))
+    return converted if t.is_floating_point() and finite else None
 
 
-def is_finite(t: torch.Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinity. Either shows in its sum, which runs at the
-    memory's speed; where only the sum has overflown, the extremes decide."""
-    return math.isfinite(t.sum()) or all(math.isfinite(x) for x in t.aminmax())
-
-
-# ----------------------------------------------------------------------------------------------
-# Writing
-# ----------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

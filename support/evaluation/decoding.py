@@ -3,6 +3,8 @@
 Of mmcot each stage is decoded; PaliGemma writes rationale and answer in one text, with a budget for
 the rationale, a stop for loops and a forced "Answer:"; `majority` takes the vote of several samples
 (self-consistency, Wang et al. 2022, arXiv 2203.11171).
+
+Axes: B texts, U new tokens.
 """
 
 import itertools

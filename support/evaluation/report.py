@@ -4,8 +4,8 @@ The template next to this file is the page; its data, made here, is JSON in scri
 Attention maps come from a second forward pass over what was written. They say where numbers came
 from, not why (Jain and Wallace 2019, arXiv 1902.10186).
 
-Axes: B batch, T tokens, U of them written, n of them with a map; P I image positions, D width,
-K x G heads, L classes.
+Axes: B batch, T tokens, U of them written, n of them with a map; P I image positions, F width of
+their features, D width, K x G heads, L classes.
 """
 
 import base64
@@ -216,7 +216,7 @@ def fusion_maps(
             ids = batch["input_ids"].to(device)  # (B, T)
             mask = batch["attention_mask"].to(device)  # (B, T)
             H_language = model.t5.encode(ids, mask)  # (B, T, D)
-            features = batch["image_features"].to(device)  # (B, P, D)
+            features = batch["image_features"].to(device)  # (B, P, F)
             _, gate, attention = model.fusion.explain(H_language, features)
             for row, problem_id in enumerate(batch["ids"]):
                 real = mask[row].bool()  # (T,), no pads
@@ -246,8 +246,8 @@ def detected_objects(
         if detr is None:
             objects[problem.id] = {"labels": [f"position {j}" for j in range(count)]}
             continue
-        stored = torch.from_numpy(features[problem.id][:count])  # (P, D)
-        logits, boxes = detr.detect(stored)  # (P, L + 1), (P, 4)
+        stored = torch.from_numpy(features[problem.id][:count])
+        logits, boxes = detr.detect(stored)
         names = detr.config.id2label or {}
         labels = []
         for best in logits.argmax(-1).tolist():

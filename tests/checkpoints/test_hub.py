@@ -9,9 +9,10 @@ import pytest
 import torch
 from pairs import VERSIONS, assert_same_logits, close, make_t5, t5_logits
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from model import DETR, T5
+from fusion import GatedFusion, MultimodalT5
+from model import DETR, T5, PaliGemma
 from support.checkpoints import hub
 
 
@@ -59,16 +60,7 @@ def old_file(folder, config, hf):
 
 
 def sharded(folder, config, hf):
-    stored = oracle.t5_stored(hf)
-    names, weight_map = sorted(stored), {}
-    for shard in range(3):
-        file = f"model-{shard + 1:05d}-of-00003.safetensors"
-        part = {n: stored[n].detach().clone() for n in names[shard::3]}
-        save_file(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
+    oracle.write_shards(folder, config, oracle.t5_stored(hf))
 
 
 def pytorch_bin(folder, config, hf):
@@ -204,58 +196,73 @@ def test_a_pickle_with_code_is_refused(modern, tmp_path):
 # ---- errors are sentences -----------------------------------------------------------------------
 
 
-def test_each_wrong_tensor_is_named(t5, tmp_path):
-    stored = dict(oracle.t5_stored(t5.hf))
-    missing = ["encoder.block.1.layer.0.SelfAttention.q.weight", "decoder.final_layer_norm.weight"]
-    for name in missing:
-        del stored[name]
-    stored["encoder.block.2.layer.0.layer_norm.weight"] = torch.ones(24)  # one block too many
-    stored["something.else"] = torch.ones(3)
-    stored["decoder.block.0.layer.2.DenseReluDense.wo.weight"] = torch.ones(24, 35)
-    oracle.write_checkpoint(tmp_path, t5.config, stored)
-    with pytest.raises(ValueError) as error:
-        T5.from_pretrained(tmp_path)
-    said = str(error.value)
-    assert str(tmp_path) in said
-    sections = said.split(";")
-    assert all(name in sections[0] for name in missing) and "2 missing" in sections[0]
-    assert "2 unexpected" in sections[1]
-    assert "something.else" in sections[1]
-    assert "encoder.block.2.layer.0.layer_norm.weight" in sections[1]
-    assert "1 of another shape" in sections[2]
-    assert "layer.2.DenseReluDense.wo.weight: file [24, 35], model [24, 36]" in sections[2]
+SIZES = {T5: oracle.TINY_T5, DETR: oracle.TINY_DETR, PaliGemma: oracle.TINY_PALIGEMMA}
+KINDS = (T5, MultimodalT5, DETR, PaliGemma)
 
 
-def test_a_config_larger_than_the_weights(t5, tmp_path):
-    """13 tensors are missing; the first five are named."""
-    config = t5.config | {"num_layers": 3}
-    oracle.write_checkpoint(tmp_path, config, oracle.t5_stored(t5.hf))
-    with pytest.raises(ValueError, match=r"9 missing: encoder\.block\.2\.layer\.0") as error:
-        T5.from_pretrained(tmp_path)
-    assert str(error.value).count("encoder.block.2") == 5
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__)
+def saved(request, tmp_path_factory):
+    """A model class, and the folder and the tensors of a checkpoint of it."""
+    kind = request.param
+    if kind is MultimodalT5:
+        model = MultimodalT5(T5(hub.model_config(T5, SIZES[T5])), GatedFusion(24, 10))
+    else:
+        model = kind(hub.model_config(kind, SIZES[kind]))
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return kind, folder, load_file(folder / "model.safetensors")
 
 
-def quantised(config, stored):
-    config["quantization_config"] = {"quant_method": "bitsandbytes"}
-    return {name: t.to(torch.int8) for name, t in stored.items()} | {
-        f"{name}_absmax": torch.ones(1) for name in stored
-    }
+def test_each_wrong_tensor_is_named(saved, tmp_path):
+    kind, folder, tensors = saved
+    config = json.loads((folder / "config.json").read_text())
+    gone = sorted(tensors)[1::9]
+    narrow = [name for name, t in tensors.items() if t.dim() == 2 and name not in gone][-1]
+    sizes = list(tensors[narrow].shape)
+    changed = {name: t for name, t in tensors.items() if name not in gone}
+    changed |= {"something.else": torch.ones(3), narrow: torch.ones(sizes[0], sizes[1] + 1)}
+    oracle.write_checkpoint(tmp_path, config, changed)
+    with pytest.raises(ValueError, match=str(tmp_path)) as error:
+        kind.from_pretrained(tmp_path)
+    first = ", ".join(gone[:5])  # the rest is a number
+    more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
+    assert str(error.value).endswith(
+        f"Tensors {len(gone)} missing: {first}{more}; 1 unexpected: something.else; 1 of another "
+        f"shape: {narrow}: file {[sizes[0], sizes[1] + 1]}, model {sizes}."
+    )
 
 
-def wrapped(config, stored):
-    return {f"module._orig_mod.{name}": t for name, t in stored.items()}
+def test_fp16_another_architecture_and_damaged_weights_are_refused(saved, tmp_path):
+    kind, folder, _ = saved
+    with pytest.raises(ValueError, match="float16.*bfloat16"):
+        kind.from_pretrained(folder, dtype=torch.float16)
+    config = (folder / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors"):
+        kind.from_pretrained(tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    for damaged in (whole[:1000], whole[:-100], b"", b"\xff" * 64):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+            kind.from_pretrained(tmp_path)
+    other = json.loads(config) | {"model_type": "bart"}
+    oracle.write_checkpoint(tmp_path, other, {})
+    with pytest.raises(ValueError, match="model_type 'bart'.*is needed"):
+        kind.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change, reason", [(quantised, "bitsandbytes"), (wrapped, "'module._orig_mod.'")]
-)
-def test_a_refusal_is_short_and_names_the_cause(t5, change, reason, tmp_path):
-    config = dict(t5.config)
-    tensors = change(config, oracle.t5_stored(t5.hf))
-    oracle.write_checkpoint(tmp_path, config, tensors)
-    with pytest.raises(ValueError, match=reason) as error:
-        T5.from_pretrained(tmp_path)
-    assert len(str(error.value)) < 1500
+def test_a_refusal_is_short_and_names_the_cause(t5, tmp_path):
+    stored = oracle.t5_stored(t5.hf)
+    bits = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    quantised = {name: t.to(torch.int8) for name, t in stored.items()}
+    quantised |= {f"{name}_absmax": torch.ones(1) for name in stored}
+    wrapped = {f"module._orig_mod.{name}": t for name, t in stored.items()}
+    cases = (bits, quantised, "bitsandbytes"), ({}, wrapped, "'module._orig_mod.'")
+    for config, tensors, reason in cases:
+        oracle.write_checkpoint(tmp_path, t5.config | config, tensors)
+        with pytest.raises(ValueError, match=reason) as error:
+            T5.from_pretrained(tmp_path)
+        assert len(str(error.value)) < 1500
 
 
 def test_a_detr_saved_without_timm_is_named(tmp_path):
@@ -276,7 +283,7 @@ def test_a_detr_saved_without_timm_is_named(tmp_path):
     "text, sentence",
     [
         (None, "config.json does not exist"),
-        ('{"model_type": "t5", ', "config.json is not valid JSON"),
+        ('{"model_type": "t5", ', "config.json is not complete JSON"),
         ("[]", "not a JSON object"),
         ("{}", "model_type None"),
         ('{"model_type": "detr"}', "model_type 'detr'"),
@@ -289,36 +296,18 @@ def test_a_bad_config(text, sentence, tmp_path):
         T5.from_pretrained(tmp_path)
 
 
-def test_no_weights_and_damaged_weights(t5, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(t5.config))
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors"):
-        T5.from_pretrained(tmp_path)
-    whole = (t5.folder / "model.safetensors").read_bytes()
-    for damaged in (whole[:1000], whole[:-100], b"", b"\xff" * 64):
-        (tmp_path / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="model.safetensors cannot be read"):
-            T5.from_pretrained(tmp_path)
-
-
-BAD_VALUES = [
+BAD_VALUES = [  # one of each kind; tests/test_fuzz.py has the rest
     ("num_layers", "six"),
     ("num_layers", 10**9),
     ("num_layers", True),
-    ("d_model", 1e308),
-    ("d_model", [24]),
     ("d_model", -3),
     ("vocab_size", 10**30),
-    ("num_heads", 0.5),
-    ("layer_norm_epsilon", "1e-6"),
     ("layer_norm_epsilon", float("nan")),
-    ("feed_forward_proj", {}),
+    ("feed_forward_proj", "gated-silu"),
     ("scale_decoder_outputs", 1),
     ("relative_attention_num_buckets", 10**12),
-    ("decoder_start_token_id", -1),
     ("decoder_start_token_id", 10**6),
-    ("relative_attention_max_distance", 0),
     ("relative_attention_max_distance", 4),
-    ("relative_attention_max_distance", -5),
 ]
 
 
@@ -330,18 +319,13 @@ def test_a_config_value_no_model_has(t5, name, value, tmp_path):
 
 
 INDEXES = {
-    "no object": "[]",
     "no map": "{}",
     "a list": '{"weight_map": ["a"]}',
     "another folder": '{"weight_map": {"a": "../model.safetensors"}}',
     "the root": '{"weight_map": {"a": "/etc/passwd"}}',
     "the folder above": '{"weight_map": {"a": ".."}}',
-    "no text": '{"weight_map": {"a": 5}}',
     "NUL": '{"weight_map": {"a": "\\u0000"}}',
     "too long": '{"weight_map": {"a": "%s"}}' % ("a" * 5000),
-    "half a surrogate": '{"weight_map": {"a": "\\ud800"}}',
-    "deep": "[" * 100_000,
-    "latin-1": b"\xe9",
     "cut": '{"weight_map": {',
 }
 
@@ -349,8 +333,7 @@ INDEXES = {
 @pytest.mark.parametrize("text", INDEXES.values(), ids=INDEXES)
 def test_a_bad_index(t5, text, tmp_path):
     oracle.write_checkpoint(tmp_path / "a", t5.config, oracle.t5_stored(t5.hf))
-    text = text if isinstance(text, bytes) else text.encode()
-    (tmp_path / "a/model.safetensors.index.json").write_bytes(text)
+    (tmp_path / "a/model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=r"index\.json|cannot be read as safetensors") as caught:
         T5.from_pretrained(tmp_path / "a")
     assert type(caught.value) is ValueError
@@ -437,10 +420,6 @@ def test_a_path_that_is_nothing(where):
         hub.resolve(where)
 
 
-def test_a_folder_is_itself(tmp_path):
-    assert hub.resolve(str(tmp_path)) == tmp_path
-
-
 def test_an_adapter_and_a_folder_of_checkpoints_are_said_to_be_that(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10"):
         (tmp_path / name).mkdir()
@@ -470,21 +449,13 @@ def fake_hub(monkeypatch, repository, folder):
     return fetched
 
 
-FILES = ["config.json", "tokenizer.json", "spiece.model", "flax_model.msgpack", "tf_model.h5"]
-
-
-def test_the_hub_gives_safetensors_where_there_are_any(monkeypatch, tmp_path):
-    repository = dict.fromkeys([*FILES, "model.safetensors", "pytorch_model.bin"], b"x")
-    fetched = fake_hub(monkeypatch, repository, tmp_path)
-    assert hub.resolve("org/name") == tmp_path
-    assert set(fetched) == {"config.json", "tokenizer.json", "spiece.model", "model.safetensors"}
-
-
-def test_the_hub_gives_the_pickle_where_there_is_nothing_else(monkeypatch, tmp_path):
-    fetched = fake_hub(monkeypatch, dict.fromkeys([*FILES, "pytorch_model.bin"], b"x"), tmp_path)
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_the_hub_gives_the_pickle_only_where_there_is_nothing_else(weights, monkeypatch, tmp_path):
+    names = ["config.json", "tokenizer.json", "spiece.model", "flax_model.msgpack", "tf_model.h5"]
+    files = dict.fromkeys([*names, weights, "pytorch_model.bin"], b"x")
+    fetched = fake_hub(monkeypatch, files, tmp_path)
     assert hub.resolve("allenai/unifiedqa-t5-base") == tmp_path
-    assert {"config.json", "spiece.model", "pytorch_model.bin"} <= set(fetched)
-    assert not {"flax_model.msgpack", "tf_model.h5"} & set(fetched)
+    assert set(fetched) == {*names[:3], weights}
 
 
 @pytest.mark.parametrize(

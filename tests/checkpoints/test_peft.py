@@ -176,49 +176,53 @@ UNSUPPORTED = {
 def test_unsupported_settings_are_refused(t5, key, adapter):
     lora.load(t5.ours(), adapter)  # as PEFT writes it, all else in it is harmless
     rewrite(adapter, **{key: UNSUPPORTED[key]})
-    match = "only peft_type 'LORA'" if key == "peft_type" else f"not supported here: {key} = "
+    match = "peft_type 'IA3', not 'LORA'" if key == "peft_type" else f"not supported here: {key} = "
     with pytest.raises(ValueError, match=match):
         lora.load(t5.ours(), adapter)
 
 
-def drop(tensors):
-    del tensors["base_model.model.encoder.block.1.layer.0.SelfAttention.q.lora_B.weight"]
-    return tensors
+ENCODER = "base_model.model.encoder.block"
+CROSS_V = "base_model.model.decoder.block.2.layer.1.EncDecAttention.v.lora_A.weight"
+HEADS = [f"base_model.model.lm_head.lora_{x}.weight" for x in "AB"]
+STRANGER = "base_model.model.vision_tower.q_proj.lora_A.weight"
+SELF_Q, SELF_K = (f"{ENCODER}.0.layer.0.SelfAttention.{x}.lora_A.weight" for x in "qk")
+GONE = f"{ENCODER}.1.layer.0.SelfAttention.q.lora_B.weight"
+MISFITS = (
+    {  # what changes, given the tensors, and what the refusal says
+        "gone": (lambda ts: {k: t for k, t in ts.items() if k != GONE}, f"1 missing: {GONE}."),
+        "a head": (
+            lambda ts: ts | {name: torch.ones(3, 3) for name in HEADS},
+            f"2 unexpected: {', '.join(HEADS)}.",
+        ),
+        "a stranger": (lambda ts: ts | {STRANGER: torch.ones(3, 3)}, f"1 unexpected: {STRANGER}."),
+        "no target": (lambda ts: ts | {SELF_K: ts[SELF_Q].clone()}, f"1 unexpected: {SELF_K}."),
+        "narrow": (
+            lambda ts: ts | {CROSS_V: ts[CROSS_V][:2].contiguous()},
+            f"1 of another shape: {CROSS_V}: file [2, 24], model [3, 24].",
+        ),
+    }
+    | {
+        f"{bad}": (
+            lambda ts, bad=bad: ts | {GONE: spoiled(ts[GONE], bad)},
+            f"1 without finite floating-point numbers: {GONE}.",
+        )
+        for bad in (float("nan"), float("inf"), 3)
+    }
+)
 
 
-def head(tensors):
-    return tensors | {f"base_model.model.lm_head.lora_{x}.weight": torch.ones(3, 3) for x in "AB"}
+def spoiled(t, bad):
+    t[0, 0] = bad
+    return t.int() if bad == 3 else t
 
 
-def stranger(tensors):
-    return tensors | {"base_model.model.vision_tower.q_proj.lora_A.weight": torch.ones(3, 3)}
-
-
-def untargeted(tensors):
-    key = "base_model.model.encoder.block.0.layer.0.SelfAttention.{}.lora_A.weight"
-    return tensors | {key.format("k"): tensors[key.format("q")].clone()}
-
-
-def reshape(tensors):
-    key = "base_model.model.decoder.block.2.layer.1.EncDecAttention.v.lora_A.weight"
-    return tensors | {key: tensors[key][:2].contiguous()}
-
-
-MISFITS = {
-    drop: r"1 missing: base_model\S+block\.1\.layer\.0\.SelfAttention\.q\.lora_B\.weight\.$",
-    head: r"2 unexpected: base_model\.model\.lm_head\.lora_A\.weight, .*lm_head\.lora_B\.weight\.$",
-    stranger: r"1 unexpected: base_model\.model\.vision_tower\.q_proj\.lora_A\.weight\.$",
-    untargeted: r"1 unexpected: base_model\S+block\.0\.layer\.0\.SelfAttention\.k\.lora_A\.weight",
-    reshape: r"1 of another shape: \S+\.v\.lora_A\.weight: file \[2, 24\], model \[3, 24\]\.$",
-}
-
-
-@pytest.mark.parametrize("change", MISFITS, ids=lambda f: f.__name__)
-def test_tensors_that_do_not_fit_are_named(t5, change, adapter):
+@pytest.mark.parametrize("change, sentence", MISFITS.values(), ids=MISFITS)
+def test_tensors_that_do_not_fit_are_named(t5, change, sentence, adapter):
     rewrite(adapter, change)
     ours = t5.ours()
-    with pytest.raises(ValueError, match=MISFITS[change]):
+    with pytest.raises(ValueError) as error:
         lora.load(ours, adapter)
+    assert str(error.value).endswith(sentence)
     assert not lora.adapters(ours) and all(p.requires_grad for p in ours.parameters())
 
 
@@ -234,33 +238,26 @@ def test_config_and_file_must_agree(t5, adapter):
 @pytest.mark.parametrize("name", (peft.CONFIG, peft.WEIGHTS))
 def test_absent_and_torn_files(t5, name, adapter):
     path = adapter / name
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="cannot be read .* Get it again"):
-        lora.load(t5.ours(), adapter)
+    for content in (path.read_bytes()[:-20], b"[" * 100_000, b"\xe9", b"[]", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            lora.load(t5.ours(), adapter)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
         lora.load(t5.ours(), adapter)
 
 
-WRONG_SETTINGS = [
+WRONG_SETTINGS = [  # one of each kind; tests/test_fuzz.py has the rest
     ("r", "8", "wrong type"),
     ("r", True, "wrong type"),
     ("r", 10**12, "of another shape"),  # and nothing of that size is made
-    ("r", -1, "of another shape"),
-    ("lora_alpha", [16], "wrong type"),
     ("lora_alpha", float("nan"), "wrong type"),
     ("lora_dropout", 7, "lora_dropout"),
-    ("use_dora", "no", "wrong type"),
-    ("rank_pattern", [8], "wrong type"),
     ("rank_pattern", {"q": "8"}, "wrong type"),
     ("alpha_pattern", {"(": 8}, "no pattern"),
-    ("target_modules", {"q": 1}, "wrong type"),
     ("target_modules", ["q", None], "wrong type"),
-    ("target_modules", "(((", "no pattern"),
     ("target_modules", "(a+)+$", "more repetitions"),
     ("target_modules", ".*.*.*.*.*.*x", "more repetitions"),
-    ("exclude_modules", 5, "wrong type"),
-    ("layers_to_transform", "1", "wrong type"),
     ("layers_to_transform", [1, "2"], "wrong type"),
 ]
 
@@ -271,25 +268,3 @@ def test_wrong_settings_are_named(t5, key, value, sentence, adapter):
     with pytest.raises(ValueError, match=sentence) as caught:
         lora.load(t5.ours(), adapter)
     assert str(adapter) in str(caught.value)
-
-
-@pytest.mark.parametrize("bad", (float("nan"), float("inf"), 3))
-def test_adapters_that_are_not_finite_are_named(t5, bad, adapter):
-    key = "base_model.model.encoder.block.1.layer.0.SelfAttention.q.lora_B.weight"
-
-    def spoil(tensors):
-        tensors[key][0, 0] = bad
-        return tensors | ({key: tensors[key].int()} if bad == 3 else {})
-
-    rewrite(adapter, spoil)
-    ours = t5.ours()
-    with pytest.raises(ValueError, match=f"1 without finite floating-point numbers: {key}"):
-        lora.load(ours, adapter)
-    assert not lora.adapters(ours)
-
-
-@pytest.mark.parametrize("text", (b"[" * 100_000, b"\xe9", b"[]", b"5", b""))
-def test_a_config_that_is_none(t5, text, adapter):
-    (adapter / peft.CONFIG).write_bytes(text)
-    with pytest.raises(ValueError, match="adapter_config.json|cannot be read"):
-        lora.load(t5.ours(), adapter)

@@ -114,7 +114,7 @@ def test_the_files_end_in_the_call_that_the_other_tests_make():
     "content, sentence",
     [
         (None, "is neither a folder with config.json and weights nor a Hub id"),
-        ("", "config.json is not valid JSON"),
+        ("", "config.json is not complete JSON"),
         ("{}", "says model_type None, but 't5' or 'detr' or 'paligemma' is needed"),
         ('{"model_type": "bert"}', "says model_type 'bert'"),
         ('{"model_type": "t5", "d_model": -1}', "d_model is -1, which no T5Config has"),

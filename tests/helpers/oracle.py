@@ -100,6 +100,19 @@ def write_checkpoint(folder, config, tensors, file="model.safetensors"):
     return folder
 
 
+def write_shards(folder, config, tensors):
+    """As `write_checkpoint`, in three files and an index."""
+    names = sorted(tensors)
+    weight_map = {}
+    for shard in range(3):
+        file = f"model-{shard + 1:05d}-of-00003.safetensors"
+        part = {name: tensors[name] for name in names[shard::3]}
+        write_checkpoint(folder, config, part, file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 # ---- DETR ---------------------------------------------------------------------------------------
 
 # Encoder and decoder differ in depth, heads and ffn width, and layer4 has a second block (whose

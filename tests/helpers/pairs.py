@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import oracle
 import torch
+import torch.nn.functional as F
 from oracle import ATOL
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,11 @@ VERSIONS = ("v1.0", "v1.1")
 
 def close(ours, theirs, atol=ATOL):
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def padded(rows, length):
+    """Generated ids (B, U), with pads up to `length`."""
+    return F.pad(rows, (0, length - rows.shape[1]))
 
 
 def file_names(table, module):
