@@ -38,7 +38,7 @@ NO_IMAGE = ("zero", "mask")
 class SingleHeadAttention(nn.Module):
     """nn.MultiheadAttention with one head, written out: the same names and initialisation."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -67,7 +67,7 @@ class GatedFusion(nn.Module):
     "mask": a problem without an image has no image: H_fuse = H_language.
     """
 
-    def __init__(self, d_model: int, feature_dim: int, no_image: str = "zero"):
+    def __init__(self, d_model: int, feature_dim: int, no_image: str = "zero") -> None:
         super().__init__()
         if no_image not in NO_IMAGE:
             raise ValueError(f"no_image is {no_image!r}; it must be one of {', '.join(NO_IMAGE)}.")
@@ -109,7 +109,7 @@ class MultimodalT5(Pretrained):
     t5_class = T5
     fusion_class = GatedFusion
 
-    def __init__(self, t5: T5, fusion: GatedFusion | None = None):
+    def __init__(self, t5: T5, fusion: GatedFusion | None = None) -> None:
         super().__init__()
         self.t5 = t5
         self.fusion = fusion

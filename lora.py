@@ -44,7 +44,7 @@ class LoRALinear(nn.Linear):
         dropout: float = 0.0,
         rslora: bool = False,
         dora: bool = False,
-    ):
+    ) -> None:
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"The rank r is {r!r}; it must be a whole number of at least 1.")
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")

@@ -59,9 +59,9 @@ class LayerCache:
     """Keys and values of one layer's self-attention, allocated once at their final length; and of
     a T5 decoder's cross-attention, computed once from the encoder's states."""
 
-    def __init__(self, like, B, heads, length, H, memory=None):
-        self.k = like.new_zeros(B, heads, length, H)  # (B, heads, S, H)
-        self.v = like.new_zeros(B, heads, length, H)  # (B, heads, S, H)
+    def __init__(self, like: Tensor, sizes: tuple[int, ...], memory: Pair | None = None) -> None:
+        self.k = like.new_zeros(sizes)  # (B, K, S, H)
+        self.v = like.new_zeros(sizes)  # (B, K, S, H)
         self.length = 0
         self.memory = memory
 
@@ -83,7 +83,7 @@ class LayerCache:
 class Cache:
     """Decoding state of a batch: keys and values per layer, and tensors with a row a text."""
 
-    def __init__(self, layers, **rows):
+    def __init__(self, layers: list[LayerCache], **rows: Tensor) -> None:
         self.layers = layers
         self.rows = rows
 
@@ -137,7 +137,7 @@ class T5Config:
 class T5Norm(nn.Module):
     """RMSNorm as T5 does it: no mean, no bias, and the cast comes before the weight."""
 
-    def __init__(self, width, eps):
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
@@ -150,7 +150,7 @@ class T5Norm(nn.Module):
 class T5Attention(nn.Module):
     """Multi-head attention without biases and without H^-0.5: T5 folds that into its init."""
 
-    def __init__(self, config):
+    def __init__(self, config: T5Config) -> None:
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.heads = config.num_heads
@@ -176,7 +176,7 @@ class T5Attention(nn.Module):
 class T5FeedForward(nn.Module):
     """ReLU (v1.0) or gated tanh-GELU (v1.1); dropout sits between the activation and `wo`."""
 
-    def __init__(self, config):
+    def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
@@ -196,7 +196,7 @@ class T5FeedForward(nn.Module):
 class T5Block(nn.Module):
     """Pre-norm block: self-attention, in the decoder cross-attention, feed-forward."""
 
-    def __init__(self, config, is_decoder):
+    def __init__(self, config: T5Config, is_decoder: bool) -> None:
         super().__init__()
         self.is_decoder = is_decoder
         self.self_attn = T5Attention(config)
@@ -250,7 +250,7 @@ def relative_bucket(distance: Tensor, bidirectional: bool, buckets: int, farthes
 class T5Stack(nn.Module):
     """Encoder or decoder: blocks that share one relative-position table, and a final norm."""
 
-    def __init__(self, config, is_decoder):
+    def __init__(self, config: T5Config, is_decoder: bool) -> None:
         super().__init__()
         self.config = config
         self.is_decoder = is_decoder
@@ -296,7 +296,7 @@ class T5Stack(nn.Module):
         layers = []
         for block in self.block:
             kv = block.cross_attn.keys_values(memory)  # (B, N, T, H) each
-            layers.append(LayerCache(memory, len(memory), c.num_heads, length, c.d_kv, kv))
+            layers.append(LayerCache(memory, (len(memory), c.num_heads, length, c.d_kv), kv))
         return Cache(layers, memory_bias=memory_bias)
 
 
@@ -305,7 +305,7 @@ class T5(Pretrained):
 
     config_class = T5Config
 
-    def __init__(self, config, tied=None):
+    def __init__(self, config: T5Config, tied: bool | None = None) -> None:
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
@@ -420,7 +420,7 @@ class DETRConfig:
 class FrozenBatchNorm(nn.Module):
     """Batch norm whose four tensors are constants: y = x * s + (b - mean * s)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.ones(channels))
         self.register_buffer("bias", torch.zeros(channels))
@@ -441,7 +441,7 @@ class FrozenBatchNorm(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions around a residual; v1.5 puts the stride in the 3x3."""
 
-    def __init__(self, inner, width, stride, dilation, project):
+    def __init__(self, inner: int, width: int, stride: int, dilation: int, project: bool) -> None:
         super().__init__()
         outer = 4 * width
         self.conv1 = nn.Conv2d(inner, width, 1, bias=False)
@@ -465,7 +465,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """ResNet v1.5 up to its last feature map C5; stride 32, or 16 with DC5."""
 
-    def __init__(self, config):
+    def __init__(self, config: DETRConfig) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = FrozenBatchNorm(64)
@@ -513,7 +513,7 @@ def sine_positions(mask: Tensor, width: int) -> Tensor:
 class DETRAttention(nn.Module):
     """Multi-head attention with biases; positions go into queries and keys, never values."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(width, width)
@@ -534,7 +534,7 @@ class DETRAttention(nn.Module):
 
 
 class DETREncoderLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: DETRConfig) -> None:
         super().__init__()
         D = config.d_model
         self.self_attn = DETRAttention(D, config.encoder_attention_heads)
@@ -550,7 +550,7 @@ class DETREncoderLayer(nn.Module):
 
 
 class DETRDecoderLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: DETRConfig) -> None:
         super().__init__()
         D = config.d_model
         self.self_attn = DETRAttention(D, config.decoder_attention_heads)
@@ -576,7 +576,7 @@ class DETR(Pretrained):
 
     config_class = DETRConfig
 
-    def __init__(self, config):
+    def __init__(self, config: DETRConfig) -> None:
         super().__init__()
         self.config = config
         D = config.d_model
@@ -652,7 +652,7 @@ class SigLIPConfig:
 class SigLIPAttention(nn.Module):
     """Multi-head attention with biases, every patch to every patch."""
 
-    def __init__(self, config):
+    def __init__(self, config: SigLIPConfig) -> None:
         super().__init__()
         D = config.hidden_size
         self.heads = config.num_attention_heads
@@ -671,7 +671,7 @@ class SigLIPAttention(nn.Module):
 
 
 class SigLIPLayer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: SigLIPConfig) -> None:
         super().__init__()
         D = config.hidden_size
         self.layer_norm1 = nn.LayerNorm(D, config.layer_norm_eps)
@@ -690,7 +690,7 @@ class SigLIPLayer(nn.Module):
 class SigLIP(nn.Module):
     """The vision transformer of SigLIP without its pooling head: one state per patch, no CLS."""
 
-    def __init__(self, config):
+    def __init__(self, config: SigLIPConfig) -> None:
         super().__init__()
         self.config = config
         D = config.hidden_size
@@ -747,7 +747,7 @@ class Gemma2Config:
 class GemmaNorm(nn.Module):
     """RMSNorm as Gemma does it: the stored weight is the offset from 1, and the cast comes last."""
 
-    def __init__(self, width, eps):
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
         self.eps = eps
@@ -812,7 +812,7 @@ class GemmaAttention(nn.Module):
     """Grouped-query attention with RoPE and soft-capped scores. SDPA cannot cap, so it is written
     out; each of the K key-value heads serves G = N / K consecutive query heads."""
 
-    def __init__(self, config):
+    def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         c = config
         self.heads = c.num_attention_heads
@@ -852,7 +852,7 @@ class GemmaAttention(nn.Module):
 
 
 class GemmaMLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -867,7 +867,7 @@ class GemmaMLP(nn.Module):
 class GemmaLayer(nn.Module):
     """Four norms: before and after attention, before and after the feed-forward."""
 
-    def __init__(self, config):
+    def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         norm = (config.hidden_size, config.rms_norm_eps)
         self.self_attn = GemmaAttention(config)
@@ -889,7 +889,7 @@ class Gemma2(nn.Module):
     """The language model without its output layer, which is the embedding again. With
     `checkpointing` a training step keeps only each layer's input, and computes the rest twice."""
 
-    def __init__(self, config):
+    def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         self.config = config
         self.checkpointing = False
@@ -907,8 +907,8 @@ class Gemma2(nn.Module):
         """An empty cache for B rows of `length` tokens, prompts included."""
         c = self.config
         like = self.embed_tokens.weight
-        sizes = (c.num_key_value_heads, length, c.head_dim)
-        layers = [LayerCache(like, B, *sizes) for _ in self.layers]
+        sizes = (B, c.num_key_value_heads, length, c.head_dim)
+        layers = [LayerCache(like, sizes) for _ in self.layers]
         none = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, 0)
         return Cache(layers, valid=none, suffix=none)
 
@@ -964,7 +964,7 @@ class PaliGemma(Pretrained):
 
     config_class = PaliGemmaConfig
 
-    def __init__(self, config):
+    def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
         self.config = config
         self.vision_tower = SigLIP(config.vision)

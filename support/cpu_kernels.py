@@ -9,10 +9,12 @@ O output width, C channels, h w a feature map; `...` any axes.
 """
 
 import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import model as plain
 
@@ -26,7 +28,7 @@ class QuickDropout(nn.Dropout):
     each 64 bits drawn are four numbers, so that p is a multiple of 2^-16; the mean stays exact, as
     what is kept is scaled by the p that was had."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or not 0 < self.p < 1:
             return super().forward(x)
         drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -39,13 +41,13 @@ class DropoutGrad(torch.autograd.Function):
     """x * scale where `kept`, else 0; keeps one byte a place, where autograd would keep four."""
 
     @staticmethod
-    def forward(ctx, x, kept, scale):
+    def forward(ctx, x: Tensor, kept: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         ctx.save_for_backward(kept)
         return kept.to(x.dtype).mul_(scale).mul_(x)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         [kept] = ctx.saved_tensors
         return kept.to(grad_output.dtype).mul_(ctx.scale).mul_(grad_output), None, None
 
@@ -55,7 +57,13 @@ class QuickT5Stack(plain.T5Stack):
     heads and rows share one, and the position bias is looked up. 1.4 times as fast at the demo's
     size, where it is all dispatch."""
 
-    def forward(self, x, mask_bias, memory=None, cache=None):
+    def forward(
+        self,
+        x: Tensor,
+        mask_bias: Tensor,
+        memory: Tensor | None = None,
+        cache: plain.Cache | None = None,
+    ) -> Tensor:
         if cache is None or x.shape[1] > 1 or self.training or torch.is_grad_enabled():
             return super().forward(x, mask_bias, memory, cache)
         rows = (len(x), self.config.num_heads, 1, -1)
@@ -74,7 +82,9 @@ class QuickT5Stack(plain.T5Stack):
         return self.final_layer_norm(x)[:, None]  # (B, 1, D)
 
     @staticmethod
-    def attend(attention, x, k, v, bias):
+    def attend(
+        attention: plain.T5Attention, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> Tensor:
         """x (B, D), k and v (B, N, S, H), bias (B*N, 1, S) -> (B, D)."""
         q = attention.q_proj(x).view(len(bias), 1, -1)  # (B*N, 1, H)
         scores = torch.baddbmm(bias, q, k.flatten(0, 1).transpose(1, 2))  # (B*N, 1, S)
@@ -82,7 +92,7 @@ class QuickT5Stack(plain.T5Stack):
         out = torch.bmm(weights, v.flatten(0, 1))  # (B*N, 1, H)
         return attention.o_proj(out.view(len(x), -1))
 
-    def newest_bias(self, length, block=64):
+    def newest_bias(self, length: int, block: int = 64) -> Tensor:
         """(1, N, 1, S) of the last query over `length` keys. The biases of a query are those of a
         later one but for the farthest keys: they are computed once every `block` tokens."""
         longest = -(-length // block) * block
@@ -100,18 +110,18 @@ class QuickT5Stack(plain.T5Stack):
 LARGE = 2**18  # weights of a layer from which on oneDNN is worth its 12 us a call
 
 
-def fits_onednn(x, weight):
+def fits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's operators, which have no public name, can multiply x by this weight."""
     if weight.numel() < LARGE or torch.is_grad_enabled():
         return False
     return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and has_onednn()
 
 
-def has_onednn():
+def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def product(x, weight, bias=None):
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x (..., I), weight (O, I) -> (..., O). oneDNN is 1.1 times as fast as torch's
     BLAS for a large weight, and 1.1 to 2.3 times for few rows if it was laid out for them."""
     if not fits_onednn(x, weight):
@@ -124,7 +134,7 @@ LAID_OUT = {}  # {address of a weight: its copy for few rows}, while `laid_out` 
 
 
 @contextlib.contextmanager
-def laid_out(weights, rows):
+def laid_out(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
     """Inside, these weights are multiplied by from copies made for so many rows of x. A single row
     is bound by reading the weights, whatever their layout: none is made then."""
     made = []
@@ -139,7 +149,13 @@ def laid_out(weights, rows):
             del LAID_OUT[address]
 
 
-def convolved(x, conv, norm, residual=None, relu=True):
+def convolved(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: plain.FrozenBatchNorm,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
     """relu(norm(conv(x)) + residual), (B, C, h, w), in one pass over memory, channels last: the
     norm is put into the weights, and oneDNN adds and clamps what it has just summed up."""
     weight, shift = folded(conv, norm)
@@ -153,7 +169,7 @@ def convolved(x, conv, norm, residual=None, relu=True):
     return ops._convolution_pointwise.binary(x, residual, weight, shift, *sizes, *add)
 
 
-def folded(conv, norm):
+def folded(conv: nn.Conv2d, norm: plain.FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of `norm` after `conv` as one convolution, channels last. Both are kept with
     the layer until one of the five tensors they are made of is written to or replaced."""
     parts = [t.detach() for t in (conv.weight, *norm.buffers())]
@@ -166,24 +182,24 @@ def folded(conv, norm):
     return conv.folded[1:3]
 
 
-def foldable(x, conv):
+def foldable(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether `convolved` can take x. A weight made under inference_mode has no version."""
     usable = x.device.type == "cpu" and x.dtype == torch.float32 and has_onednn()
     return usable and not torch.is_grad_enabled() and not conv.weight.is_inference()
 
 
 class QuickLinear(nn.Linear):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
 
 
 class QuickT5(plain.T5):
     """The vocabulary layer and, for several rows, weights that are laid out before they decode."""
 
-    def head(self, states):
+    def head(self, states: Tensor) -> Tensor:
         return product(self.rescaled(states), self.head_weight())
 
-    def generate(self, input_ids, *arguments, **options):
+    def generate(self, input_ids: Tensor, *arguments: Any, **options: Any) -> Tensor:
         layers = (m for m in self.decoder.modules() if isinstance(m, nn.Linear))
         weights = [self.head_weight(), *(layer.weight for layer in layers)]
         with torch.inference_mode(), laid_out(weights, len(input_ids)):
@@ -193,13 +209,13 @@ class QuickT5(plain.T5):
 class QuickPaliGemma(plain.PaliGemma):
     """The vocabulary layer. No weight is laid out: a copy of the 3B takes 10 GB."""
 
-    def head(self, states):
+    def head(self, states: Tensor) -> Tensor:
         logits = product(states, self.language_model.embed_tokens.weight)  # (..., V)
         return plain.soft_cap(logits, self.config.text.final_logit_softcapping)
 
 
 class FoldedBottleneck(plain.Bottleneck):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not foldable(x, self.conv1):
             return super().forward(x)
         y = convolved(x, self.conv1, self.bn1)
@@ -209,7 +225,7 @@ class FoldedBottleneck(plain.Bottleneck):
 
 
 class FoldedResNet(plain.ResNet):
-    def stem(self, pixels):
+    def stem(self, pixels: Tensor) -> Tensor:
         if not foldable(pixels, self.conv1):
             return super().stem(pixels)
         return convolved(pixels, self.conv1, self.bn1)

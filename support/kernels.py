@@ -21,10 +21,11 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import model as plain
 from lora import LoRALinear
@@ -49,14 +50,14 @@ from support.distributed import any_rank
 # ----------------------------------------------------------------------------------------------
 
 
-def keeps_autocast(function):
+def keeps_autocast(function: type) -> type:
     """A decorator for autograd functions: the backward pass computes in the dtypes of the forward
     pass. Autograd runs it outside of any `torch.autocast`, where bfloat16 would meet float32."""
     forward = function.forward
     backward = function.backward
 
     @functools.wraps(forward)
-    def remember(ctx, x, *rest):
+    def remember(ctx, x: Tensor, *rest: Any) -> Any:
         device = x.device.type
         enabled = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if enabled else None
@@ -64,7 +65,7 @@ def keeps_autocast(function):
         return forward(ctx, x, *rest)
 
     @functools.wraps(backward)
-    def recall(ctx, *grads):
+    def recall(ctx, *grads: Tensor) -> Any:
         with ctx.autocast():
             return backward(ctx, *grads)
 
@@ -79,14 +80,14 @@ class NormGrad(torch.autograd.Function):
     keep two or three copies of x in fp32."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):  # (..., D), (D,)
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., D), (D,)
         y = x.float()
         r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, r, weight)
         return (y * r * (1 + weight.float())).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """grad_x = r (g - n mean(g n)), with n = x r and g = grad_output (1 + w); grad_w is the sum
         of grad_output n."""
         x, r, weight = ctx.saved_tensors
@@ -101,7 +102,7 @@ class NormGrad(torch.autograd.Function):
 
 
 class LeanGemmaNorm(plain.GemmaNorm):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # nothing is kept then
             return super().forward(x)
         return NormGrad.apply(x, self.weight, self.eps)
@@ -113,12 +114,12 @@ class GatedGELU(torch.autograd.Function):
     backward pass."""
 
     @staticmethod
-    def forward(ctx, gate, up):  # (..., F)
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # (..., F)
         ctx.save_for_backward(gate, up)
         return F.gelu(gate, approximate="tanh").mul_(up)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         grad_up = F.gelu(gate, approximate="tanh").mul_(grad_output)
         grad_gate = torch.ops.aten.gelu_backward(grad_output * up, gate, approximate="tanh")
@@ -126,7 +127,7 @@ class GatedGELU(torch.autograd.Function):
 
 
 class LeanGemmaMLP(plain.GemmaMLP):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)
         return self.down_proj(GatedGELU.apply(self.gate_proj(x), self.up_proj(x)))
@@ -139,7 +140,9 @@ class CappedAttention(torch.autograd.Function):
     N * T * S numbers. Neither the bias nor the cap gets a gradient."""
 
     @staticmethod
-    def weights(q, k, bias, cap):
+    def weights(
+        q: Tensor, k: Tensor, bias: Tensor | None, cap: float | None
+    ) -> tuple[Tensor, Tensor]:
         """One head's q (B, G*T, H) and k (B, S, H) -> capped scores / cap, weights (B, G*T, S)."""
         scores = q @ k.transpose(1, 2)  # (B, G*T, S)
         if cap:
@@ -149,7 +152,9 @@ class CappedAttention(torch.autograd.Function):
         return scores, biased.softmax(-1, dtype=torch.float32).flatten(1, 2)
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, cap):
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cap: float | None
+    ) -> Tensor:
         """q (B, K, G*T, H), already times its scale and over the cap; k, v (B, K, S, H) -> as q."""
         ctx.save_for_backward(q, k, v, bias)
         ctx.cap = cap
@@ -160,7 +165,7 @@ class CappedAttention(torch.autograd.Function):
         return torch.stack(out, 1)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias = ctx.saved_tensors
         grad_q = torch.empty_like(q)
         grad_k = torch.empty_like(k)
@@ -181,7 +186,7 @@ class CappedAttention(torch.autograd.Function):
 
 
 class LeanGemmaAttention(plain.GemmaAttention):
-    def attend(self, q, k, v, bias):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         if bias.requires_grad:
             return super().attend(q, k, v, bias)
         T = q.shape[2]
@@ -209,14 +214,16 @@ class LoRAGrad(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling):
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    ) -> Tensor:
         low = F.linear(x.to(A.dtype), A) * scaling  # (..., r)
         ctx.scaling = scaling
         ctx.save_for_backward(x, weight, A, B, low)
         return plus(F.linear(x, weight, bias), low, B.T)  # (..., O)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, low = ctx.saved_tensors
         flat = grad_output.reshape(-1, grad_output.shape[-1])  # (n, O)
         exact = flat.to(low.dtype)
@@ -235,7 +242,7 @@ class LoRAGrad(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
 
 
-def plus(out, a, b):
+def plus(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out (..., O) + a (..., r) b (r, O), in the dtype of `out`, which is overwritten."""
     if out.dtype != a.dtype or a.dtype != b.dtype:
         return (out + a @ b).to(out.dtype)
@@ -244,7 +251,7 @@ def plus(out, a, b):
 
 
 class LeanLoRALinear(LoRALinear):
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         drops = self.training and self.dropout
         if drops or self.lora_magnitude_vector is not None:
             return super().forward(x)
@@ -263,7 +270,7 @@ class FusedT5Attention(plain.T5Attention):
     """One call of scaled_dot_product_attention, which keeps no scores. On a CPU it has a slow
     dropout: there the scores are written out, and the bias is added in place."""
 
-    def forward(self, x, k, v, bias):
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q = plain.split(self.q_proj(x), self.heads)  # (B, N, T, H)
         p = self.dropout.p if self.training else 0.0
         if p and x.device.type == "cpu":

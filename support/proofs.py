@@ -102,7 +102,7 @@ def gemma_cases(layer: nn.Module) -> tuple[nn.Module, list[Case]]:
         return {"x": x[:, -T:], "cos": cos[:, :, -T:], "sin": sin[:, :, -T:], "bias": bias}
 
     def cached(module, x, cos, sin, bias):
-        cache = plain.LayerCache(x, 2, 2, S, H)
+        cache = plain.LayerCache(x, (2, 2, S, H))
         past = S - x.shape[1]
         keys = draw(2, 2, past, H, scale=3.0).to(x)  # (B, K, past, H)
         cache.append(keys, draw(2, 2, past, H, seed=1).to(x))
