@@ -166,7 +166,7 @@ def lora_cases(layer: nn.Module) -> tuple[nn.Module, list[Case]]:
     ]
 
 
-def t5_config(**changes) -> plain.T5Config:
+def t5_config(**changes: object) -> plain.T5Config:
     sizes = {"vocab_size": 11, "d_model": 6, "d_kv": 3, "d_ff": 7, "num_heads": 2}
     return plain.T5Config(**sizes | {"num_layers": 2} | changes)
 

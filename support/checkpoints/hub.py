@@ -12,6 +12,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,7 +110,7 @@ def read_config(folder: str | Path, *model_types: str) -> dict:
     return config
 
 
-def from_config(config_class: type, config: dict):
+def from_config(config_class: type, config: dict) -> Any:
     """A dataclass of sizes from a config dict, and the dataclasses inside it from the dicts there.
 
     Absent fields keep the family's default, and so do null ones, but where the field may be None.
@@ -207,7 +208,7 @@ def is_sensible(name: str, kind: type, value: object) -> bool:
     return least <= value <= (256 if "layers" in name else 10**7)  # False for NaN
 
 
-def model_config(model_class: type, config: dict):
+def model_config(model_class: type, config: dict) -> Any:
     """The sizes of a model class (its `config_class`) from the content of config.json."""
     kind = architecture(model_class)
     if kind == "DETR":  # transformers 5 moves the backbone's name

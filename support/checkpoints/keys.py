@@ -24,7 +24,7 @@ class KeyTable:
 
     IGNORED = re.compile(r"(num_batches_tracked|position_ids|rotary_emb\.inv_freq)$")
 
-    def __init__(self, rows: NameRows, spellings: tuple[tuple[str, str], ...] = ()):
+    def __init__(self, rows: NameRows, spellings: tuple[tuple[str, str], ...] = ()) -> None:
         self.spellings = spellings
         self.rows = {}
         for theirs, ours in rows.items():

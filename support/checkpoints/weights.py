@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -288,7 +289,7 @@ def load_weights(module: nn.Module, folder: str | Path, dtype: torch.dtype) -> N
     for path, group in itertools.groupby(matched, lambda row: row.header.path):
         with opened(path) as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             of_file = list(group)
-            read = pool.map(lambda row: usable(file.get_tensor(row.theirs), dtype), of_file)  # noqa: B023
+            read = pool.map(partial(usable_tensor, file, dtype), of_file)
             tensors |= dict(zip(of_file, read, strict=True))
     if bad := sorted(row.theirs for row, t in tensors.items() if t is None):
         raise ValueError(
@@ -298,11 +299,12 @@ def load_weights(module: nn.Module, folder: str | Path, dtype: torch.dtype) -> N
     module.load_state_dict({row.ours: t for row, t in tensors.items()}, assign=True)
 
 
-def usable(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """A tensor in this dtype; None if it does not hold finite floating-point numbers.
+def usable_tensor(file: safe_open, dtype: torch.dtype, row: Weight) -> torch.Tensor | None:
+    """A tensor of a file in this dtype; None if it does not hold finite floating-point numbers.
 
     NaN and infinity show in the sum, which runs at the memory's speed; where only the sum has
     overflown, the extremes decide."""
+    t = file.get_tensor(row.theirs)
     converted = t.to(dtype)
     finite = math.isfinite(converted.sum()) or all(map(math.isfinite, converted.aminmax()))
     return converted if t.is_floating_point() and finite else None

@@ -1,18 +1,18 @@
-r"""A question's choices: their letters, the one a text names, another order of them.
+r"""A problem's choices: their letters, the one a text names, another order of them.
 
-Left out on purpose: grading (grading.py). `final_answer` reads a teacher's prose for training data
-that nobody graded.
+`problem` is a data.Problem, which this file cannot import: data.py imports it.
 """
 
 import dataclasses
 import re
+from typing import Any
 
 import torch
 
 LETTERS = "ABCDEFGHIJ"
 
 
-def lettered(problem, letters=LETTERS):
+def lettered(problem: Any, letters: str = LETTERS) -> str:
     """The choices as "(A) attract (B) repel", "" if there are none."""
     if len(problem.choices) > len(letters):
         raise ValueError(
@@ -23,35 +23,36 @@ def lettered(problem, letters=LETTERS):
 
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 # Without ^, which changes no match, a line of n characters without an answer takes n^2 steps.
-_ANSWER = re.compile(r"^.*\banswer(?: is|:)[\s*:]*(.+)", re.IGNORECASE | re.MULTILINE)
+ANSWER = re.compile(r"^.*\banswer(?: is|:)[\s*:]*(.+)", re.IGNORECASE | re.MULTILINE)
 
 
-def final_answer(problem, text):
+def final_answer(problem: Any, text: str) -> str:
     r"""What a teacher's prose ends in; of a problem with choices the letter, if it names one.
 
-    Looked for in the last \boxed{}, else behind the last "answer is", else in the last line. This
+    Looked for in the last \boxed{}, else after the last "answer is", else in the last line. This
     is for training data that nobody graded; the grader is in grading.py.
     """
-    said = BOXED.findall(text) or _ANSWER.findall(text) or text.strip().splitlines()
-    said = said[-1][:10_000] if said else ""  # the next pattern is quadratic in it
-    said = re.sub(r"\\text\{(.*?)\}", r"\1", said).strip(" .*$")
+    endings = BOXED.findall(text) or ANSWER.findall(text) or text.strip().splitlines()
+    answer = endings[-1][:10_000] if endings else ""  # the next pattern is quadratic in it
+    answer = re.sub(r"\\text\{(.*?)\}", r"\1", answer).strip(" .*$")
     if not problem.choices:
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", said.replace(",", ""))
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))
         is_number = problem.meta.get("answer_type") in ("integer", "float")
-        return numbers[-1] if is_number and numbers else said
-    letters, choices = LETTERS[: len(problem.choices)], [c.lower() for c in problem.choices]
-    named = re.findall(rf"\(([{letters}])\)|^([{letters}])(?![^).:,])", said)
+        return numbers[-1] if is_number and numbers else answer
+    letters = LETTERS[: len(problem.choices)]
+    choices = [choice.lower() for choice in problem.choices]
+    named = re.findall(rf"\(([{letters}])\)|^([{letters}])(?![^).:,])", answer)
     if named:
         return "".join(named[-1])
-    return LETTERS[choices.index(said.lower())] if said.lower() in choices else said
+    return LETTERS[choices.index(answer.lower())] if answer.lower() in choices else answer
 
 
-_NAMES_AN_OPTION = re.compile(
+NAMES_AN_OPTION = re.compile(
     r"\([A-J]\)|\b(?i:options?|choices?|answers?|letter)\b[^.\n]{0,30}?\b[A-H]\b|of the above"
 )
 
 
-def movable(problem, trace=None):
+def movable(problem: Any, trace: dict | None = None) -> bool:
     """Whether the choices may change places without making a text wrong.
 
     Not if one of them is a bare letter or says "of the above"; not if question or thought name an
@@ -62,10 +63,10 @@ def movable(problem, trace=None):
     if trace and not trace["verdict"]["correct"]:
         return False
     texts = [problem.question, *problem.choices, trace["thought"] if trace else ""]
-    return not any(_NAMES_AN_OPTION.search(text) for text in texts)
+    return not any(NAMES_AN_OPTION.search(text) for text in texts)
 
 
-def shuffled(problem, generator):
+def shuffled(problem: Any, generator: torch.Generator) -> Any:
     """The problem with its choices in an order drawn from a torch.Generator."""
     order = torch.randperm(len(problem.choices), generator=generator).tolist()
     meta = problem.meta | {"answer_index": order.index(problem.meta["answer_index"])}

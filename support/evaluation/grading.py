@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from data import Problem
 from support.dataset.choices import LETTERS
 from support.evaluation.reading import (
     ANYTHING,
@@ -125,7 +126,7 @@ def said_after(text: str, start: int, end: int | None = None) -> str | None:
     return rest[: stop.end() if stop[0] == "?" else stop.start()] if stop else rest
 
 
-def statements(problem, reply: Reply) -> Iterator[tuple[str | None, str, bool]]:
+def statements(problem: Problem, reply: Reply) -> Iterator[tuple[str | None, str, bool]]:
     """(what is stated as the answer, where, whether of one case only), the last first; None of a
     cue with nothing after it. Left out: what is asked, and what the reply says does not fit."""
     matches = list(SAYS.finditer(reply.text))
@@ -151,7 +152,7 @@ def statements(problem, reply: Reply) -> Iterator[tuple[str | None, str, bool]]:
         yield said, "in a box" if m[0] == "⟦" else "in words", supposed
 
 
-def stated(problem, reply: Reply) -> tuple[str | None, str]:
+def stated(problem: Problem, reply: Reply) -> tuple[str | None, str]:
     """The last answer in words or in a box; of cases ("If ..., the answer is A") only if all come
     to the same."""
     cases, failure = {}, NOTHING_READ
@@ -180,19 +181,19 @@ def broken_off(reply: Reply) -> bool:
     return len([x for x in SENTENCE.split(line) if ANYTHING.search(x)]) > 1 and line[-1].isalnum()
 
 
-def is_choice(problem, line: str) -> bool:
+def is_choice(problem: Problem, line: str) -> bool:
     """Is a line the text of a choice, with its letter or without?"""
     without_letter = re.sub(r"^\W*[A-J][).:\]]", "", line)
     return bool({squash(line), squash(without_letter)} & set(squashed(problem.choices)))
 
 
-def bare_line(problem, line: str) -> bool:
+def bare_line(problem: Problem, line: str) -> bool:
     """Is a line nothing but an answer: a choice, or four words without a verb?"""
     few = len(line.split()) < 5 and not VERB.search(line) and not line.rstrip().endswith("?")
     return is_choice(problem, line) or few and not SAYS.search(line)
 
 
-def lined(problem, reply: Reply) -> tuple[str | None, str]:
+def lined(problem: Problem, reply: Reply) -> tuple[str | None, str]:
     """An answer that is all of a line: before an explanation, the last one, the first one. A yes or
     no that a reply begins with is one."""
     before = EXPLAINS.split(reply.text, maxsplit=1)[0].splitlines()
@@ -215,7 +216,7 @@ def lined(problem, reply: Reply) -> tuple[str | None, str]:
     return None, failure
 
 
-def concluded(problem, reply: Reply) -> tuple[str | None, str]:
+def concluded(problem: Problem, reply: Reply) -> tuple[str | None, str]:
     """The last conclusion, or equation if it has the last numbers, after any refusal."""
     last = next((x for x in reply.sentences[:-4:-1] if amounts(x)), "")
     starts = [m.start() for m in CONCLUDES.finditer(reply.text)]
@@ -238,7 +239,7 @@ def stems(text: str) -> list[str]:
     return [re.sub(r"(?<=\w{3})(?:es|s|ed)$", "", x) for x in words]
 
 
-def implied(problem, reply: Reply) -> tuple[str | None, str]:
+def implied(problem: Problem, reply: Reply) -> tuple[str | None, str]:
     """The yes or no of a sentence that has the words of the question in their order, so that a
     "not" decides: "Teal is not the minimum." """
     if not is_yes_no(problem) or reply.refused >= 0:
@@ -256,7 +257,7 @@ def implied(problem, reply: Reply) -> tuple[str | None, str]:
     return None, NOTHING_READ
 
 
-def by_likeness(problem, sentences: list[str]) -> list[str]:
+def by_likeness(problem: Problem, sentences: list[str]) -> list[str]:
     """Sentences with numbers first, then those most like the last one of the question; the end of
     a text of more than eight comes before that."""
     *_, asks = [x for x in SENTENCE.split(problem.question) if squash(x)] or [""]
@@ -266,7 +267,7 @@ def by_likeness(problem, sentences: list[str]) -> list[str]:
     return sorted(likeness, key=lambda x: (not amounts(x), -likeness[x]))
 
 
-def mentioned(problem, sentences: list[str]) -> tuple[str | None, str]:
+def mentioned(problem: Problem, sentences: list[str]) -> tuple[str | None, str]:
     """What sentences mention, a letter rather than anything else; two letters are none."""
     sentences = [x for x in sentences if not x.endswith("?")]
     found = [read(problem, x, MENTIONED) for x in by_likeness(problem, sentences)]
@@ -278,7 +279,7 @@ def mentioned(problem, sentences: list[str]) -> tuple[str | None, str]:
     return None, next((how for _, how in found if how != NOTHING_READ), NOTHING_READ)
 
 
-def commitment(problem, text: str, prose: bool = False) -> tuple[str | None, str]:
+def commitment(problem: Problem, text: str, prose: bool = False) -> tuple[str | None, str]:
     """(parsed or None, how): the answer of a reply. With `prose` all its sentences are searched in
     the end, else the last three."""
     text = own_words(problem, text)
@@ -303,7 +304,7 @@ def commitment(problem, text: str, prose: bool = False) -> tuple[str | None, str
     return unstated(problem, reply, prose)
 
 
-def unstated(problem, reply: Reply, prose: bool) -> tuple[str | None, str]:
+def unstated(problem: Problem, reply: Reply, prose: bool) -> tuple[str | None, str]:
     """(parsed or None, how): the answer that a reply comes to or mentions, where it states none."""
     failures = []
     for search in (lined, concluded, implied):
@@ -324,7 +325,7 @@ def unstated(problem, reply: Reply, prose: bool) -> tuple[str | None, str]:
     return None, failure
 
 
-def at_odds(problem, reply: Reply, parsed: str) -> bool:
+def at_odds(problem: Problem, reply: Reply, parsed: str) -> bool:
     """Does a reply come to another choice than it states, or to a value that no choice has?"""
     if not problem.choices:
         return False
@@ -332,7 +333,7 @@ def at_odds(problem, reply: Reply, parsed: str) -> bool:
     return how == "no such choice" or end not in (None, parsed)
 
 
-def choice_like(problem, pattern: re.Pattern, failure: str) -> tuple[str | None, str]:
+def choice_like(problem: Problem, pattern: re.Pattern, failure: str) -> tuple[str | None, str]:
     """The one choice that says what a reply says: "cannot be determined", "none of the above"."""
     hits = [
         x for x, text in zip(LETTERS, problem.choices, strict=False) if pattern.search(text.lower())
@@ -340,14 +341,14 @@ def choice_like(problem, pattern: re.Pattern, failure: str) -> tuple[str | None,
     return (hits[0], "choice text in words") if len(hits) == 1 else (None, failure)
 
 
-def committed(problem, text: str) -> tuple[str, str] | None:
+def committed(problem: Problem, text: str) -> tuple[str, str] | None:
     """(parsed, how): the answer that any text commits to (see `Grade`), in its normal form, or
     None. Sentences that only mention an answer commit to nothing."""
     parsed, how = commitment(problem, text)
     return None if parsed is None or how.endswith(DOUBTFUL) else (parsed, how)
 
 
-def agrees(problem, rationale: str, response: str) -> bool | None:
+def agrees(problem: Problem, rationale: str, response: str) -> bool | None:
     """Is the rationale's own last answer the response's? None if one of them has none. What the
     rationale's last sentences only mention may confirm an answer, but not contradict it."""
     ours, how = commitment(problem, rationale)
@@ -360,14 +361,14 @@ def agrees(problem, rationale: str, response: str) -> bool | None:
 
 
 # --- the grade
-def normal(problem, answer: str) -> str:
+def normal(problem: Problem, answer: str) -> str:
     """One form for all spellings of an answer, so that two can be compared: a letter where there
     are choices (a letter comes before a choice of that text), else a number, a list or a text."""
     parsed, _ = read(problem, plain(answer))
     return squash(plain(answer)) if parsed is None else parsed
 
 
-def right(problem, parsed: str | None) -> bool:
+def right(problem: Problem, parsed: str | None) -> bool:
     """Is an answer in its normal form the gold one? Of choices with one text MathVista takes any,
     and ScienceQA the one with the right index."""
     if not problem.choices:
@@ -379,7 +380,7 @@ def right(problem, parsed: str | None) -> bool:
     return parsed == LETTERS[index]
 
 
-def published(problem, response: str) -> tuple[str | None, str]:
+def published(problem: Problem, response: str) -> tuple[str | None, str]:
     """(letter or None, how) by ScienceQA's rule: exactly one "The answer is (X)", X among the
     choices. Ours: without one, or with an "Answer:" after it, what follows the last "Answer:", or
     the whole response, if it is a letter or the text of one choice."""
@@ -399,7 +400,7 @@ def published(problem, response: str) -> tuple[str | None, str]:
 
 
 def grade(
-    problem, response: str, guess: random.Random | None = None, strict: bool = False
+    problem: Problem, response: str, guess: random.Random | None = None, strict: bool = False
 ) -> Grade:
     """Grade one response by its `commitment`, prose included.
 

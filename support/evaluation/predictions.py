@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from support import files
@@ -89,7 +89,7 @@ def of_the_model(row: dict) -> dict:
     return {key: row[key] for key in keys if key in row}
 
 
-def scienceqa_rows(whole: dict):
+def scienceqa_rows(whole: dict) -> Iterator[tuple]:
     """(where, record) of ScienceQA's result file: what the model wrote, else the index read."""
     outputs = whole.get("outputs") if isinstance(whole.get("outputs"), dict) else {}
     for i, index in whole["results"].items():

@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from functools import lru_cache
 
+from data import Problem
 from support.dataset.choices import LETTERS
 
 # How far a sentence commits to what it names: "The answer is ...", "Therefore, ...", any other.
@@ -204,7 +205,7 @@ def affirmed(text: str) -> str:
 
 
 # --- what is asked for
-def asks_for(problem) -> str:
+def asks_for(problem: Problem) -> str:
     """choice | integer | float | list | number | text: what the answer should be; where the record
     has no answer_type, the gold answer decides."""
     kind = "choice" if problem.choices else problem.meta.get("answer_type")
@@ -214,7 +215,7 @@ def asks_for(problem) -> str:
     return "number" if gold and AMOUNT.fullmatch(gold) else "text"
 
 
-def rounded(problem, value: float) -> str:
+def rounded(problem: Problem, value: float) -> str:
     """A number as the official scorer compares it: a float at the record's precision; an integer
     only if it is one."""
     if asks_for(problem) == "float":
@@ -222,13 +223,13 @@ def rounded(problem, value: float) -> str:
     return str(int(value)) if value.is_integer() else f"{value:.9g}"
 
 
-def read(problem, text: str, trust: int = STATED) -> tuple[str | None, str]:
+def read(problem: Problem, text: str, trust: int = STATED) -> tuple[str | None, str]:
     """(parsed or None, what it was or why not) of a short plain text."""
     return (choice_named if problem.choices else value)(problem, text, trust)
 
 
 # --- which choice
-def is_yes_no(problem) -> bool:
+def is_yes_no(problem: Problem) -> bool:
     """Are the choices yes and no, or true and false?"""
     return sorted(squashed(problem.choices)) in (["no", "yes"], ["false", "true"])
 
@@ -239,7 +240,7 @@ def pole(texts: list[str], word: str) -> str:
     return LETTERS[texts.index(word if word in texts else POLES[word])]
 
 
-def choice_named(problem, said: str, trust: int = STATED) -> tuple[str | None, str]:
+def choice_named(problem: Problem, said: str, trust: int = STATED) -> tuple[str | None, str]:
     """(letter or None, how): the choice that a short plain text names. What was not stated as the
     answer names none by a list of letters, nor by what a "not" may be about."""
     letters = LETTERS[: len(problem.choices)]
@@ -287,7 +288,7 @@ def choice_named(problem, said: str, trust: int = STATED) -> tuple[str | None, s
     return (named.pop(), "letter") if named else (None, failure)
 
 
-def text_named(problem, texts: list[str], said: str, trust: int) -> tuple[str | None, str]:
+def text_named(problem: Problem, texts: list[str], said: str, trust: int) -> tuple[str | None, str]:
     """(letter or None, how): the choice whose text, or number, a plain text contains, else the
     nearest one."""
     letters = LETTERS[: len(texts)]
@@ -358,7 +359,7 @@ def distance(a: str, b: str) -> int:
 
 
 # --- which number, list or text
-def value(problem, said: str, trust: int = STATED) -> tuple[str | None, str]:
+def value(problem: Problem, said: str, trust: int = STATED) -> tuple[str | None, str]:
     """(parsed or None, how): the number, list or text that a short plain text names. Of several
     numbers the first, if the text opens with it as the answer, else see `last_of`."""
     kind = asks_for(problem)
@@ -381,7 +382,7 @@ def value(problem, said: str, trust: int = STATED) -> tuple[str | None, str]:
     return (text, "text") if text else (None, "no answer found")
 
 
-def numbers(problem, said: str, trust: int) -> tuple[list[float], str]:
+def numbers(problem: Problem, said: str, trust: int) -> tuple[list[float], str]:
     """(the numbers of a text that may be the answer, why there are none or "")."""
     # A chart may count in millions: only an integer, of no unit, is said in full.
     scaled = asks_for(problem) == "integer" and not re.search(SCALED, problem.question)
@@ -398,7 +399,7 @@ def numbers(problem, said: str, trust: int) -> tuple[list[float], str]:
     return amounts(single), ""
 
 
-def last_of(problem, said: str, trust: int) -> list[float]:
+def last_of(problem: Problem, said: str, trust: int) -> list[float]:
     """[the number that a sentence ends in], or []: of those after the last "=" the ones that the
     question does not have; of these rather one of the kind asked for, of the things asked for, in
     the clause most like the question, or after an "is"."""

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from data import Problem
 from support.evaluation.reading import ANYTHING, SENTENCE, plain, plain_question, words_of
 
 
@@ -106,7 +107,7 @@ NONE_FITS = any_of(
 
 
 # --- what is the reply's own
-def own_words(problem, text: str) -> str:
+def own_words(problem: Problem, text: str) -> str:
     """The raw reply without thoughts in tags and without what follows its end: a token that ends a
     turn, or an invented next question. The problem's own question, repeated, ends nothing."""
     text = text.rpartition("<|channel|>final<|message|>")[2]
@@ -126,7 +127,7 @@ def own_words(problem, text: str) -> str:
     return text
 
 
-def without_asides(problem, text: str) -> str:
+def without_asides(problem: Problem, text: str) -> str:
     """A plain text without confidence, sources, lists of other options and sentences that repeat
     the question."""
     text = ASIDE.sub("", text)
@@ -184,5 +185,5 @@ class Reply:
         return max((m.start() for m in NONE_FITS.finditer(self.text.lower())), default=-1)
 
 
-def reply_of(problem, text: str) -> Reply:
+def reply_of(problem: Problem, text: str) -> Reply:
     return Reply(without_asides(problem, plain(text)))

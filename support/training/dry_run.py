@@ -19,7 +19,7 @@ import torch
 
 import data
 import lora
-from model import PaliGemma
+from model import Gemma2Config, PaliGemma, T5Config
 from support import kernels
 from support.checkpoints.hub import resolve
 from support.checkpoints.weights import headers
@@ -195,7 +195,7 @@ def is_paligemma(model: torch.nn.Module) -> bool:
     return hasattr(model, "language_model")
 
 
-def text_config(model: torch.nn.Module):
+def text_config(model: torch.nn.Module) -> T5Config | Gemma2Config:
     """The config of what writes: T5, or PaliGemma's Gemma."""
     return model.config.text if is_paligemma(model) else model.t5.config
 

@@ -57,7 +57,7 @@ class LossOf(torch.nn.Module):
 
     def __init__(
         self, model: torch.nn.Module, loss: Callable, collate: Callable, settings: Settings
-    ):
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -178,7 +178,15 @@ class InChunks(torch.autograd.Function):
     once: its logits are computed once, and gone before the next chunk's are computed."""
 
     @staticmethod
-    def forward(ctx, loss, size, weight, states, labels, rows):
+    def forward(
+        ctx,
+        loss: Callable,
+        size: int,
+        weight: torch.Tensor,
+        states: torch.Tensor,
+        labels: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
         wanted = [weight] if ctx.needs_input_grad[2] else []  # a frozen head needs no gradient
         grad_weight = None
         grad_states = torch.empty_like(states)
@@ -196,7 +204,7 @@ class InChunks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output: torch.Tensor) -> tuple:
         grad_states, grad_weight = ctx.saved_tensors
         if grad_weight is not None:
             grad_weight = grad_weight * grad_output
@@ -213,7 +221,7 @@ class AdamW:
     The function that torch.optim.AdamW calls, without that class, whose first use imports torch's
     compiler: 3 s of each start."""
 
-    def __init__(self, groups: list[tuple[list[torch.nn.Parameter], float]]):
+    def __init__(self, groups: list[tuple[list[torch.nn.Parameter], float]]) -> None:
         """Groups (parameters, weight decay)."""
         self.groups = groups
         self.parameters = [p for params, _ in groups for p in params]

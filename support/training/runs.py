@@ -166,11 +166,11 @@ class StopRequest:
     """SIGTERM and Ctrl-C. The first raises `Stopped` at once, but during training only after the
     step, when a state is saved (`Checkpoints`). A second one kills."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested = False
         self.in_training = False
 
-    def handle(self, number: int, frame) -> None:
+    def handle(self, number: int, frame: object) -> None:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         self.requested = True
@@ -274,7 +274,7 @@ class Checkpoints:
         folder: Path | None = None,
         every: int | None = None,
         stop: StopRequest | None = None,
-    ):
+    ) -> None:
         self.log = log
         self.folder = folder
         self.every = every
