@@ -21,7 +21,7 @@ LAYOUTS = """Known layouts:
   {id: "response"} and MathVista's {id: {"response"}}, where failed calls have an "error"
   ScienceQA's and LLaVA's {"results": {id: index}, "outputs": {id: "response"}}
   LLaVA's {"correct": [...], "incorrect": [...]} of {"question_id", "pred"}
-  mm-cot's {"preds": [...], "labels": [...]}, the complete split in its own order"""
+  mm-cot's {"preds": [...], "labels": [...]}, the complete split in its own order."""
 IDS = ("id", "pid", "question_id", "index")
 TEXTS = ("response", "prediction", "text", "pred")
 OPTIONAL = {"rationale": str | None, "stop": str | None}
