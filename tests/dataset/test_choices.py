@@ -8,7 +8,7 @@ import pytest
 import torch
 from samples import asked, trace
 
-from support.dataset.choices import _ANSWER, final_answer, movable, shuffled
+from support.dataset.choices import ANSWER, final_answer, movable, shuffled
 
 PROSE = [  # what a teacher said, and the answer in it: of rope, belt, neither
     ("(B) 3.9", "B"),
@@ -57,11 +57,11 @@ def test_final_answer_of_a_line_without_end(text):
 
 def test_final_answer_reads_as_the_plain_pattern_does():
     """The pattern that is fast on long lines finds what the one without its ^ finds."""
-    plain, rng = re.compile(_ANSWER.pattern.removeprefix("^"), re.IGNORECASE), random.Random(0)
+    plain, rng = re.compile(ANSWER.pattern.removeprefix("^"), re.IGNORECASE), random.Random(0)
     parts = "answer is|Answer:|answer|:| is |\n|\n\n|*| |(A)|x|\r|an".split("|")
     for _ in range(3000):
         text = "".join(rng.choices(parts, k=rng.randrange(12)))
-        assert _ANSWER.findall(text) == plain.findall(text), text
+        assert ANSWER.findall(text) == plain.findall(text), text
 
 
 def test_shuffled_keeps_the_answer():
