@@ -7,6 +7,8 @@ import loopback
 import pytest
 from asking import KEY, WIRES, both_wires, interrupted, questions, write
 
+from support.teachers import calls
+
 # --- faults
 
 PASSING = """429:0 429:ms=20 500 503 529 408 stall drip reset cut short event malformed empty
@@ -133,3 +135,14 @@ def test_max_cost_counts_calls_under_way_and_stops_only_where_one_more_may_pass_
     spent = sum(record["usage"]["cost"] for record in ask.records())
     most = float(re.search(r"a call may cost \$(\d+\.\d+)", err)[1])
     assert spent <= 0.004 < spent + most + 1e-4 and len(ask.records()) > 1
+
+
+@pytest.mark.parametrize(
+    "provider, size, image",
+    [("anthropic", (300, 200), 80), ("anthropic", None, 0), ("gemini", None, 0)],
+)
+def test_an_image_counts_by_its_area(provider, size, image):
+    """Anthropic: a token for 750 pixels, up to a limit; the text has three characters a token."""
+    assert calls.input_tokens(provider, "x" * 300, size) == 100 + image
+    largest = calls.IMAGE_TOKENS["anthropic"]
+    assert calls.input_tokens("anthropic", "", (4000, 3000)) == largest
