@@ -77,7 +77,7 @@ class QuickT5Stack(plain.T5Stack):
             k, v = layer.append(k, v)  # (B, N, S, H)
             x = x + self.attend(block.self_attn, h, k, v, bias)
             h = block.cross_attn_norm(x)
-            x = x + self.attend(block.cross_attn, h, *layer.memory, memory_bias)
+            x = x + self.attend(block.cross_attn, h, *layer.cross, memory_bias)
             x = x + block.ffn(block.ffn_norm(x))
         return self.final_layer_norm(x)[:, None]  # (B, 1, D)
 
