@@ -21,7 +21,7 @@ import data
 import fusion
 from data import ImageSource, Problem
 from model import DETR
-from support import kernels
+from support import files, kernels
 from support.checkpoints.hub import resolve
 from support.dataset import images
 from support.dataset.choices import LETTERS
@@ -346,7 +346,7 @@ def score_file(args: argparse.Namespace) -> Column:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.split("\n")[0])
+    parser = files.Parser(prog="eval.py", description=__doc__.split("\n")[0])
     add = parser.add_argument_group("runs to decode and score").add_argument
     add("runs", nargs="*", metavar="RUN", help="run folders, shown side by side")
     add("--decode", action="store_true", help="decode even if the run has its predictions already")

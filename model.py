@@ -218,8 +218,8 @@ class T5Block(nn.Module):
         memory_bias: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D); the biases are added to the scores. A decoder's block reads
-        the encoder's states too: `memory` (B, S, D). With a `LayerCache`, x is the newest."""
+        """x (B, T, D) -> (B, T, D); the biases are added to the scores. A decoder also reads the
+        encoder's states `memory` (B, S, D). With a `LayerCache`, x holds only the newest tokens."""
         h = self.self_attn_norm(x)
         k, v = self.self_attn.keys_values(h)  # (B, N, T, H)
         if cache is not None:

@@ -7,7 +7,6 @@ all their tokens, not over the batches' means.
 
 paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555): a teacher's traces, judged
 right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them.
-
 Trained weights are fp32, without autocast. support/training/ has what a first reading may skip.
 A row is one example; a window is the list of batches (lists of rows) of one optimizer step.
 Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss.

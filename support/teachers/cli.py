@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import data
+from support import files
 from support.evaluation import metrics, tables
 from support.teachers.batch_api import BATCH_SHARE
 from support.teachers.cache import paid
@@ -110,7 +111,7 @@ GROUPS = {  # heading: {setting: (metavar, help)}
 def parse_args(argv: list[str] | None = None) -> TeacherSettings:
     """The settings of a command; the error of a wrong one is argparse's exit."""
     about = "The teacher and the judge: traces worth learning from, never paid for twice."
-    parser = argparse.ArgumentParser(prog="teacher.py", description=about)
+    parser = files.Parser(prog="teacher.py", description=about)
     defaults = TeacherSettings()
     for heading, flags in GROUPS.items():
         group = parser.add_argument_group(heading)

@@ -228,7 +228,7 @@ def demo_defaults(system: type[Settings]) -> dict:
 
 def make_parser() -> argparse.ArgumentParser:
     """A flag for each field, made from its type."""
-    parser = argparse.ArgumentParser(
+    parser = files.Parser(
         prog="train.py",
         description="Training: `python train.py --model mmcot` or `--model paligemma`; "
         "each ends in a table.",
