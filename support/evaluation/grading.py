@@ -442,7 +442,7 @@ def last_said(text: str) -> str | None:
 def is_conclusive(grade: Grade) -> bool:
     """Whether the rule's word on `correct` is final; if not, a judge should be asked: nothing was
     read, or only the nearest choice, or a sentence in passing, or a text that is not the gold text
-    but may mean the same. Measured: tests/evaluation/test_verdicts.py."""
+    but may mean the same. Measured: tests/test_grading.py."""
     doubtful = grade.how.startswith(("nearest", "list", "text")) and not grade.correct
     weak = grade.how.endswith((*DOUBTFUL, AT_ODDS))
     return grade.parsed is not None and not doubtful and not weak
