@@ -1,6 +1,6 @@
 """Files that come from strangers, and files that another process may be reading or writing.
 
-A fault of JSON or JSONL is a sentence that names file and line; a bad record is an error or an
+An error in JSON or JSONL is a sentence that names file and line; a bad record is an error or an
 entry of a list; what is written appears whole or not at all. Standard library only.
 """
 
@@ -31,7 +31,7 @@ MOST_LINE = 1 << 24  # bytes of a line of JSONL
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are a sentence without the whole usage, which has 20 lines in train.py."""
+    """Its errors are one sentence, without the usage, which is 20 lines long in train.py."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the flags.\n")

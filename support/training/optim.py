@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """{name: parameter} of what is trained."""
+    """{name: parameter} of the trained parameters."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
