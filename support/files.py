@@ -31,10 +31,10 @@ MOST_LINE = 1 << 24  # bytes of a line of JSONL
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one sentence, without the usage, which is 20 lines long in train.py."""
+    """Its errors are one line, without the usage, which has 20 lines in train.py."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the flags.\n")
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def cache_folder() -> Path:
