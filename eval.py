@@ -1,9 +1,9 @@
-"""Scoring: from the text that a model wrote to a table somebody else can check.
+"""Scoring: from the text that a model wrote to a table that others can check.
 
 `predict` turns problems into predictions with a run's models, `evaluate` those into a table and the
 files of a run folder, `regrade` grades what is there; `ask` puts one question to a run. A response
-that cannot be read is a failure, counted and shown, never a guess (the original's guess is there to
-be compared with: `--faithful-parse`).
+that cannot be read is a failure, counted and shown, never a guess (`--faithful-parse` makes the
+original's guesses, for comparison).
 """
 
 import argparse
@@ -21,7 +21,7 @@ import data
 import fusion
 from data import ImageSource, Problem
 from model import DETR
-from support import kernels
+from support import files, kernels
 from support.checkpoints.hub import resolve
 from support.dataset import images
 from support.dataset.choices import LETTERS
@@ -346,7 +346,7 @@ def score_file(args: argparse.Namespace) -> Column:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.split("\n")[0])
+    parser = files.Parser(prog="eval.py", description=__doc__.split("\n")[0])
     add = parser.add_argument_group("runs to decode and score").add_argument
     add("runs", nargs="*", metavar="RUN", help="run folders, shown side by side")
     add("--decode", action="store_true", help="decode even if the run has its predictions already")
@@ -369,7 +369,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", help="write graded predictions and metrics.json here")
     add("--partial", action="store_true", help="accept problems without prediction")
     add = parser.add_argument_group("how answers are graded and shown").add_argument
-    add("--faithful-parse", action="store_true", help="guess A-E if unreadable, as the original")
+    add(
+        "--faithful-parse",
+        action="store_true",
+        help="guess A-E if unreadable, as the original does",
+    )
     add("--strict-parse", action="store_true", help="read ScienceQA by its published rule")
     gold = "prompt format whose target is the gold rationale (%(default)s)"
     add("--rationale-format", default="QCM-LE", metavar="FORMAT", help=gold)

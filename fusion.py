@@ -32,7 +32,7 @@ from model import T5, Pretrained
 
 # ---- The fusion: equations 3 to 6 ----------------------------------------------------------------
 
-NO_IMAGE = ("zero", "mask")
+NO_IMAGE = ("zero", "mask")  # see GatedFusion
 
 
 class SingleHeadAttention(nn.Module):
@@ -60,11 +60,11 @@ class SingleHeadAttention(nn.Module):
 
 
 class GatedFusion(nn.Module):
-    """Eq. 3-6. `no_image` says what is done without an image, when all features are zero:
+    """Eq. 3-6. `no_image`: what a problem without an image gets, whose features are all zero.
 
-    "zero": what was published. The zeros go through Eq. 3-6 like an image; `image_dense` turns
-            them into its bias: the text mixed with one constant vector. Released weights need it.
-    "mask": a problem without an image has no image: H_fuse = H_language.
+    "zero": as published. The zeros go through Eq. 3-6 like an image; `image_dense` turns them into
+            its bias, so the text is mixed with one constant vector. Released weights need it.
+    "mask": its gate is 0, so H_fuse = H_language.
     """
 
     def __init__(self, d_model: int, feature_dim: int, no_image: str = "zero") -> None:
@@ -81,7 +81,8 @@ class GatedFusion(nn.Module):
         return self.explain(H_language, image_features)[0]
 
     def explain(self, H_language: Tensor, image_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As forward, with the gate (B, T, D) and the attention over the image (B, T, P)."""
+        """As forward, with the gate (B, T, D) and the attention over the image (B, T, P), which the
+        report shows."""
         image_features = image_features.to(H_language.dtype)
         # Eq. 3 (Multimodal-CoT)
         H_vision = self.image_dense(image_features)  # (B, P, D)
@@ -89,7 +90,8 @@ class GatedFusion(nn.Module):
         # Eq. 5 (Multimodal-CoT)
         gate = self.gate_dense(torch.cat((H_language, H_attn), -1)).sigmoid()  # (B, T, D)
         if self.no_image == "mask":
-            gate = gate * image_features.any(2).any(1)[:, None, None]  # (B, T, D)
+            has_image = image_features.any(2).any(1)  # (B,)
+            gate = gate * has_image[:, None, None]  # (B, T, D)
         # Eq. 6 (Multimodal-CoT)
         H_fuse = (1 - gate) * H_language + gate * H_attn  # (B, T, D)
         return H_fuse, gate, attention
@@ -102,11 +104,11 @@ class MultimodalT5(Pretrained):
     """T5 whose encoder output is fused with image features before the decoder reads it.
 
     `fusion=None` is the text-only model of the paper's ablations: a plain T5. `from_pretrained`
-    reads both released namings of the fusion layers; of a plain T5 checkpoint it makes a model
-    without fusion. For a fresh one: `MultimodalT5(T5.from_pretrained(x), GatedFusion(...))`.
+    reads both released namings of the fusion layers; a plain T5 checkpoint gives a model without
+    fusion. For a new fusion: `MultimodalT5(T5.from_pretrained(x), GatedFusion(...))`.
     """
 
-    t5_class = T5
+    t5_class = T5  # for support/checkpoints/, which imports no model
     fusion_class = GatedFusion
 
     def __init__(self, t5: T5, fusion: GatedFusion | None = None) -> None:
@@ -117,7 +119,7 @@ class MultimodalT5(Pretrained):
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor | None = None
     ) -> Tensor:
-        """(B, T) ids and mask, (B, P, F) features -> what the decoder reads (B, T, D)."""
+        """(B, T) ids and mask, (B, P, F) features -> states (B, T, D) for the decoder."""
         # Eq. 2 (Multimodal-CoT)
         H_language = self.t5.encode(input_ids, attention_mask)  # (B, T, D)
         if self.fusion is None:
@@ -133,7 +135,7 @@ class MultimodalT5(Pretrained):
         image_features: Tensor | None,
         decoder_input_ids: Tensor,
     ) -> Tensor:
-        """Decoder states (B, U, D) before the vocabulary layer; a loss may need only some."""
+        """Decoder states (B, U, D) before the output layer, which the loss applies to some only."""
         memory = self.encode(input_ids, attention_mask, image_features)  # (B, T, D)
         mask_bias = self.t5.mask_bias(attention_mask)  # (B, 1, 1, T)
         return self.t5.decode_states(decoder_input_ids, memory, mask_bias)  # (B, U, D)
@@ -147,7 +149,7 @@ class MultimodalT5(Pretrained):
     ) -> Tensor:
         """Teacher-forced logits (B, U, V): the factors of Eq. 1."""
         states = self.states(input_ids, attention_mask, image_features, decoder_input_ids)
-        # Eq. 1 (Multimodal-CoT): a softmax away from p(Y_i | X_language, X_vision, Y_<i)
+        # Eq. 1 (Multimodal-CoT): softmax of these is p(Y_i | X_language, X_vision, Y_<i)
         return self.t5.head(states)  # (B, U, V)
 
     @torch.inference_mode()
@@ -180,8 +182,8 @@ class MultimodalT5(Pretrained):
 
 # ---- The two-stage loop --------------------------------------------------------------------------
 
-# Prompt formats of the stages: Q question, C context, M choices, G generated rationale, A answer,
-# L lecture, E solution (paper, Table 2).
+# {recipe: prompt format "source-target" of each stage}: Q question, C context, M choices,
+# G generated rationale, A answer, L lecture, E solution (paper, Table 2).
 RECIPES = {
     "two-stage": ("QCM-LE", "QCMG-A"),
     "answer": ("QCM-A",),
@@ -191,7 +193,7 @@ RECIPES = {
 
 
 def stage_names(recipe: str) -> tuple[str, ...]:
-    """The folders of a run's models, in order."""
+    """The folders of a run's models, in order; the only stage of a recipe is "answer"."""
     return ("rationale", "answer")[-len(RECIPES[recipe]) :]
 
 
@@ -205,9 +207,8 @@ def generate_texts(
 ) -> dict[str, dict]:
     """Decode a `data.collate` batch: {id: {"text", "stop": "eos" or "length", "tokens"}}.
 
-    Its labels are not needed: the model never sees gold text here. The first published commands
-    scored the arg-max of teacher-forced logits instead (see `teacher_forced_texts`). `on_token` is
-    as in `model.decode`.
+    Its labels are not used: the model never sees gold text here, unlike in the first published
+    commands (see `teacher_forced_texts`). "tokens" counts EOS. `on_token` is as in `model.decode`.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -232,8 +233,8 @@ def generate_texts(
 def teacher_forced_texts(model: MultimodalT5, batch: dict, tokenizer: Tokenizer) -> dict[str, str]:
     """Arg-max of logits that have read the gold target: {id: text}. NOT a prediction.
 
-    Multimodal-CoT's first published commands took this for the generated rationale (no generate),
-    on test as well; it is here to show how much it inflates ROUGE-L, and nothing reads it.
+    Multimodal-CoT's first published commands used this as the rationale, on the test split too. It
+    is here to show how much that inflates ROUGE-L (--teacher-forced); no stage reads it.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -242,7 +243,7 @@ def teacher_forced_texts(model: MultimodalT5, batch: dict, tokenizer: Tokenizer)
     best = model(*inputs).argmax(-1).cpu()  # (B, U)
     texts = {}
     for problem_id, ids, labels in zip(batch["ids"], best, batch["labels"], strict=True):
-        in_target = ids[labels != -100].tolist()  # without pads
+        in_target = ids[labels != -100].tolist()  # not where the target is padded
         texts[problem_id] = tokenizer.decode(in_target, skip_special_tokens=True)
     return texts
 
@@ -251,11 +252,11 @@ def two_stage(
     generate_rationales: Callable[[], dict[str, dict]],
     generate_answers: Callable[[dict[str, str]], dict[str, dict]],
 ) -> dict[str, dict]:
-    """Stage 1 writes a rationale, stage 2 reads question and rationale and answers (section 4).
+    """Stage 1 writes a rationale; stage 2 reads question and rationale, and answers (section 4).
 
-    Both functions return what `generate_texts` does, of all problems; that of stage 2 takes
-    {id: rationale}. Returns {id: {"response", "rationale", "stop", "tokens"}}; `stop` is stage 2's
-    unless the rationale was cut, `tokens` counts both.
+    Both functions return the dict of `generate_texts` for all problems; that of stage 2 takes
+    {id: rationale}. Returns {id: {"response", "rationale", "stop", "tokens"}}: "stop" is "length"
+    if either text was cut, "tokens" counts both.
     """
     rationales = generate_rationales()
     texts = {problem_id: rationale["text"] for problem_id, rationale in rationales.items()}

@@ -1,12 +1,12 @@
-"""Low-rank adapters for any of our models: LoRA, rsLoRA and DoRA, in PEFT's own file format.
+"""Low-rank adapters for any of our models: LoRA, rsLoRA and DoRA, in PEFT's file format.
 
 LoRA    Hu et al. 2021, arXiv 2106.09685      h = W0 x + s B A x,  s = alpha / r          Eq. 3
 rsLoRA  Kalajdzievski 2023, arXiv 2312.03732  s = alpha / sqrt(r)
 DoRA    Liu et al. 2024, arXiv 2402.09353     W' = m (W0 + s B A) / ||W0 + s B A||        Eq. 5
 
 A is (r, I) and B is (O, r), as in PEFT. B starts at zero, so an adapted model starts as its base.
-DoRA's m and norm are one number per output. Adapters are fp32 whatever the base is: in bf16 a small
-learning rate rounds to no step.
+DoRA's m and norm are one number per output. Adapters are fp32 whatever the base is: in bf16 a step
+of a small learning rate is rounded away.
 
 Not supported, and refused: several adapters in one model, adapters on embeddings and on the output
 layer, trained biases, quantised bases, and initialisations that change the base (PiSSA, OLoRA ...).
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Linear):
-    """A frozen nn.Linear with a low-rank adapter beside it.
+    """A frozen nn.Linear plus a low-rank adapter.
 
     The base keeps its names `weight` (O, I) and `bias` (O); added are `lora_A.weight` (r, I),
     `lora_B.weight` (O, r) and, with DoRA, `lora_magnitude_vector` (O).
@@ -47,6 +47,7 @@ class LoRALinear(nn.Linear):
     ) -> None:
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"The rank r is {r!r}; it must be a whole number of at least 1.")
+        # No memory for a weight of its own: `adopt` puts the base's in its place.
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.r = r
         self.alpha = alpha
@@ -60,12 +61,12 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device).float()
         self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device).float()
         nn.init.zeros_(self.lora_B.weight)
-        norm = base.weight.detach().float().norm(dim=1) if dora else None  # (O,), as B is zero
+        norm = base.weight.detach().float().norm(dim=1) if dora else None  # (O,), of W0 + 0
         self.lora_magnitude_vector = nn.Parameter(norm) if dora else None
         adopt(self, base)
 
     def adapter(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of what was added, by PEFT's names."""
+        """{name: parameter} of the adapter, by PEFT's names."""
         return {n: p for n, p in self.named_parameters() if n.startswith("lora_")}
 
     def delta(self) -> Tensor:
@@ -79,7 +80,7 @@ class LoRALinear(nn.Linear):
         return self.lora_magnitude_vector / norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O), in the dtype the base gives."""
+        """(..., I) -> (..., O), in the base's dtype."""
         out = F.linear(x, self.weight, self.bias)  # (..., O)
         if self.original is not None:  # merged: the adapter is in `weight`
             return out
@@ -88,7 +89,7 @@ class LoRALinear(nn.Linear):
         if self.lora_magnitude_vector is None:
             # Eq. 3 (LoRA)
             return (out + low).to(out.dtype)  # (..., O)
-        bias = 0 if self.bias is None else self.bias
+        bias = 0 if self.bias is None else self.bias  # added last: m / norm scales weights alone
         # Eq. 5 (DoRA)
         return (self.gain() * (out - bias + low) + bias).to(out.dtype)  # (..., O)
 
@@ -102,19 +103,19 @@ class LoRALinear(nn.Linear):
         self.weight.data = merged.to(self.weight.dtype)
 
     def unmerge(self) -> None:
-        self.weight.data = self.original.to(self.weight)
+        self.weight.data = self.original.to(self.weight)  # the model may have moved meanwhile
         self.original = None
 
 
 def adopt(new: nn.Linear, old: nn.Linear) -> nn.Linear:
-    """Give the Linear `new` the parameters of `old`, the same tensors, and its mode; `new`."""
+    """Returns the Linear `new` with the parameters of `old` (the same tensors) and its mode."""
     new.weight = old.weight
     new.bias = old.bias
     return new.train(old.training)
 
 
 def swap(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put the module `new` at this path of the model."""
+    """Put the module `new` in the place of the one at this path."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
 
@@ -126,7 +127,7 @@ T5_TARGETS = ("q_proj", "v_proj")  # of every attention block; PEFT's choice for
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """{path: LoRALinear} of a model, in its own order."""
+    """{path: LoRALinear} of a model, in its order of modules."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
@@ -166,7 +167,7 @@ def install(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
 
 
 def linears(model: nn.Module) -> list[str]:
-    """Paths of what can be adapted: each Linear but the output layer; ValueError if any was."""
+    """Paths of all Linear layers except the output layer; ValueError if any has an adapter."""
     if adapters(model):
         raise ValueError(
             f"This {type(model).__name__} already has adapters. Load it again, or put them "
@@ -177,17 +178,18 @@ def linears(model: nn.Module) -> list[str]:
 
 
 def home(model: nn.Module) -> str:
-    """Where the language model is: "language_model." in PaliGemma, "t5." in MultimodalT5."""
+    """Prefix of the language model's paths: "language_model." in PaliGemma, "t5." in MultimodalT5,
+    "" in a T5."""
     return next((f"{n}." for n, _ in model.named_children() if n in ("language_model", "t5")), "")
 
 
 def select(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
-    """The paths that `targets` means, see `inject`; each target must name something."""
+    """The paths that `targets` stands for, see `inject`; ValueError if one names no layer."""
     from support.checkpoints.keys import transformers_path
 
     paths = linears(model)
-    # Only in the language model: SigLIP has q_proj, k_proj and v_proj too, and a frozen tower can
-    # have its features cached.
+    # Short names mean the language model only: SigLIP has q_proj, k_proj and v_proj too, but image
+    # features can be cached only while its tower stays frozen.
     inside = home(model)
     if targets is None:
         targets = GEMMA_TARGETS if inside == "language_model." else T5_TARGETS
@@ -213,7 +215,7 @@ def select(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
 
 
 def describe(model: nn.Module) -> str:
-    """What was adapted, a line for each kind of layer, and how many parameters train."""
+    """The adapted layers, a line for each kind, and how many parameters are trained."""
     layers = in_state(model)
     kinds = Counter(re.sub(r"\.\d+\.", ".{}.", path) for path in layers)
     ranks = ", ".join(str(r) for r in sorted({layer.r for layer in layers.values()}))
@@ -226,12 +228,12 @@ def describe(model: nn.Module) -> str:
 
 
 def merge(model: nn.Module, remove: bool = False) -> None:
-    """Put every adapter into its layer's weight: same outputs, at the base's speed.
+    """Add every adapter to its layer's weight: same outputs, at the base's speed.
 
-    The base's weights are kept until `unmerge`, which is exact in every dtype for that; while
-    merged the adapted layers take twice their memory. remove=True keeps nothing: the layers become
-    plain nn.Linear again, and `model.save_pretrained` writes a plain checkpoint. (With adapters in
-    it, it would not.) Raises ValueError without adapters, or if they are merged already.
+    The base's weights are kept, so that `unmerge` is exact in every dtype; while merged, adapted
+    layers take twice their memory. remove=True keeps nothing: the layers become plain nn.Linear
+    again, and `model.save_pretrained` writes a plain checkpoint, which it refuses with adapters.
+    Raises ValueError without adapters, or if they are merged already.
     """
     for path, layer in in_state(model, merged=False).items():
         layer.merge()
@@ -239,7 +241,7 @@ def merge(model: nn.Module, remove: bool = False) -> None:
             bias = layer.bias is not None
             bare = nn.Linear(layer.in_features, layer.out_features, bias, device="meta")
             swap(model, path, adopt(bare, layer))
-            layer.original = None  # or all of them would stay until the last is done
+            layer.original = None  # else all of them would be in memory at once
 
 
 def unmerge(model: nn.Module) -> None:
@@ -249,7 +251,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def in_state(model: nn.Module, merged: bool | None = None) -> dict[str, LoRALinear]:
-    """The model's adapters; ValueError if there are none, or they are not (un)merged as asked."""
+    """The model's adapters; ValueError if there are none, or not (un)merged as required."""
     layers = adapters(model)
     if not layers:
         raise ValueError(f"This {type(model).__name__} has no adapters: inject or load them first.")

@@ -5,15 +5,15 @@ DETR         Carion et al. 2020, arXiv 2005.12872; ResNet v1.5 (He et al. 2016, 
 SigLIP       Zhai et al. 2023, arXiv 2303.15343; the vision transformer, So400m/14.
 Gemma 2      arXiv 2408.00118. PaliGemma 2: Steiner et al. 2024, arXiv 2412.03555.
 
-support/checkpoints/ reads files, support/kernels.py has quicker versions. `python model.py --keys
-DIR_OR_HUB_ID` prints how a checkpoint loads, `--summary` its architecture.
+support/checkpoints/ reads and writes files, support/kernels.py has faster versions of some classes.
+`python model.py --keys DIR_OR_HUB_ID` prints how a checkpoint loads, `--summary` its architecture.
 
 Axes:
   B batch        T source length   U target length   S key length     D width       N heads
   H head width   F ffn width       V vocabulary      Q object queries P feature pixels (h*w)
   C channels     L classes         K key-value heads I image tokens    G = N / K
   Y X pixels of an image, down and across; h w the same of a feature map; n images
-  `new` tokens of this call; `live` rows still decoded; `length` tokens compared; `...` any axes
+  `live` rows still decoded; `length` tokens compared; `...` any axes
 """
 
 import math
@@ -41,32 +41,33 @@ class Pretrained(nn.Module):
         return hub.load(cls, where, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors as the Hub has them."""
+        """Write config.json and model.safetensors in the Hub's format."""
         from support.checkpoints import hub
 
         hub.save(self, folder)
 
 
 def split(x: Tensor, heads: int) -> Tensor:
-    """(B, T, N*H) -> (B, N, T, H)."""
+    """A projection (B, T, N*H) -> its heads (B, N, T, H)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-# ---- Caches of decoding --------------------------------------------------------------------------
+# ---- Decoding caches -----------------------------------------------------------------------------
 
 
 class LayerCache:
-    """Keys and values of one layer's self-attention, allocated once at their final length; and of
-    a T5 decoder's cross-attention, computed once from the encoder's states."""
+    """Keys and values of one layer's self-attention, allocated once at their final length, with
+    dtype and device of `like`; in a T5 decoder also `cross`, those of its cross-attention, which
+    depend on the encoder's states alone."""
 
-    def __init__(self, like: Tensor, sizes: tuple[int, ...], memory: Pair | None = None) -> None:
+    def __init__(self, like: Tensor, sizes: tuple[int, ...], cross: Pair | None = None) -> None:
         self.k = like.new_zeros(sizes)  # (B, K, S, H)
         self.v = like.new_zeros(sizes)  # (B, K, S, H)
         self.length = 0
-        self.memory = memory
+        self.cross = cross
 
     def append(self, k: Tensor, v: Tensor) -> Pair:
-        """k, v (B, heads, T, H) of the new tokens -> views on all tokens so far."""
+        """k, v (B, heads, T, H) of the new tokens -> views of all tokens so far."""
         start = self.length
         self.length += k.shape[2]
         self.k[:, :, start : self.length] = k
@@ -76,12 +77,13 @@ class LayerCache:
     def keep(self, alive: Tensor) -> None:
         self.k = self.k[alive]
         self.v = self.v[alive]
-        if self.memory is not None:
-            self.memory = tuple(x[alive] for x in self.memory)
+        if self.cross is not None:
+            self.cross = tuple(x[alive] for x in self.cross)
 
 
 class Cache:
-    """Decoding state of a batch: keys and values per layer, and tensors with a row a text."""
+    """Decoding state of a batch: keys and values per layer, and in `rows` whatever else the model
+    reads at each step, one row per text: T5's source mask, Gemma's flags of all tokens so far."""
 
     def __init__(self, layers: list[LayerCache], **rows: Tensor) -> None:
         self.layers = layers
@@ -117,7 +119,7 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "relu"  # v1.0 "relu", v1.1 "gated-gelu"
     tie_word_embeddings: bool = True
-    scale_decoder_outputs: bool = None  # None: iff tied; transformers 5 says "tied" of v1.1 too
+    scale_decoder_outputs: bool = None  # None: iff tied, which transformers 5 writes for v1.1 too
     pad_token_id: int = 0
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
@@ -135,7 +137,7 @@ class T5Config:
 
 
 class T5Norm(nn.Module):
-    """RMSNorm as T5 does it: no mean, no bias, and the cast comes before the weight."""
+    """RMSNorm as in T5: no mean, no bias; cast back to the input's dtype, then times the weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -148,7 +150,7 @@ class T5Norm(nn.Module):
 
 
 class T5Attention(nn.Module):
-    """Multi-head attention without biases and without H^-0.5: T5 folds that into its init."""
+    """Multi-head attention without biases and without H^-0.5: T5 folds that into `init_weights`."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -216,23 +218,23 @@ class T5Block(nn.Module):
         memory_bias: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D); a decoder's block reads `memory` (B, S, D) too. The biases are
-        added to the scores. With a `LayerCache` x are the newest tokens, memory is in the cache."""
+        """x (B, T, D) -> (B, T, D); the biases are added to the scores. A decoder also reads the
+        encoder's states `memory` (B, S, D). With a `LayerCache`, x holds only the newest tokens."""
         h = self.self_attn_norm(x)
         k, v = self.self_attn.keys_values(h)  # (B, N, T, H)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, N, S, H), of all tokens so far
         x = x + self.dropout(self.self_attn(h, k, v, bias))
         if self.is_decoder:
-            k, v = cache.memory if cache is not None else self.cross_attn.keys_values(memory)
+            k, v = cache.cross if cache is not None else self.cross_attn.keys_values(memory)
             x = x + self.dropout(self.cross_attn(self.cross_attn_norm(x), k, v, memory_bias))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 def relative_bucket(distance: Tensor, bidirectional: bool, buckets: int, farthest: int) -> Tensor:
     """T5's bucket of a relative position `distance` = key position - query position (any shape).
-    Half of the buckets are exact distances, the rest grow logarithmically up to the `farthest`.
-    The encoder is bidirectional: it spends half of them on keys to the right."""
+    Half of the buckets hold one distance each, the others grow logarithmically up to `farthest`.
+    The bidirectional encoder uses half of all buckets for keys to the right of the query."""
     offset = torch.zeros_like(distance)
     if bidirectional:
         buckets //= 2
@@ -278,9 +280,9 @@ class T5Stack(nn.Module):
     def forward(
         self, x: Tensor, mask_bias: Tensor, memory: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """x (B, T, D) embeddings -> (B, T, D) states, normed and dropped out. `mask_bias`
+        """x (B, T, D) embeddings -> (B, T, D) states, after the final norm and dropout. `mask_bias`
         (B, 1, 1, S) hides the source's pads: an encoder's own, or those of a decoder's `memory`.
-        With a `Cache` x are the newest tokens: their queries begin where the cache ends."""
+        With a `Cache`, x holds only the newest tokens, whose positions begin where it ends."""
         start = 0 if cache is None else cache.length
         bias = self.position_bias(start, start + x.shape[1])  # (1, N, T, S)
         if not self.is_decoder:
@@ -291,7 +293,7 @@ class T5Stack(nn.Module):
         return self.dropout(self.final_layer_norm(x))
 
     def cache(self, memory: Tensor, memory_bias: Tensor, length: int) -> Cache:
-        """A decoder's cache for `length` tokens after memory (B, T, D) with its mask."""
+        """A decoder's empty cache for `length` tokens that attend to `memory` (B, T, D)."""
         c = self.config
         layers = []
         for block in self.block:
@@ -301,7 +303,8 @@ class T5Stack(nn.Module):
 
 
 class T5(Pretrained):
-    """T5ForConditionalGeneration: v1.0 (UnifiedQA, tied and scaled) and v1.1 (FLAN, untied)."""
+    """T5ForConditionalGeneration: v1.0 (UnifiedQA, tied and scaled) and v1.1 (FLAN, untied).
+    `tied`: whether the output layer is the embedding; None: as the config has it."""
 
     config_class = T5Config
 
@@ -329,11 +332,11 @@ class T5(Pretrained):
         return self.encoder(self.shared(input_ids), self.mask_bias(attention_mask))
 
     def mask_bias(self, attention_mask: Tensor) -> Tensor:
-        """(B, T) of ones and zeros -> additive (B, 1, 1, T), see the function of this name."""
+        """(B, T) of ones and zeros -> additive (B, 1, 1, T), see `mask_bias` outside the class."""
         return mask_bias(attention_mask[:, None, None].bool(), self.shared.weight.dtype)
 
     def decode_states(self, ids: Tensor, memory: Tensor, memory_bias: Tensor) -> Tensor:
-        """Shifted target ids (B, U) -> (B, U, D), what `head` reads."""
+        """Shifted target ids (B, U) -> states (B, U, D) for `head`."""
         return self.decoder(self.shared(ids), memory_bias, memory)
 
     def rescaled(self, states: Tensor) -> Tensor:
@@ -368,7 +371,7 @@ class T5(Pretrained):
         memory: Tensor | None = None,
     ) -> Tensor:
         """New ids (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The
-        options are those of `decode`; `memory` (B, T, D) are encoder states with a fused image."""
+        options are those of `decode`; `memory` (B, T, D) replaces the encoder's own states."""
         if memory is None:
             memory = self.encode(input_ids, attention_mask)  # (B, T, D)
         c = self.config
@@ -380,7 +383,7 @@ class T5(Pretrained):
         )
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """The newest ids (B, 1) -> logits (B, V) of what follows; the cache grows by one token."""
+        """The newest ids (B, 1) -> logits (B, V) of the next; the cache grows by one token."""
         x = self.shared(ids)  # (B, 1, D)
         states = self.decoder(x, cache.rows["memory_bias"], cache=cache)  # (B, 1, D)
         return self.head(states[:, -1])  # (B, V)
@@ -433,7 +436,7 @@ class FrozenBatchNorm(nn.Module):
 
     def scale_shift(self) -> Pair:
         """s and b - mean * s, (C,) each."""
-        # eps goes in before rsqrt: without it, channels that died in pretraining give nan.
+        # eps goes inside the root: without it, channels that died in pretraining give NaN.
         scale = self.weight * (self.running_var + 1e-5).rsqrt()  # (C,)
         return scale, self.bias - self.running_mean * scale  # (C,), (C,)
 
@@ -494,9 +497,7 @@ class ResNet(nn.Module):
 
 def sine_positions(mask: Tensor, width: int) -> Tensor:
     """DETR's 2-D positions: (B, h, w) valid mask -> (B, P, D), rows (y) first, then columns (x).
-
-    Positions are normalised to 2*pi over the valid part, so padding does not shift them.
-    """
+    Positions are normalised to 2*pi over the valid part, so padding does not shift them."""
     half = width // 2
     frequency = 10000 ** (2 * (torch.arange(half, device=mask.device) // 2) / half)  # (D/2,)
     encoded = []
@@ -688,7 +689,7 @@ class SigLIPLayer(nn.Module):
 
 
 class SigLIP(nn.Module):
-    """The vision transformer of SigLIP without its pooling head: one state per patch, no CLS."""
+    """SigLIP's vision transformer without its pooling head: one state per patch, no CLS token."""
 
     def __init__(self, config: SigLIPConfig) -> None:
         super().__init__()
@@ -707,7 +708,9 @@ class SigLIP(nn.Module):
         """(B, 3, Y, Y) in -1..1 -> (B, I, D), row by row."""
         side = self.config.image_size
         if pixels.shape[-2:] != (side, side):
-            raise ValueError(f"The weights take {side} x {side} pixels, not {tuple(pixels.shape)}.")
+            raise ValueError(
+                f"This SigLIP reads {side} x {side} pixels, not {tuple(pixels.shape)}."
+            )
         x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
         # Eq. positions (SigLIP): a learned vector for each patch
         x = x + self.embeddings.position_embedding.weight
@@ -723,14 +726,14 @@ class SigLIP(nn.Module):
 class Gemma2Config:
     """Sizes of a Gemma-2; the defaults are the 2B's, and what real PaliGemma2 configs leave out."""
 
-    vocab_size: int = 256000  # V; PaliGemma2 says 257216
+    vocab_size: int = 256000  # V; PaliGemma 2 has 257216
     hidden_size: int = 2304  # D
     intermediate_size: int = 9216  # F
     num_hidden_layers: int = 26
     num_attention_heads: int = 8  # N
     num_key_value_heads: int = 4  # K
     head_dim: int = 256  # H; N * H need not be D
-    query_pre_attn_scalar: float = 256  # scores are scaled by its root, not by head_dim's
+    query_pre_attn_scalar: float = 256  # scores are divided by its root, not by head_dim's
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     sliding_window: int = 4096  # reach of the even layers
@@ -745,7 +748,7 @@ class Gemma2Config:
 
 
 class GemmaNorm(nn.Module):
-    """RMSNorm as Gemma does it: the stored weight is the offset from 1, and the cast comes last."""
+    """RMSNorm as in Gemma: the stored weight is an offset from 1, and the cast comes last."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -759,7 +762,7 @@ class GemmaNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> Pair:
-    """cos and sin (B, 1, T, H) of positions (B, T): angles in fp32, H/2 of them, twice in a row."""
+    """cos and sin (B, 1, T, H) of positions (B, T): H/2 angles in fp32, for both halves."""
     # Eq. angles (RoPE): position * theta^(-2i / H)
     powers = torch.arange(0, width, 2, device=positions.device).float() / width  # (H/2,)
     angle = positions[:, None, :, None].float() * theta**-powers  # (B, 1, T, H/2)
@@ -768,14 +771,15 @@ def rotary_angles(positions: Tensor, width: int, theta: float, dtype: torch.dtyp
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864), halves and not pairs: x (..., T, H) turned by its position."""
+    """RoPE (arXiv 2104.09864): rotates x (..., T, H) by its position. Entry i is paired with
+    i + H/2, as in Hugging Face's weights, not with its neighbour as in the paper."""
     first, second = x.chunk(2, -1)  # (..., T, H/2)
     # Eq. rotation (RoPE): (a, b) -> (a cos - b sin, b cos + a sin)
     return x * cos + torch.cat((-second, first), -1) * sin  # (..., T, H)
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(x / cap): nearly x where small, never beyond the cap; None or 0 is no cap."""
+    """cap * tanh(x / cap): close to x where small, never beyond the cap; None or 0: no cap."""
     # Eq. soft-cap (Gemma 2)
     return torch.tanh(x / cap) * cap if cap else x
 
@@ -788,12 +792,12 @@ def prefix_lm_mask(valid: Tensor, suffix: Tensor, new: int, window: int | None =
 
           p p p s s
         p 1 1 1 0 0
-        p 1 1 1 0 0        With a window of 2 the s rows become 0 0 1 1 0 and 0 0 0 1 1:
-        p 1 1 1 0 0        it never cuts inside the prefix, but does what the suffix sees of it.
+        p 1 1 1 0 0        With a window of 2 the s rows become 0 0 1 1 0 and 0 0 0 1 1: it
+        p 1 1 1 0 0        limits what the suffix sees, but not what the prefix sees of itself.
         s 1 1 1 1 0
         s 1 1 1 1 1
     """
-    position = valid.cumsum(1)  # (B, S), consecutive over what is no pad
+    position = valid.cumsum(1)  # (B, S), from 1, pads not counted
     query = position[:, -new:, None]  # (B, T, 1)
     key = position[:, None, :]  # (B, 1, S)
     allowed = key <= query  # (B, T, S)
@@ -804,20 +808,20 @@ def prefix_lm_mask(valid: Tensor, suffix: Tensor, new: int, window: int | None =
 
 
 def mask_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Booleans -> 0 or the dtype's lowest number, to be added to scores; the same shape."""
+    """Booleans -> 0 where True, the dtype's lowest number where False, to be added to scores."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 class GemmaAttention(nn.Module):
-    """Grouped-query attention with RoPE and soft-capped scores. SDPA cannot cap, so it is written
-    out; each of the K key-value heads serves G = N / K consecutive query heads."""
+    """Grouped-query attention with RoPE and soft-capped scores. Each of the K key-value heads
+    serves G = N / K consecutive query heads. Written out, because torch's SDPA cannot cap."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         c = config
         self.heads = c.num_attention_heads
         self.kv_heads = c.num_key_value_heads
-        self.scale = c.query_pre_attn_scalar**-0.5  # only by coincidence head_dim^-0.5 in the 2B
+        self.scale = c.query_pre_attn_scalar**-0.5  # not head_dim^-0.5 in all sizes
         self.cap = c.attn_logit_softcapping
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
@@ -829,7 +833,7 @@ class GemmaAttention(nn.Module):
         self, x: Tensor, angles: Pair, bias: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
         """x (B, T, D), cos and sin (B, 1, T, H), additive mask (B, 1, T, S) -> (B, T, D). With a
-        `LayerCache` x are the newest T of S tokens."""
+        `LayerCache`, x holds the newest T of S tokens."""
         q = rotate(split(self.q_proj(x), self.heads), *angles)  # (B, N, T, H)
         k = rotate(split(self.k_proj(x), self.kv_heads), *angles)  # (B, K, T, H)
         v = split(self.v_proj(x), self.kv_heads)  # (B, K, T, H)
@@ -846,7 +850,7 @@ class GemmaAttention(nn.Module):
         v = v[:, :, None]  # (B, K, 1, S, H)
         # Eq. GQA (Gemma 2): softmax(cap tanh(q k^T s / cap) + bias) v
         scores = soft_cap(q @ k.transpose(3, 4) * self.scale, self.cap)  # (B, K, G, T, S)
-        # The mask is finfo.min, not -inf: a row that is all pads must see something, or it is NaN.
+        # The mask is finfo.min, not -inf: a query that may see nothing (a pad) would give NaN.
         weights = self.softmax((scores + bias[:, :, None]).float()).to(v.dtype)  # (B, K, G, T, S)
         return (weights @ v).flatten(1, 2)  # (B, N, T, H)
 
@@ -886,8 +890,8 @@ class GemmaLayer(nn.Module):
 
 
 class Gemma2(nn.Module):
-    """The language model without its output layer, which is the embedding again. With
-    `checkpointing` a training step keeps only each layer's input, and computes the rest twice."""
+    """The language model up to its final norm; the output layer is the embedding, transposed. With
+    `checkpointing`, training keeps only each layer's input and computes the rest again."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
@@ -899,24 +903,25 @@ class Gemma2(nn.Module):
         self.norm = GemmaNorm(config.hidden_size, config.rms_norm_eps)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, D), times the root of D as the model's own dtype has it."""
+        """(B, T) -> (B, T, D), times sqrt(D)."""
+        # The root is rounded to the embedding's dtype, as in the original.
         x = self.embed_tokens(input_ids)  # (B, T, D)
         return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
 
     def cache(self, B: int, length: int) -> Cache:
-        """An empty cache for B rows of `length` tokens, prompts included."""
+        """An empty cache for B rows of up to `length` tokens, prompt included."""
         c = self.config
         like = self.embed_tokens.weight
         sizes = (B, c.num_key_value_heads, length, c.head_dim)
         layers = [LayerCache(like, sizes) for _ in self.layers]
-        none = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, 0)
-        return Cache(layers, valid=none, suffix=none)
+        no_flags = torch.zeros(B, 0, dtype=torch.bool, device=like.device)  # (B, 0)
+        return Cache(layers, valid=no_flags, suffix=no_flags)
 
     def forward(
         self, x: Tensor, valid: Tensor, suffix: Tensor, cache: Cache | None = None
     ) -> Tensor:
         """Embeddings (B, T, D) and flags (B, T) as in `prefix_lm_mask` -> states (B, T, D). With a
-        `Cache` they are of the newest tokens."""
+        `Cache`, all three are of the newest tokens only."""
         c = self.config
         T = x.shape[1]
         if cache is not None:
@@ -925,9 +930,9 @@ class Gemma2(nn.Module):
             cache.rows = {"valid": valid, "suffix": suffix}
         full = mask_bias(prefix_lm_mask(valid, suffix, T), x.dtype)  # (B, 1, T, S)
         sliding = full
-        if valid.shape[1] > c.sliding_window:  # a window as long as the text cuts nothing
+        if valid.shape[1] > c.sliding_window:  # else the window hides nothing
             sliding = mask_bias(prefix_lm_mask(valid, suffix, T, c.sliding_window), x.dtype)
-        positions = valid.cumsum(1)[:, -T:] - 1  # (B, T)
+        positions = valid.cumsum(1)[:, -T:] - 1  # (B, T), from 0; pads take no position
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)  # (B, 1, T, H)
         for i, layer in enumerate(self.layers):
             bias = sliding if c.is_sliding(i) else full
@@ -954,7 +959,7 @@ class PaliGemmaConfig:
 
     @property
     def image_tokens(self) -> int:
-        """How many tokens an image takes: 256 at 224 pixels, 1024 at 448, 4096 at 896."""
+        """Tokens per image: 256 at 224 pixels, 1024 at 448, 4096 at 896."""
         return self.vision.patches  # I
 
 
@@ -975,7 +980,7 @@ class PaliGemma(Pretrained):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Unit-scale initialisation for training from scratch (the demo); norms as they are."""
+        """Fan-in initialisation for training from scratch (the demo); norms stay as they are."""
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 p.normal_(0.0, p[0].numel() ** -0.5, generator=generator)
@@ -983,7 +988,7 @@ class PaliGemma(Pretrained):
                 p.zero_()
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """(n, 3, Y, Y) -> (n, I, D): what the language model sees of an image. Not scaled."""
+        """(n, 3, Y, Y) -> (n, I, D), in the place of embeddings but not multiplied by sqrt(D)."""
         weight = self.multi_modal_projector.linear.weight
         return self.multi_modal_projector.linear(self.vision_tower(pixel_values.to(weight.dtype)))
 
@@ -1002,16 +1007,17 @@ class PaliGemma(Pretrained):
         image_features  (n, I, D) of the n rows with <image> tokens, in their order.
         """
         x = self.language_model.embed(input_ids)  # (B, T, D)
-        places = input_ids == self.config.image_token_index  # (B, T)
-        found = 0 if image_features is None else image_features.shape[:2].numel()
-        begun = cache is not None and cache.length > 0  # one more token, never an image
-        wanted = [found] if begun else places.sum(1).tolist()
-        if sum(wanted) != found or any(n % self.config.image_tokens for n in wanted):
-            text = f"The rows have {wanted} <image> tokens, but there are features for {found}"
+        is_image = input_ids == self.config.image_token_index  # (B, T)
+        vectors = 0 if image_features is None else image_features.shape[:2].numel()
+        decoding = cache is not None and cache.length > 0
+        # An <image> id that the model itself generates stands for no image.
+        tokens = [0] if decoding else is_image.sum(1).tolist()  # per row
+        if sum(tokens) != vectors or any(count % self.config.image_tokens for count in tokens):
+            text = f"The rows have {tokens} <image> tokens, but there are features for {vectors}"
             raise ValueError(f"{text}: each image needs {self.config.image_tokens}, uncut.")
-        if found:
+        if vectors:
             features = image_features.to(x.dtype).flatten(0, 1)  # (n * I, D)
-            x = x.masked_scatter(places[..., None], features)  # (B, T, D)
+            x = x.masked_scatter(is_image[..., None], features)  # (B, T, D)
         ones = torch.ones_like(input_ids)
         valid = (ones if attention_mask is None else attention_mask).bool()  # (B, T)
         suffix = (ones * 0 if token_type_ids is None else token_type_ids).bool()  # (B, T)
@@ -1050,7 +1056,7 @@ class PaliGemma(Pretrained):
         stop_loops: bool = False,
         on_token: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Continue prompts (B, T), of which a part may be suffix already: new ids
+        """Continue prompts (B, T), whose ends may be suffix already: new ids
         (B, <= max_new_tokens), EOS included, padded after it; greedy by default. The last four
         options are those of `decode`, the others those of `forward`."""
         if pixel_values is not None:
@@ -1058,21 +1064,15 @@ class PaliGemma(Pretrained):
         cache = self.language_model.cache(len(input_ids), input_ids.shape[1] + max_new_tokens)
         states = self.states(input_ids, attention_mask, token_type_ids, image_features, cache)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
-        pads = mask.int().flip(1).argmax(1)  # (B,), after the last token
-        ends = states[torch.arange(len(pads), device=pads.device), -1 - pads]  # (B, D)
+        pads = mask.int().flip(1).argmax(1)  # (B,), how many follow each prompt's last token
+        last = states[torch.arange(len(pads), device=pads.device), -1 - pads]  # (B, D)
+        logits = self.head(last)  # (B, V)
         return decode(
-            self,
-            self.head(ends),
-            cache,
-            max_new_tokens,
-            temperature,
-            generator,
-            stop_loops,
-            on_token,
+            self, logits, cache, max_new_tokens, temperature, generator, stop_loops, on_token
         )
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
-        """The newest ids (B, 1) -> logits (B, V) of what follows; the cache grows by one token."""
+        """The newest ids (B, 1) -> logits (B, V) of the next; the cache grows by one token."""
         states = self.states(ids, token_type_ids=torch.ones_like(ids), cache=cache)  # (B, 1, D)
         return self.head(states[:, -1])  # (B, V)
 
@@ -1089,9 +1089,9 @@ def pick(logits: Tensor, temperature: float, generator: torch.Generator | None) 
 
 
 def looping(ids: Tensor, times: int = 4, least: int = 24) -> Tensor:
-    """(B, U) ids -> (B,): whether a row ends in one chunk repeated `times` times, of `least` tokens
-    or more together. Repeated n-grams anywhere would cut every fifth of Gemini's own thoughts,
-    which restate a formula as often as they need it; this cuts none of 335."""
+    """(B, U) ids -> (B,): whether a row ends in the same chunk `times` times in a row, `least` or
+    more tokens in all. To stop at n-grams repeated anywhere would cut one in five of 335 thoughts
+    of Gemini, which restate formulas; this rule cuts none (NOTES.md)."""
     found = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # (B,)
     for period in range(1, ids.shape[1] // times + 1):
         length = max(times * period, least)
@@ -1115,13 +1115,13 @@ def decode(
     """Generate up to `max_new_tokens` ids per row; rows that have finished leave the batch.
 
     logits (B, V) choose the first id; `model.step(ids (B, 1), cache) -> logits (B, V)` reads one
-    more token per live row. With `stop_loops` a row that repeats itself (see `looping`) ends as
-    well. `on_token(t, ids)` gets the ids of the live rows at step t as soon as they are chosen:
-    t = 0 begins a text. Returns (B, <= max_new_tokens) ids, EOS included, pads after a row's end.
+    more token per live row. With `stop_loops`, a row that repeats itself (see `looping`) ends too.
+    `on_token(t, ids)` receives the ids of the live rows at step t (from 0) as soon as they are
+    chosen. Returns (B, <= max_new_tokens) ids, EOS included, pads after a row's end.
     """
     pad_id = model.config.pad_token_id
     out = torch.full((len(logits), max_new_tokens), pad_id, device=logits.device)  # (B, U)
-    rows = torch.arange(len(logits), device=logits.device)  # (live,), their places in `out`
+    rows = torch.arange(len(logits), device=logits.device)  # (live,), rows of `out`
     length = 0
     while length < max_new_tokens:
         ids = pick(logits, temperature, generator)  # (live,)

@@ -1,15 +1,15 @@
 """Training: `python train.py --model mmcot` or `--model paligemma`; each ends in a table.
 
 mmcot (Zhang et al., arXiv 2302.00923): stage 1 learns QCM-LE, question to rationale; stage 2 learns
-QCMG-A, question and rationale to answer, and reads at test time what stage 1 really wrote. Not as
-published: pads are never in the loss, and a window of accumulated batches is averaged over its
-tokens, not over its batches.
+QCMG-A, question and rationale to answer, and reads stage 1's own rationales at test time. Unlike
+the published code, pads are never in the loss, and the loss of accumulated batches is the mean over
+all their tokens, not over the batches' means.
 
 paligemma (pali_reason; Beyer et al., arXiv 2407.07726 and 2412.03555): a teacher's traces, judged
 right, become suffixes "thought, newline, Answer: B"; LoRA teaches PaliGemma 2 to write them.
-What is trained is fp32, without autocast. What a first reading may skip is in support/training/.
-Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss. A row
-is one example, a window the list of batches, lists of rows, of one optimizer step.
+Trained weights are fp32, without autocast. support/training/ has what a first reading may skip.
+A row is one example; a window is the list of batches (lists of rows) of one optimizer step.
+Axes: B batch, T length, U target length, D width, V vocabulary, `tokens` those in the loss.
 """
 
 import math
@@ -56,9 +56,9 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy of the supervised tokens, and what to divide it by.
-    states (B, T, D), labels (B, T), -100 where nothing is learned. The vocabulary layer `head`,
-    which multiplies by `weight` (V, D), sees only the supervised positions, some at a time: the
-    logits of PaliGemma's 257,216 words are never all there, in neither direction.
+    states (B, T, D), labels (B, T), -100 where nothing is learned. The output layer `head`, whose
+    matrix is `weight` (V, D), sees only the supervised positions, some at a time: with PaliGemma's
+    vocabulary of 257,216 the logits of a whole batch would not fit, nor would their gradients.
     weighting "token" counts tokens; "example" gives each row the same weight, however long."""
     supervised = labels != -100  # (B, T)
     rows = supervised.nonzero()[:, 0]  # (tokens,)
@@ -89,8 +89,8 @@ def t5_loss(
         batch["decoder_input_ids"],
     )  # (B, U, D)
     t5 = model.t5
-    head = t5.shared if t5.lm_head is None else t5.lm_head
-    return cross_entropy(t5.head, head.weight, states, batch["labels"], weighting, label_smoothing)
+    weight = t5.head_weight()
+    return cross_entropy(t5.head, weight, states, batch["labels"], weighting, label_smoothing)
 
 
 def paligemma_loss(
@@ -112,7 +112,7 @@ COLLATE = {"mmcot": data.collate, "paligemma": data.pali_collate}
 def make_plan(
     settings: Settings, stage: str, epochs: float, model: nn.Module, rows: Rows, validate: Callable
 ) -> Plan:
-    """The plan of training a model on these rows."""
+    """The plan of training a model on these rows; `stage` names it in log and errors."""
     s = settings
     windows = optim.windows(rows, s.batch_size, s.accumulate, epochs, s.seed)[: s.max_steps]
     steps = len(windows)
@@ -127,19 +127,19 @@ def make_plan(
 
 
 def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
-    """Train and return the model, in eval mode; of one that FSDP has sharded, a new full one. A
-    run that was stopped resumes after its last saved step. What would go wrong without an error is
-    an error: see support/training/checks.py."""
+    """Train and return the model, in eval mode; if FSDP has sharded it, a new full copy. With
+    --resume an interrupted run continues after its last saved step. Silent failures (a leak,
+    weights that do not move ...) raise the errors of support/training/checks.py."""
     loss_of = plan.loss_of
     settings = loss_of.settings
     model = loss_of.model.to(settings.device)
-    # Before DDP and FSDP, which wrap what they find.
+    # Faster kernels go in before DDP and FSDP wrap the layers; each verdict says if one was used.
     verdicts = [] if settings.plain else kernels.enable(model)
     if plan.windows:
         checks.stop_if_it_leaks(loss_of, plan.windows[0][0], plan.stage)
     shard = settings.model == "paligemma" and settings.full
     forward = distributed.on_devices(loss_of, shard)
-    # After that, as FSDP replaces the parameters by its shards of them.
+    # After FSDP, which replaces the parameters by shards of them.
     optimizer = optim.make_optimizer(model, settings.weight_decay)
     progress = checkpoints.begin(plan.stage, model, optimizer, plan.rows)
     for verdict in verdicts if progress.step == 0 else ():
@@ -152,26 +152,26 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
         validates = step in plan.epoch_ends
         if validates:
             full = distributed.full_model(model)
-            with checkpoints.stop.at_once():  # it may take long, and can be repeated
-                entry |= plan.validate(loss_of.of(full))
+            with checkpoints.stop.at_once():  # a signal need not wait: it is repeated on --resume
+                entry |= plan.validate(loss_of.with_model(full))
             progress.keep_if_best(step, entry.get("val_accuracy"), model)
         progress.step = step
         progress.seconds = time.monotonic() - start
         checkpoints.write(entry | {"seconds": round(progress.seconds, 2)})
         optim.show_step(plan.stage, step, steps, entry, progress.seconds)
-        # After the log: a state counts its lines, and --resume cuts those beyond them.
+        # Saves a state if one is due; after the log, which --resume cuts to the state's lines.
         checkpoints.step(progress, steps, validates)
     checkpoints.end()
     if best := progress.best:
-        model.load_state_dict(best.weights, strict=False)  # only what is trained
+        model.load_state_dict(best.weights, strict=False)  # has the trained weights only
         accuracy = f"validation accuracy {best.accuracy:.2f}"
         print(f"  kept: the weights after step {best.step}, {accuracy}")
     return distributed.full_model(model).eval()
 
 
 def take_step(plan: Plan, forward: nn.Module, optimizer: optim.AdamW, step: int) -> dict:
-    """Step number `step`, counted from 1, of the optimizer on its window of batches; what is logged
-    of it. `forward` is the plan's `LossOf` on all devices."""
+    """One optimizer step on window number `step` (from 1); returns its log entry. `forward` is the
+    plan's `LossOf`, wrapped by DDP or FSDP if there are several devices."""
     loss_of = plan.loss_of
     model = loss_of.model
     window = plan.windows[step - 1]
@@ -180,18 +180,18 @@ def take_step(plan: Plan, forward: nn.Module, optimizer: optim.AdamW, step: int)
     weighting = loss_of.settings.weighting
     model.train()  # validation and the checks leave it in eval mode, without dropout
     checks.stop_unless_supervised(window, where)
-    # Over the whole window, of all devices: its mean does not depend on how it is cut into batches.
+    # Of the whole window, on all devices: the mean must not depend on how it is cut into batches.
     count = optim.units(window, weighting)
     batches = [loss_of.batch(rows) for rows in distributed.shard_batches(window)]
     loss = backward(forward, batches, count).item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     norm = distributed.full_tensor(norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        full = loss_of.of(distributed.full_model(model))
+        full = loss_of.with_model(distributed.full_model(model))
         checks.stop_at_what_is_not_finite(full, loss, norm, window, where)
     if step == 1:
         checks.stop_unless_learning(model)
-    # lora_A has a gradient only from the second step on, as B starts at 0.
+    # Two steps, because lora_A has no gradient in the first, where B is 0; none at a rate of 0.
     before = checks.steepest(model) if step <= 2 and lr else {}
     optimizer.step(lr)
     checks.stop_unless_moved(model, before, lr, window, where)
@@ -207,10 +207,10 @@ def take_step(plan: Plan, forward: nn.Module, optimizer: optim.AdamW, step: int)
 
 
 def backward(forward: nn.Module, batches: list[dict], count: int) -> torch.Tensor:
-    """Add the gradients of a window's summed loss over `count` to the weights'; that loss."""
+    """Backpropagate the window's summed loss divided by `count`; returns that loss."""
     total = 0.0
     for batch in batches:
-        # DDP averages gradients when it has those of the last batch, not after each of them.
+        # DDP exchanges gradients once, after the last batch.
         forward.require_backward_grad_sync = batch is batches[-1]
         loss, _ = forward(batch)
         (loss * world() / count).backward()  # times world(): the average over devices is their sum
@@ -222,7 +222,7 @@ def backward(forward: nn.Module, batches: list[dict], count: int) -> torch.Tenso
 
 
 def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
-    """Train, decode and score one recipe; its metrics, None if only stage 1 is trained."""
+    """Train, decode and score one recipe; returns its metrics, None after --stage rationale."""
     out = Path(settings.out)
     print(f"{out}: recipe {settings.recipe}, vision {settings.vision}", flush=True)
     splits, skipped = examples.load_splits(settings)
@@ -239,7 +239,7 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
                 if not rank():
                     model.save_pretrained(out / name)
                     inputs.tokenizer.save(str(out / name / "tokenizer.json"))
-            else:
+            else:  # --stage names the other one: this one was trained before
                 model = fusion.MultimodalT5.from_pretrained(out / name).to(settings.device)
                 if not settings.plain:
                     kernels.enable(model)
@@ -252,8 +252,8 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
 def plan_stage(
     settings: MultimodalSettings, stage: int, inputs: Inputs, generated: dict | None = None
 ) -> Plan:
-    """The plan of stage 0 or 1 of the recipe, with a fresh model. `generated`, {id: rationale},
-    takes the place of the gold rationales in training."""
+    """The plan of stage 0 or 1 of the recipe, with a new model from --weights. `generated`,
+    {id: rationale}, replaces the gold rationales in training."""
     fmt = fusion.RECIPES[settings.recipe][stage]
     texts = {"fmt": fmt, "tokenizer": inputs.tokenizer, "features": inputs.features}
     rows_of = partial(models.stage_examples, settings, **texts)
@@ -302,14 +302,14 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
     if epochs:
         make_trainable(settings, model)
         rows = examples.training_rows(settings, splits["train"], skipped)
-    # Features only of the images that are used.
+    # Only the problems of these rows, each once: `begin` computes the features of their images.
     splits["train"] = list({row.problem.id: row.problem for row in rows}.values())
     splits["val"] = splits["val"][: settings.eval_problems]
     inputs = examples.begin(settings, splits, skipped, model)
-    usable = {p.id for p in inputs.splits["train"]}
+    usable = {p.id for p in inputs.splits["train"]}  # --on-error skip left out unreadable images
     rows = [row for row in rows if row.problem.id in usable]
     if not isinstance(inputs.features, LazyImages):
-        model.vision_tower = None  # all features are there: 0.8 GiB of the 3B's 5.7 in bf16
+        model.vision_tower = None  # no longer needed: frees 0.8 GiB of the 3B's 5.7 in bf16
     if rows and settings.data != "demo":  # its splits are disjoint by construction
         examples.warn_of_overlap([row.problem for row in rows], inputs.splits[settings.test_split])
     if epochs:
@@ -326,8 +326,8 @@ def run_paligemma(settings: PaliGemmaSettings, stop: StopRequest) -> dict:
 
 
 def make_trainable(settings: PaliGemmaSettings, model: PaliGemma) -> None:
-    """Gradients for new adapters, those of --adapter or, with --full, all weights. Before the image
-    features are computed: they are not cached if the image tower is adapted too."""
+    """Make new adapters, those of --adapter or, with --full, all weights trainable. Goes before the
+    image features are computed, which are not cached if the image tower is trained too."""
     torch.manual_seed(settings.seed)
     if settings.full:
         model.requires_grad_(True)
@@ -349,7 +349,7 @@ def make_trainable(settings: PaliGemmaSettings, model: PaliGemma) -> None:
 def plan_tuning(
     settings: PaliGemmaSettings, model: PaliGemma, rows: list[data.TrainRow], inputs: Inputs
 ) -> Plan:
-    """The plan of fitting what `make_trainable` chose to these rows, validated on real answers."""
+    """The plan of training on these rows, validated by decoding answers to --eval-problems."""
     train, held_out = examples.tuning_rows(settings, rows, inputs)
     val = inputs.splits["val"][: settings.eval_problems]
 
@@ -368,7 +368,7 @@ def plan_tuning(
 
 
 def run_one(settings: Settings, stop: StopRequest) -> dict | None:
-    """The metrics of a run, which is trained and decoded unless it is complete."""
+    """Train, decode and score a run unless it is complete; returns its metrics."""
     if runs.is_complete(settings):
         print(f"{settings.out}: complete already", flush=True)
         return tables.read_metrics(settings.out)
@@ -376,7 +376,7 @@ def run_one(settings: Settings, stop: StopRequest) -> dict | None:
 
 
 def score(settings: Settings, stages: list[nn.Module], inputs: Inputs) -> dict:
-    """The metrics of a run, whose models decode the test split now; it is complete then."""
+    """Decode and score the test split, then mark the run complete; returns its metrics."""
     scores = evaluation.evaluate(
         settings.out,
         stages,
@@ -392,7 +392,7 @@ def score(settings: Settings, stages: list[nn.Module], inputs: Inputs) -> dict:
 
 
 def dry_plans(settings: Settings) -> Iterator[Plan]:
-    """The plans of a run's trainings; no image is read: features of zeros stand for them."""
+    """The plans of a run's trainings. No image is read: zeros stand for their features."""
     splits, skipped = examples.load_splits(settings)
     if bad := [entry for entries in (skipped or {}).values() for entry in entries]:
         print(f"  {len(set(bad))} bad records would be skipped, the first is {bad[0][0]}")
@@ -401,7 +401,7 @@ def dry_plans(settings: Settings) -> Iterator[Plan]:
         features = blank_features(settings, splits["train"] + splits["val"])
         for stage, name in enumerate(fusion.stage_names(settings.recipe)):
             if settings.stage in ("both", name):
-                # Own rationales would have to be decoded first: the gold ones stand for them.
+                # Generated rationales would have to be decoded first: gold ones stand for them.
                 yield plan_stage(settings, stage, Inputs(splits, tokenizer, features))
     elif settings.epochs[0]:
         model = models.load_paligemma(settings)

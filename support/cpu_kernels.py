@@ -1,4 +1,4 @@
-"""Quicker on a CPU: dropout, T5's decoder token by token, and oneDNN's products and convolutions.
+"""Faster on a CPU: dropout, T5's decoder token by token, and oneDNN's products and convolutions.
 
 See support/kernels.py, which swaps these in once each is proved equal to the plain class. oneDNN's
 operators, which torch keeps for compiled models, have no public name; they take float32 without
@@ -25,8 +25,8 @@ import model as plain
 
 class QuickDropout(nn.Dropout):
     """torch draws one uniform number after the other on a CPU: a quarter of a training step. Here
-    each 64 bits drawn are four numbers, so that p is a multiple of 2^-16; the mean stays exact, as
-    what is kept is scaled by the p that was had."""
+    each 64 bits drawn are four numbers, so that p is a multiple of 2^-16; the mean stays exact,
+    because kept values are scaled by the rounded p."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not 0 < self.p < 1:
@@ -53,9 +53,9 @@ class DropoutGrad(torch.autograd.Function):
 
 
 class QuickT5Stack(plain.T5Stack):
-    """A decoder's one new token a row: the states have two axes, so that no product reshapes them,
-    heads and rows share one, and the position bias is looked up. 1.4 times as fast at the demo's
-    size, where it is all dispatch."""
+    """One new token per row of a decoder: the states have two axes, so that no product reshapes
+    them, heads and rows share one, and the position bias is looked up. 1.4 times as fast at the
+    demo's size, where all the time is dispatch."""
 
     def forward(
         self,
@@ -77,7 +77,7 @@ class QuickT5Stack(plain.T5Stack):
             k, v = layer.append(k, v)  # (B, N, S, H)
             x = x + self.attend(block.self_attn, h, k, v, bias)
             h = block.cross_attn_norm(x)
-            x = x + self.attend(block.cross_attn, h, *layer.memory, memory_bias)
+            x = x + self.attend(block.cross_attn, h, *layer.cross, memory_bias)
             x = x + block.ffn(block.ffn_norm(x))
         return self.final_layer_norm(x)[:, None]  # (B, 1, D)
 

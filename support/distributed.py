@@ -1,9 +1,9 @@
-"""Many devices: `torchrun --nproc-per-node N train.py ...` does what one device does, sooner.
+"""Several devices: `torchrun --nproc-per-node N train.py ...` trains as one device does, faster.
 
 Every process runs train.py on a device of its own and knows the whole plan: what differs is its
 shard of the rows, and that only the first one (rank 0) writes files and prints. N devices change
 the time, the last bits of sums, and dropout. Adapters and mmcot train under DDP, --full under FSDP2
-(arXiv 2304.11277). All must see one disk; --resume takes any number of processes.
+(arXiv 2304.11277). All must see the same disk; --resume takes any number of processes.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def check_device(device: str) -> None:
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process; its group may not be there yet, see `together`."""
+    """Whether torchrun started this process; the group may not exist yet, see `together`."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
@@ -135,7 +135,7 @@ def trains_on_image(example: dict) -> bool:
 
 
 def own_dropout(seed: int, steps_done: int) -> None:
-    """The first process draws as a single one; each other has a generator of its own."""
+    """The first process draws as a single one would; the others have generators of their own."""
     if rank():
         torch.manual_seed(seed + (rank() << 40) + (steps_done << 20))
 
@@ -159,7 +159,7 @@ def any_rank(*flags: bool) -> tuple | list:
 
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
-    """The first process alone, then the others, which find its files."""
+    """Run a block in the first process alone, then in the others, which find its files."""
     if rank():
         dist.barrier(patient_group())
     yield
@@ -205,7 +205,7 @@ def shard_like(tensor: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor
 
 
 def full_model(model: torch.nn.Module) -> torch.nn.Module:
-    """A new model of which each device has all, if FSDP has sharded this one; else this one.
+    """A new, whole copy on each device if FSDP has sharded the model; else the model itself.
     Devices decode texts of their own, and none can wait there for the others' layers."""
     if not hasattr(next(model.parameters()), "full_tensor"):
         return model

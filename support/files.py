@@ -1,9 +1,10 @@
 """Files that come from strangers, and files that another process may be reading or writing.
 
-A fault of JSON or JSONL is a sentence that names file and line; a bad record is an error or an
+An error in JSON or JSONL is a sentence that names file and line; a bad record is an error or an
 entry of a list; what is written appears whole or not at all. Standard library only.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -16,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 try:
     import fcntl
@@ -27,6 +28,13 @@ AnyPath = str | Path
 ROOT = Path(__file__).parent.parent  # of the repository
 MOST_BYTES = 1 << 28  # of a JSON file; all of ScienceQA takes about a tenth
 MOST_LINE = 1 << 24  # bytes of a line of JSONL
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, without the usage, which has 20 lines in train.py."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def cache_folder() -> Path:

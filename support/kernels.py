@@ -1,4 +1,4 @@
-"""Quicker and leaner versions of plain classes, swapped in from outside, each proved equal first.
+"""Faster and leaner versions of plain classes, swapped in from outside, each proved equal first.
 
 model.py and lora.py print one formula for each layer, and that is what runs until somebody calls
 `enable(model)`. For each layer whose exact type is a plain class it compares that class, as it is
@@ -7,7 +7,7 @@ says which and by how much, so that an edited formula is never silently replaced
 
   Leaner in training   autograd keeps every step of a formula; NormGrad, GatedGELU, CappedAttention
                        and LoRAGrad keep what it starts from and compute the rest again.
-  Quicker on a CPU     support/cpu_kernels.py: dropout from 16-bit numbers, a T5 decoder that takes
+  Faster on a CPU      support/cpu_kernels.py: dropout from 16-bit numbers, a T5 decoder that takes
                        one token at a time, oneDNN for large layers and folded batch norms.
 
 The proofs are in support/proofs.py. Call `enable` after adapters are injected and before DDP or
@@ -310,7 +310,7 @@ def enable(model: nn.Module) -> list[dict]:
 
     Returns a verdict for each kind of layer: its class, its kernel, how many there are, whether
     they were swapped, the largest difference relative to the largest number, and where. A refusal
-    is also said on stderr. Under torchrun one process's no is everybody's.
+    is also printed on stderr. Under torchrun, a kernel that one process refuses is used by none.
     """
     device = next(model.parameters()).device
     kernels = dict(KERNELS)

@@ -1,4 +1,4 @@
-"""Whether a kernel computes what the plain class it replaces computes, asked of both of them.
+"""Whether a kernel computes the same as the plain class it replaces, tested on both of them.
 
 Each kernel of support/kernels.py has cases here, on a small copy of the layer: of the plain class
 as it is in memory now and with that layer's own settings, all parameters random. Outputs are
@@ -232,7 +232,7 @@ CASES = {
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """The global generators are afterwards as they were; inside, gradients are on."""
+    """Restore the global generators afterwards; inside, gradients are on."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     grads = (torch.inference_mode(False), torch.enable_grad())
     with torch.random.fork_rng(list(devices)), grads[0], grads[1]:
@@ -303,7 +303,7 @@ def compare_case(
 
 
 def worst(differences: Iterator[Difference]) -> Difference:
-    """The first that is one, else the largest."""
+    """The first real difference, else the largest."""
     largest = Difference()
     for difference in differences:
         if not difference.is_none:

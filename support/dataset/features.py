@@ -243,7 +243,9 @@ def published_features(path: str | Path, name_map: str | Path) -> Features:
     path = Path(path)
     rows = field({"names": read_json(name_map)}, "names", dict, name_map)
     if path.name not in PUBLISHED:  # vit.npy is another model's: (11208, 577, 768)
-        raise ValueError(f"{path} is none of {', '.join(PUBLISHED)}, which the checkpoints read.")
+        raise ValueError(
+            f"{path} is not one of {', '.join(PUBLISHED)}, which the checkpoints read."
+        )
     regular_file(path)
     needed = PUBLISHED[path.name]
     try:

@@ -162,7 +162,7 @@ def own_jsonl(file: Path, split: str, skipped: list | None = None) -> list[dict]
             ids.add(id)
             if name not in OWN_SPLITS:
                 raise ValueError(
-                    f'{where}: "split" is {name!r:.60}, none of {", ".join(OWN_SPLITS)}.'
+                    f'{where}: "split" is {name!r:.60}, not one of {", ".join(OWN_SPLITS)}.'
                 )
             image = record.get("image")
             if image is not None:
@@ -334,5 +334,5 @@ def read_addresses(file: str) -> dict[str, list]:
             case [str(), str() | None] if name in SCIENCEQA:
                 continue
         entries = f"{', '.join(SCIENCEQA)} with [address, checksum or null]"
-        raise ValueError(f"{file}: {name:.60} is none of {entries}.")
+        raise ValueError(f"{file}: {name:.60} is not one of {entries}.")
     return changed

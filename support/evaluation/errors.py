@@ -1,7 +1,7 @@
 """Why answers are right or wrong: pali_reason's kinds by rule, with the evidence in words.
 
 `classify` names one of KINDS for one answer, `classify_all` for many, and `refine` corrects them by
-a judge who was shown the images. The rules read texts and, where the scene behind an image is
+a judge that sees the images. The rules read texts and, where the scene behind an image is
 known, as of the demo, the scene: then a statement of the rationale holds or does not.
 """
 
@@ -150,11 +150,11 @@ def repetition(text: str) -> str | None:
     words = re.findall(r"\w+", text)
     looped = len(words) - len(before_loop(words))
     if looped:
-        return f"its last {looped} words were said before"
+        return f"its last {looped} words repeat earlier ones"
     sentences = [s for s in re.split(r"(?<=[.!?])\s+|\n", text) if len(s.split()) > 3]
     repeated = len(sentences) - len(set(sentences))
     if len(sentences) > 5 and 2 * repeated >= len(sentences):
-        return f"{repeated} of its {len(sentences)} sentences were said before"
+        return f"{repeated} of its {len(sentences)} sentences repeat earlier ones"
     return None
 
 
@@ -263,7 +263,7 @@ def classify_all(
 
 
 def refine(graded: list[Graded], judge: Callable[[list], list[dict]]) -> list[Graded]:
-    """Answers of `classify_all`, their kinds corrected by a judge who is shown the image, as
+    """Answers of `classify_all`, their kinds corrected by a judge that sees the image, as
     `filters.judge_many`. It is asked about rationales that came to an end."""
     items = {}
     for i, (problem, prediction, grade) in enumerate(graded):

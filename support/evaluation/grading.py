@@ -7,7 +7,7 @@ comes to, else what it mentions. The first pass that finds an answer names it in
     in JSON           {"answer": "B"}
     in words          The answer is B. Option B is correct. Answer: B
     in a box          \boxed{B}; of words and boxes the last counts
-    as a line         B. 140°     (the last line or the first, with next to nothing beside it)
+    as a line         B. 140°     (the last line or the first, with next to nothing else on it)
     in a conclusion   Therefore, the angle is 140°. Or the last numbers, if after "="
     in own words      Teal is not the minimum.     (of a yes-or-no question)
     in prose          The angle at C is 140°, as its sides are equal.
@@ -117,7 +117,7 @@ VERB = re.compile(r"\b(?:is|are|was|were|has|have|be)\b")
 
 
 # --- the passes over a plain text. Each gives (parsed or None, how).
-def said_after(text: str, start: int, end: int | None = None) -> str | None:
+def statement_after(text: str, start: int, end: int | None = None) -> str | None:
     """What stands after a cue, to the end of its sentence; None if the text ends there."""
     rest = text[start : min(start + 1000, end or len(text))].lstrip(" \n\t:⟦")
     if not ANYTHING.search(rest):
@@ -136,35 +136,35 @@ def statements(problem: Problem, reply: Reply) -> Iterator[tuple[str | None, str
     end = reply.text.rfind(reply.sentences[-1])
     matches.sort(key=lambda m: (m[0] != "⟦" or m.start() >= end, m.start()), reverse=True)
     for m in matches:
-        said = said_after(reply.text, m.end(), until.get(m.start()))
+        statement = statement_after(reply.text, m.end(), until.get(m.start()))
         if problem.choices and m.start() < reply.unfit:
             continue
-        if said and not is_choice(problem, said):
+        if statement and not is_choice(problem, statement):
             after = reply.text[m.end() :]
             section = m[0].endswith("\n") or after.startswith("\n")
             # "Here is the answer:\n\nThere are 4 cubes. ..." introduces a solution
-            if section and VERB.search(said) and squash(after.lstrip()[len(said) :]):
+            if section and VERB.search(statement) and squash(after.lstrip()[len(statement) :]):
                 continue
-            if said.endswith("?"):
+            if statement.endswith("?"):
                 continue
         before = SENTENCE.split(reply.text[max(0, m.start() - 300) : m.start()])[-1]
-        supposed = bool(CASE.match(before) or SUPPOSED.search(said or ""))
-        yield said, "in a box" if m[0] == "⟦" else "in words", supposed
+        supposed = bool(CASE.match(before) or SUPPOSED.search(statement or ""))
+        yield statement, "in a box" if m[0] == "⟦" else "in words", supposed
 
 
 def stated(problem: Problem, reply: Reply) -> tuple[str | None, str]:
     """The last answer in words or in a box; of cases ("If ..., the answer is A") only if all come
     to the same."""
     cases, failure = {}, NOTHING_READ
-    for i, (said, where, supposed) in enumerate(statements(problem, reply)):
-        if said is None and i == 0:
+    for i, (statement, where, supposed) in enumerate(statements(problem, reply)):
+        if statement is None and i == 0:
             return None, "empty answer"
-        parsed, how = read(problem, said or "")
+        parsed, how = read(problem, statement or "")
         if parsed is not None and not supposed:
             return parsed, f"{how} {where}"
         if parsed is not None:
             cases.setdefault(parsed, f"{how} {where}")
-        elif said and REFUSES.search(said.lower()):
+        elif statement and REFUSES.search(statement.lower()):
             return None, "refused"
         elif how in ("several answers", "letter not among the options"):
             return None, how
@@ -224,9 +224,9 @@ def concluded(problem: Problem, reply: Reply) -> tuple[str | None, str]:
         starts.append(reply.text.rfind(last))
     failure = NOTHING_READ
     for start in sorted(starts, reverse=True):
-        said = said_after(reply.text, start) if start > reply.refused else None
-        if said and not said.endswith("?"):
-            parsed, how = read(problem, said, CONCLUDED)
+        statement = statement_after(reply.text, start) if start > reply.refused else None
+        if statement and not statement.endswith("?"):
+            parsed, how = read(problem, statement, CONCLUDED)
             if parsed is not None:
                 return parsed, f"{how} in a conclusion"
             failure = how if how != NOTHING_READ else failure
@@ -391,11 +391,11 @@ def published(problem: Problem, response: str) -> tuple[str | None, str]:
             return None, "several answers"
         letter = matches[0][1]
         return (letter, "letter") if letter in options else (None, "letter not among the options")
-    said, *texts = (" ".join(x.split()).strip(" .()").casefold()
+    statement, *texts = (" ".join(x.split()).strip(" .()").casefold()
                     for x in (response.rpartition(CUE)[2], *problem.choices))  # fmt: skip
     for how, names in (("letter", list(options.casefold())), ("choice text", texts)):
-        if names.count(said) == 1:
-            return options[names.index(said)], how
+        if names.count(statement) == 1:
+            return options[names.index(statement)], how
     return None, NOTHING_READ
 
 
@@ -422,27 +422,27 @@ def grade(
     else:
         parsed, how = commitment(problem, response, prose=True)
     if parsed is None and guess is not None and problem.choices:
-        said = last_said(plain(response)) or response.strip()
-        steps = [distance(said[:200], choice) for choice in problem.choices]
+        statement = last_statement(plain(response)) or response.strip()
+        steps = [distance(statement[:200], choice) for choice in problem.choices]
         drawn = LETTERS[steps.index(min(steps))]
         return Grade(right(problem, drawn), None, f"{how}; guessed {drawn}")
     return Grade(parsed is not None and right(problem, parsed), parsed, how)
 
 
-def last_said(text: str) -> str | None:
+def last_statement(text: str) -> str | None:
     """What stands after the last cue or conclusion of a plain text."""
     matches = [m for pattern in (SAYS, CONCLUDES) for m in pattern.finditer(text)]
     for m in sorted(matches, key=lambda m: m.start(), reverse=True):
         start = m.start() if m.re is CONCLUDES else m.end()
-        if said := said_after(text, start):
-            return said
+        if statement := statement_after(text, start):
+            return statement
     return None
 
 
 def is_conclusive(grade: Grade) -> bool:
-    """Whether the rule's word on `correct` is final; if not, a judge should be asked: nothing was
+    """Whether the rule's verdict is final; if not, a judge should be asked: nothing was
     read, or only the nearest choice, or a sentence in passing, or a text that is not the gold text
-    but may mean the same. Measured: tests/evaluation/test_verdicts.py."""
+    but may mean the same. Measured: tests/test_grading.py."""
     doubtful = grade.how.startswith(("nearest", "list", "text")) and not grade.correct
     weak = grade.how.endswith((*DOUBTFUL, AT_ODDS))
     return grade.parsed is not None and not doubtful and not weak

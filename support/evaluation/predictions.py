@@ -1,7 +1,7 @@
 """Files of predictions: ours, and those that other people's evaluation code writes.
 
-`read_predictions` gives a list of {"id", "response"} records whatever the layout (LAYOUTS). What a
-record says beside that is kept where the file is ours and left out where it is not.
+`read_predictions` gives a list of {"id", "response"} records whatever the layout (LAYOUTS). Other
+keys of a record are kept if the file is ours, else left out.
 """
 
 import csv

@@ -200,7 +200,7 @@ def in_digits(text: str, scaled: bool = True) -> str:
 
 
 def affirmed(text: str) -> str:
-    """A sentence without what it denies beside another answer: C of "not A but C", "C, not A"."""
+    """A sentence without the alternative it denies: C of "not A but C", "C, not A"."""
     return DENIED_LAST.sub("", DENIED_FIRST.sub(" ", text))
 
 
@@ -240,80 +240,82 @@ def pole(texts: list[str], word: str) -> str:
     return LETTERS[texts.index(word if word in texts else POLES[word])]
 
 
-def choice_named(problem: Problem, said: str, trust: int = STATED) -> tuple[str | None, str]:
+def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple[str | None, str]:
     """(letter or None, how): the choice that a short plain text names. What was not stated as the
     answer names none by a list of letters, nor by what a "not" may be about."""
     letters = LETTERS[: len(problem.choices)]
     texts = squashed(problem.choices)
-    said = affirmed(said).strip(" \n\t.*\"':⟦⟧")
-    whole = squash(said)
-    denied = re.match(r"(?:not|neither|nor)\b", said, re.IGNORECASE) and whole not in texts
+    statement = affirmed(statement).strip(" \n\t.*\"':⟦⟧")
+    whole = squash(statement)
+    denied = re.match(r"(?:not|neither|nor)\b", statement, re.IGNORECASE) and whole not in texts
     if trust == STATED and denied:
         return None, "no answer found"
     if len(whole) > 1 and texts.count(whole) == 1:
         return letters[texts.index(whole)], "choice text"
-    named = {a or b for a, b in NAMED.findall(said)} & set(letters)
+    named = {a or b for a, b in NAMED.findall(statement)} & set(letters)
     if trust < STATED and len(named) > 1:
         return None, "several answers"
     failure = "no answer found"
-    if m := LETTER.match(said):
+    if m := LETTER.match(statement):
         letter = (m[1] or m[2] or m[3]).upper()
-        after = WORD_AFTER.match(said, m.end())
+        after = WORD_AFTER.match(statement, m.end())
         if after and is_yes_no(problem):  # "A: No": the word is the answer
             return pole(texts, after[1]), "choice text"
-        other = ANOTHER.match(said, m.end())
+        other = ANOTHER.match(statement, m.end())
         if other and letter in letters and other[1] in letters and other[1] != letter:
             return None, "several answers"
-        if trust < STATED and REJECTS.search(said):
+        if trust < STATED and REJECTS.search(statement):
             return None, "no answer found"
         if letter in letters:
             return letter, "letter"
-        text = squash(said[m.end() :])
+        text = squash(statement[m.end() :])
         if texts.count(text) == 1:
             return letters[texts.index(text)], "choice text"
         return None, "letter not among the options"
-    if trust < STATED and REJECTS.search(said):
+    if trust < STATED and REJECTS.search(statement):
         named = set()
     elif all(len(text) == 1 for text in texts):  # choices that are letters: the cube "D"
-        named |= {a or b for a, b in ALONE.findall(said)} & set(letters)
+        named |= {a or b for a, b in ALONE.findall(statement)} & set(letters)
     if not named:
-        parsed, failure = text_named(problem, texts, said, trust)
+        parsed, failure = text_named(problem, texts, statement, trust)
         if parsed or failure != "no answer found":
             return parsed, failure
         if trust == STATED:
-            ends = re.findall(r"(?<![\w'/])([A-Z])(?=$|,? and | or )", said)
+            ends = re.findall(r"(?<![\w'/])([A-Z])(?=$|,? and | or )", statement)
             named = set(ends) & set(letters)
     if len(named) > 1:
         return None, "several answers"
     return (named.pop(), "letter") if named else (None, failure)
 
 
-def text_named(problem: Problem, texts: list[str], said: str, trust: int) -> tuple[str | None, str]:
+def text_named(
+    problem: Problem, texts: list[str], statement: str, trust: int
+) -> tuple[str | None, str]:
     """(letter or None, how): the choice whose text, or number, a plain text contains, else the
     nearest one."""
     letters = LETTERS[: len(texts)]
-    denied = trust < STATED and DENIES.search(said)
+    denied = trust < STATED and DENIES.search(statement)
     for how, find in (("choice text", mentioned), ("nearest choice", nearest)):
-        hits = [i for i in find(texts, squash(said)) if not denied or texts[i] in POLES]
+        hits = [i for i in find(texts, squash(statement)) if not denied or texts[i] in POLES]
         if len({texts[i] for i in hits}) == 1:
             return letters[hits[0]], how
         if hits:
             return None, "several answers"
-    if amounts(said) and all(map(amounts, texts)):
+    if amounts(statement) and all(map(amounts, texts)):
         return None, "no such choice"
     return None, "no answer found"
 
 
-def mentioned(texts: list[str], said: str) -> list[int]:
+def mentioned(texts: list[str], statement: str) -> list[int]:
     """Positions of the choices whose words, or whose number, a text names; not those that are only
     a part of another that it names."""
-    if said in POLES and POLES[said] in texts and said not in texts:
-        said = POLES[said]
-    if said in texts:
-        return [texts.index(said)]
-    tail = re.split("[=≈]", said)[-1]
-    said = tail if amounts(tail) else said
-    product = re.search(r"\d ?[×x*] ?\d", said)  # "4 x 4" is no 4
+    if statement in POLES and POLES[statement] in texts and statement not in texts:
+        statement = POLES[statement]
+    if statement in texts:
+        return [texts.index(statement)]
+    tail = re.split("[=≈]", statement)[-1]
+    statement = tail if amounts(tail) else statement
+    product = re.search(r"\d ?[×x*] ?\d", statement)  # "4 x 4" is no 4
     hits = []
     for i, text in enumerate(texts):
         if product and text.isdigit():
@@ -322,27 +324,27 @@ def mentioned(texts: list[str], said: str) -> list[int]:
         if text in POLES:  # "there are no cubes" and "no cubes are" are no answers
             word = text if POLES[text] in texts else f"(?:{text}|{POLES[text]})"
             inside = rf"^{word}(?=\W|$)(?! [a-z]+ (?:is|are)\b)|(?:\b(?:is|be|was)|[,:]) {word}$"
-        elif text not in said or len(text) == 1 and not text.isdigit():
+        elif text not in statement or len(text) == 1 and not text.isdigit():
             continue
-        if re.search(inside, said):
+        if re.search(inside, statement):
             hits.append(i)
     hits = [i for i in hits if not any(texts[i] in texts[j] for j in hits if texts[i] != texts[j])]
-    found = {round(x, 6) for x in amounts(in_digits(said))}
+    found = {round(x, 6) for x in amounts(in_digits(statement))}
     same = [i for i, t in enumerate(texts) if {round(x, 6) for x in amounts(in_digits(t))} == found]
     return hits or (same if found and not product else [])
 
 
-def nearest(texts: list[str], said: str) -> list[int]:
+def nearest(texts: list[str], statement: str) -> list[int]:
     """Positions of the choices that a text is but for rounding, or a slip of the pen."""
-    values, numbers = amounts(said), [amounts(t) for t in texts]
+    values, numbers = amounts(statement), [amounts(t) for t in texts]
     if any(numbers):
         pairs = [(i, *x, *values) for i, x in enumerate(numbers) if len(x) == len(values) == 1]
         return [i for i, x, y in pairs if math.isclose(x, y, rel_tol=0.01)]
     slips = [len(t) // 5 for t in texts]
-    close = [abs(len(said) - len(t)) <= most for t, most in zip(texts, slips, strict=True)]
+    close = [abs(len(statement) - len(t)) <= most for t, most in zip(texts, slips, strict=True)]
     hits = [i for i, t in enumerate(texts) if close[i]]  # and, before the slow look, by letters
-    hits = [i for i in hits if (Counter(said) - Counter(texts[i])).total() <= slips[i]]
-    return [i for i in hits if distance(said, texts[i]) <= slips[i]]
+    hits = [i for i in hits if (Counter(statement) - Counter(texts[i])).total() <= slips[i]]
+    return [i for i in hits if distance(statement, texts[i]) <= slips[i]]
 
 
 def distance(a: str, b: str) -> int:
@@ -359,56 +361,56 @@ def distance(a: str, b: str) -> int:
 
 
 # --- which number, list or text
-def value(problem: Problem, said: str, trust: int = STATED) -> tuple[str | None, str]:
+def value(problem: Problem, statement: str, trust: int = STATED) -> tuple[str | None, str]:
     """(parsed or None, how): the number, list or text that a short plain text names. Of several
     numbers the first, if the text opens with it as the answer, else see `last_of`."""
     kind = asks_for(problem)
-    said = affirmed(said)
-    if trust == STATED and re.match(r"\W*(?:not|neither)\b", said, re.IGNORECASE):
+    statement = affirmed(statement)
+    if trust == STATED and re.match(r"\W*(?:not|neither)\b", statement, re.IGNORECASE):
         return None, "no answer found"
     if kind == "list":
-        inside = re.findall(r"\[([^\[\]]*)\]", said)
-        found = amounts(inside[-1]) if inside else amounts(said)
+        inside = re.findall(r"\[([^\[\]]*)\]", statement)
+        found = amounts(inside[-1]) if inside else amounts(statement)
         if inside or len(found) > 1:
             return f"[{', '.join(f'{x:.9g}' for x in found)}]", "list"
         return None, "no answer found"
     if kind != "text":
-        found, failure = numbers(problem, said, trust)
+        found, failure = numbers(problem, statement, trust)
         if found:
             return rounded(problem, found[0] if trust == STATED else found[-1]), "number"
         if failure:
             return None, failure
-    text = squash(said) if trust == STATED and kind in ("number", "text") else ""
+    text = squash(statement) if trust == STATED and kind in ("number", "text") else ""
     return (text, "text") if text else (None, "no answer found")
 
 
-def numbers(problem: Problem, said: str, trust: int) -> tuple[list[float], str]:
+def numbers(problem: Problem, statement: str, trust: int) -> tuple[list[float], str]:
     """(the numbers of a text that may be the answer, why there are none or "")."""
-    # A chart may count in millions: only an integer, of no unit, is said in full.
+    # A chart may count in millions: only an integer without a unit is given in full.
     scaled = asks_for(problem) == "integer" and not re.search(SCALED, problem.question)
-    said = in_digits(said, scaled)
+    statement = in_digits(statement, scaled)
     if re.search(r"\bratio\b", problem.question, re.IGNORECASE):
-        said = RATIO.sub(lambda m: str(float(m[1]) / (float(m[2]) or math.inf)), said)
+        statement = RATIO.sub(lambda m: str(float(m[1]) / (float(m[2]) or math.inf)), statement)
     if re.search(r"\bhow many\b|\bnumber of\b", problem.question, re.IGNORECASE):
-        said = NOTHING.sub("is 0", said)
-    single = RANGE.sub(" ", said)
-    if amounts(said) and not amounts(single):
+        statement = NOTHING.sub("is 0", statement)
+    single = RANGE.sub(" ", statement)
+    if amounts(statement) and not amounts(single):
         return [], "several answers"
     if trust < STATED or not OPENS.match(single):
         return last_of(problem, single, trust), ""
     return amounts(single), ""
 
 
-def last_of(problem: Problem, said: str, trust: int) -> list[float]:
+def last_of(problem: Problem, statement: str, trust: int) -> list[float]:
     """[the number that a sentence ends in], or []: of those after the last "=" the ones that the
     question does not have; of these rather one of the kind asked for, of the things asked for, in
     the clause most like the question, or after an "is"."""
     question = plain_question(problem.question)
     asked = amounts(in_digits(question))
-    tail = amounts(re.split("[=≈]", said)[-1])
-    if trust == CONCLUDED and re.search("[=≈]", said) and len(set(tail) - set(asked)) > 1:
+    tail = amounts(re.split("[=≈]", statement)[-1])
+    if trust == CONCLUDED and re.search("[=≈]", statement) and len(set(tail) - set(asked)) > 1:
         return []  # a sum not yet made
-    every = tail or amounts(said)
+    every = tail or amounts(statement)
     found = [x for x in every if x not in asked] or (every if trust != CONCLUDED else [])
     whole = asks_for(problem) == "integer"
     found = [x for x in found if x.is_integer() == whole] or found
@@ -416,18 +418,18 @@ def last_of(problem: Problem, said: str, trust: int) -> list[float]:
     thing = "|".join(map(re.escape, things))
     asks = [x for x in SENTENCE.split(question) if "?" in x] or [question]
     about = words_of(asks[-1]) - {x.casefold() for x in things}
-    clauses = [x for x in CLAUSE.split(said) if set(amounts(x)) & set(found)]
+    clauses = [x for x in CLAUSE.split(statement) if set(amounts(x)) & set(found)]
     likeness = [len(about & words_of(x)) for x in clauses]
     most = max([*likeness, 1])
     like = [x for x, n in zip(clauses, likeness, strict=True) if n == most]
     for rather in (
-        re.findall(r"\b[12]\d{3}\b", said) if YEAR.search(question) else [],
-        re.findall(rf"\b(?:{thing}) (\d+)", said),
+        re.findall(r"\b[12]\d{3}\b", statement) if YEAR.search(question) else [],
+        re.findall(rf"\b(?:{thing}) (\d+)", statement),
         like if len(like) == 1 else [],
-        re.findall(rf"(?<![\d.,])(?<!out of )(\d+) (?:{thing})\b", said),
-        GIVES.findall(said),
+        re.findall(rf"(?<![\d.,])(?<!out of )(\d+) (?:{thing})\b", statement),
+        GIVES.findall(statement),
         like,
-        IS.findall(said),
+        IS.findall(statement),
     ):
         these = [x for text in rather for x in amounts(text)]
         found = [x for x in found if x in these] or found

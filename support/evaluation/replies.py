@@ -14,7 +14,7 @@ from support.evaluation.reading import ANYTHING, SENTENCE, plain, plain_question
 
 
 def any_of(*patterns: str, start: str = "", flags: int = re.I | re.M) -> re.Pattern:
-    """One expression out of several, each beside an example of what it finds; all begin at
+    """One expression out of several, each next to an example of what it finds; all begin at
     `start`, which is tried once."""
     return re.compile(f"{start}(?:{'|'.join(patterns)})", flags)
 
@@ -176,12 +176,12 @@ class Reply:
 
     @cached_property
     def refused(self) -> int:
-        """Where it last refuses."""
+        """Position of its last refusal."""
         return max((m.start() for m in REFUSES.finditer(self.text.lower())), default=-1)
 
     @cached_property
     def unfit(self) -> int:
-        """Where it last says that none of the choices fits."""
+        """Position of its last statement that no choice fits."""
         return max((m.start() for m in NONE_FITS.finditer(self.text.lower())), default=-1)
 
 

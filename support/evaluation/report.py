@@ -206,7 +206,7 @@ def fusion_maps(
     "gate"       of each token, Eq. 5's lambda, the mean over D: the share of the image in it
     "attention"  of each token, Eq. 4's weights of the 8 positions that get most of it
     "boxes"      [cx, cy, w, h] of those, in 0..1 of the image; none with published features
-    "labels"     what DETR calls them, else their numbers; none of both without an image
+    "labels"     what DETR calls them, else their numbers; neither without an image
     """
     maps = {problem_id: [] for problem_id in objects}
     for (stage, examples), model in zip(stages.items(), models, strict=True):

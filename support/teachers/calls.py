@@ -1,4 +1,4 @@
-"""Many calls of providers at once, within limits of time, tries and money.
+"""Many provider calls at once, within limits of time, tries and money.
 
 A call goes through `call_with_retries`: it waits until the most that it can cost fits under the
 limit, asks, asks again where providers.py finds that worth it, and counts its cost. There is no

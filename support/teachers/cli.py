@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import data
+from support import files
 from support.evaluation import metrics, tables
 from support.teachers.batch_api import BATCH_SHARE
 from support.teachers.cache import paid
@@ -60,26 +61,26 @@ class TeacherSettings:
 
 def count(text: str) -> int:
     """An argparse type: a whole number from 1."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number of at least 1")
+    return int(text)
 
 
 TYPES = {"N": count, "INT": int, "S": float, "USD": float, ("IN", "OUT"): float}  # by metavar
 CHOICES = {"split": data.SPLITS, "effort": ("low", "medium", "high", "xhigh", "max")}
 GROUPS = {  # heading: {setting: (metavar, help)}
-    "what is asked": {
+    "the questions": {
         "data": ("DIR", "a folder, a .jsonl file, scienceqa, mathvista (%(default)s)"),
-        "split": (None, "(%(default)s)"),
+        "split": (None, "split to take the problems from (%(default)s)"),
         "limit": ("N", "only the first N problems"),
         "hint_gold": (None, "give the teacher the answer; recorded: it then rationalises"),
         "zero_shot_cot": (None, "for a teacher without thoughts: let it reason in its reply"),
-        "shots": ("INT", "the same, with so many worked examples from the training split"),
+        "shots": ("INT", "the same, with this many worked examples from the training split"),
     },
-    "who is asked, and with which parameters": {
+    "the teacher and its parameters": {
         "teacher": ("SPEC", "gemini[:MODEL], anthropic[:MODEL], demo (the last for its own data)"),
         "source": ("FILE", "no teacher: judge and shape a file's replies (ours, pali_reason's)"),
-        "max_output": ("N", "most tokens of a reply, thoughts included (%(default)s)"),
+        "max_output": ("N", "maximum tokens of a reply, thoughts included (%(default)s)"),
         "effort": (None, "how hard to think (the model's default)"),
         "thinking_budget": ("N", "tokens of thought, for older models without --effort"),
         "seed": ("INT", "of the demo, of Gemini's sampling, and of --shots (%(default)s)"),
@@ -100,17 +101,17 @@ GROUPS = {  # heading: {setting: (metavar, help)}
         "batch": (None, "by the batch API: half the price, up to a day; may be interrupted"),
         "price": (("IN", "OUT"), f"USD per million tokens of the teacher (a table of {PRICES_OF})"),
         "judge_price": (("IN", "OUT"), "the same for the judge"),
-        "concurrency": ("N", "calls under way at once (%(default)s)"),
+        "concurrency": ("N", "calls in flight at once (%(default)s)"),
         "timeout": ("S", "seconds for a whole reply (%(default)s)"),
-        "retries": ("N", "most requests for one reply (%(default)s)"),
+        "retries": ("N", "maximum requests for one reply (%(default)s)"),
     },
 }
 
 
 def parse_args(argv: list[str] | None = None) -> TeacherSettings:
-    """The settings of a command; the error of a wrong one is argparse's exit."""
+    """The settings of a command line; SystemExit with a sentence for a wrong one."""
     about = "The teacher and the judge: traces worth learning from, never paid for twice."
-    parser = argparse.ArgumentParser(prog="teacher.py", description=about)
+    parser = files.Parser(prog="teacher.py", description=about)
     defaults = TeacherSettings()
     for heading, flags in GROUPS.items():
         group = parser.add_argument_group(heading)

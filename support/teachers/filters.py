@@ -254,7 +254,7 @@ is null if no picture is attached.
 
 
 def judge_prompt(problem: data.Problem, thought: str, answer: str) -> str:
-    """The text a judge is sent, together with JUDGE_SCHEMA and, if it shall look, the image.
+    """The text for a judge, sent together with JUDGE_SCHEMA and, if it is to look, the image.
 
     The mark between the texts is a hash of them and stands in none: no rationale can end its part.
     """
@@ -302,8 +302,8 @@ def read_verdict(text: str, by: str) -> dict:
 async def ask_judge(
     calls: Calls, judge: Model, problem: data.Problem, thought: str, answer: str, look: bool = True
 ) -> tuple[dict | None, dict]:
-    """(verdict, usage) of the judge, who is shown the image if it shall `look`; None for a verdict
-    if it declines. A verdict that cannot be read is asked for again."""
+    """(verdict, usage) of the judge, which sees the image if `look`; None for a verdict if it
+    declines. A verdict that cannot be read is asked for again."""
     if judge.provider == "demo":
         return providers.demo_verdict(problem, thought, answer), {}
     text = judge_prompt(problem, thought, answer)
@@ -372,7 +372,7 @@ def agreement(pairs: Iterable[tuple[str, bool | None, bool | None]]) -> dict:
     "kappa", "disagreements": [ids]}. Items on which one has none do not count.
 
     Cohen's kappa (1960) is agreement beyond what two judges with these rates have by chance; None
-    where chance alone is full agreement (both always said the same) or nothing was compared.
+    where chance alone is full agreement (all verdicts are the same) or nothing was compared.
     """
     pairs = [pair for pair in pairs if None not in pair[1:]]
     n = len(pairs)

@@ -135,7 +135,7 @@ def parse_spec(spec: str, defaults: dict, price: Iterable[float] | None = None) 
     provider, _, name = spec.partition(":")
     if provider not in defaults or (name and not defaults[provider]):
         known = ", ".join(f"{p}:MODEL" if model else p for p, model in defaults.items())
-        raise ValueError(f"{spec!r} is none of {known}.")
+        raise ValueError(f"{spec!r} is not one of {known}.")
     name = name or defaults[provider]
     if price:
         return Model(provider, name, tuple(price))

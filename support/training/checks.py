@@ -1,4 +1,4 @@
-"""What stops a training that goes wrong without an error, with the reason and the records.
+"""Checks that stop a training which would go wrong silently, with the reason and the records.
 
 All but one stop it before the step is taken; whether weights move is known after the first two. A
 mask leak is tested directly: does a prediction change with what it must not see? A window is the
@@ -56,7 +56,7 @@ def changed_from(row: dict, first: int, ids: list[int]) -> dict:
 
 
 def same_loss(one: float, other: float) -> bool:
-    """Up to rounding; where one is not a number another check says so."""
+    """Whether two losses are equal up to rounding; NaN is left to another check."""
     return one != one or other != other or abs(one - other) <= 1e-5 * max(1, abs(one))
 
 
@@ -107,8 +107,8 @@ def stop_unless_supervised(window: list[Rows], where: str) -> None:
 def stop_at_what_is_not_finite(
     loss_of: LossOf, loss: float, norm: float, window: list[Rows], where: str
 ) -> None:
-    """FloatingPointError, always. Of the step's records those are named whose own loss is not
-    finite; all, if each is finite alone."""
+    """Raise FloatingPointError. It names the records whose own loss is not finite, or all of the
+    step if each is finite alone."""
     rows = [row for batch in window for row in batch]
     bad = [row for row in rows if not math.isfinite(evaluated_loss(loss_of, [row]))]
     raise FloatingPointError(

@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """{name: parameter} of what is trained."""
+    """{name: parameter} of the trained parameters."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -73,8 +73,8 @@ class LossOf(torch.nn.Module):
     def forward(self, batch: dict) -> tuple[torch.Tensor, int]:
         return self.loss(self.model, batch, self.settings.weighting, self.settings.label_smoothing)
 
-    def of(self, model: torch.nn.Module) -> "LossOf":
-        """The same loss of another model."""
+    def with_model(self, model: torch.nn.Module) -> "LossOf":
+        """The same loss, of another model."""
         return LossOf(model, self.loss, self.collate, self.settings)
 
 
@@ -110,7 +110,8 @@ class Plan:
     windows: list[list[Rows]]  # the batches of each step
     rates: list[float]  # learning rate of each step
     epoch_ends: set[int]  # the steps, counted from 1, after which it validates
-    # What is logged of a model then. If it has "val_accuracy", the best epoch's weights are kept.
+    # Returns what is logged after an epoch. With a "val_accuracy" in it, the weights of the best
+    # epoch are kept.
     validate: Callable[[LossOf], dict]
 
 

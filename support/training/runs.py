@@ -247,7 +247,7 @@ class Best:
 
     accuracy: float
     step: int
-    weights: Tensors  # what is trained
+    weights: Tensors  # the trained ones only
 
 
 @dataclass

@@ -42,7 +42,7 @@ class Settings:
 
     model: Literal["mmcot", "paligemma"] = flag(help="the system to train", heading="what to train")
     recipe: str = flag(help="mmcot: two-stage, answer, reason, explain; paligemma: reason, answer")
-    ablation: bool = flag(False, "mmcot: Tables 2, 3 and 6; paligemma: what each part buys")
+    ablation: bool = flag(False, "mmcot: Tables 2, 3 and 6; paligemma: what each part is worth")
     data: str = flag("demo", "demo, scienceqa, mathvista, a folder of theirs or a .jsonl", "files")
     weights: tuple[str, ...] = flag(
         help="T5 or PaliGemma folder or Hub id; mmcot takes one for both stages or one each"
@@ -50,14 +50,15 @@ class Settings:
     features_cache: str | None = flag(None, "folder for image features")
     out: str = flag("", "run folder (runs/DATA-RECIPE-...)")
     on_error: Literal["stop", "skip"] = flag(
-        "stop", "a record, image or trace that cannot be used: stop at it, or do without"
+        "stop", "a record, image or trace that cannot be used: stop at it, or skip it"
     )
-    test_split: str = flag("test", "the split that the table is about")
+    test_split: str = flag("test", "the split to decode and score")
     limit: int | None = flag(None, "only the first N problems of each split", least=1)
     epochs: tuple[float, ...] = flag(
-        help="mmcot: for both stages or one each; 0 only decodes", heading="optimization"
+        help="mmcot: one number for both stages, or one each; 0 only decodes",
+        heading="optimization",
     )
-    max_steps: int | None = flag(None, "stop each training after so many steps", least=1)
+    max_steps: int | None = flag(None, "stop each training after this many steps", least=1)
     batch_size: int = flag(
         help="rows that go through the model together on a device, at most", least=1
     )
@@ -100,7 +101,7 @@ class MultimodalSettings(Settings):
     weighting: Weighting = "token"
     max_output: tuple[int, ...] = flag((512, 64), demo=(64, 16))
     vision: Literal["detr", "caption", "none"] = flag(
-        "detr", "what stands for the image", "mmcot: images"
+        "detr", "image as DETR features, as a caption, or not at all", "mmcot: images"
     )
     vision_weights: str = flag(
         "facebook/detr-resnet-101-dc5", "DETR folder or Hub id", demo=f"{DEMO_FOLDER}/detr"
@@ -109,7 +110,7 @@ class MultimodalSettings(Settings):
     features: str | None = flag(None, "published detr.npy, clip.npy, resnet.npy or vit.pth")
     name_map: str | None = flag(None, "name_map.json that goes with --features")
     no_image: Literal["zero", "mask"] = flag(
-        "zero", "problems without image, in a new fusion: see fusion.py"
+        "zero", "for a new fusion, problems without an image: see fusion.py"
     )
     stage: Literal["both", "rationale", "answer"] = flag(
         "both", "train one stage", "mmcot: stages and texts"
@@ -167,7 +168,7 @@ class PaliGemmaSettings(Settings):
     dtype: Literal["float32", "bfloat16"] | None = flag(
         None, "of frozen weights and compute (bfloat16 on a GPU, else float32)"
     )
-    checkpointing: bool = flag(True, "compute layers again in the backward pass", demo=False)
+    checkpointing: bool = flag(True, "recompute layers in the backward pass", demo=False)
     # "Better for transfer" without (big_vision), arg-max is the same; the demo's had it before.
     final_soft_cap: bool = flag(False, "cap the final logits as in pretraining", demo=True)
     full: bool = flag(False, "train all weights, not adapters", "paligemma: adapters")
@@ -179,12 +180,14 @@ class PaliGemmaSettings(Settings):
     lora_targets: tuple[str, ...] | None = flag(
         None, "module names or paths; no patterns (all projections of the language model)"
     )
-    lora_rslora: bool = flag(False, "scale by alpha / sqrt(r)")
-    lora_dora: bool = flag(False, "magnitude and direction apart")
+    lora_rslora: bool = flag(False, "rsLoRA: scale by alpha / sqrt(r)")
+    lora_dora: bool = flag(False, "DoRA: train magnitude and direction apart")
     samples: int = flag(1, "texts per problem; their answers vote", "paligemma: decoding", least=1)
     temperature: float = flag(0.0, "0: greedy")
     loop_stop: bool = flag(True, "let a rationale repeat itself to the end", off="--no-loop-stop")
-    force_answer: bool = flag(True, 'leave cut ones without "Answer:"', off="--no-forced-answer")
+    force_answer: bool = flag(
+        True, 'do not ask a cut rationale for "Answer:"', off="--no-forced-answer"
+    )
 
 
 SYSTEMS = {"mmcot": MultimodalSettings, "paligemma": PaliGemmaSettings}
@@ -205,7 +208,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     hints = get_type_hints(system)
     if foreign := [flag_of(name) for name in typed if name not in hints]:
         (other,) = SYSTEMS.keys() - {system.model}
-        parser.error(f"{', '.join(foreign)}: only --model {other} has that, not {system.model}")
+        parser.error(f"{', '.join(foreign)}: only --model {other} has this, not {system.model}")
     demo = demo_defaults(system) if typed.get("data", "demo") == "demo" else {}
     settings = system(**demo | typed)
     recipes = get_args(hints["recipe"])
@@ -228,7 +231,7 @@ def demo_defaults(system: type[Settings]) -> dict:
 
 def make_parser() -> argparse.ArgumentParser:
     """A flag for each field, made from its type."""
-    parser = argparse.ArgumentParser(
+    parser = files.Parser(
         prog="train.py",
         description="Training: `python train.py --model mmcot` or `--model paligemma`; "
         "each ends in a table.",

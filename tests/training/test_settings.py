@@ -24,7 +24,8 @@ def refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_args(flags.split())
     assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    [line] = capsys.readouterr().err.splitlines()  # without the usage
+    return line
 
 
 def test_every_field_has_help_and_choices_are_those_of_the_code():
