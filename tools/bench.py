@@ -1,4 +1,4 @@
-"""What is fast and by how much: each item beside the strongest opponent, in the same run.
+"""What is fast and by how much: each item next to the strongest alternative, in the same run.
 
     python tools/bench.py                        # every item; at full width, cut in depth on a CPU
     python tools/bench.py --only detr --repeats 9 --json bench.json
@@ -271,7 +271,7 @@ def made_once(args, name, make):
 
 
 def detr(args):
-    """Features of pictures 224 high and 304 wide by the released DETR-R101-DC5's shape."""
+    """Features of images 224 high and 304 wide by the released DETR-R101-DC5's shape."""
     config = oracle.TINY_DETR if args.quick else oracle.DETR_CONFIGS["detr-resnet-101-dc5"]
     size = (64, 96) if args.quick else (224, 304)
     folder = made_once(args, "detr", partial(write_detr, config))
@@ -414,7 +414,7 @@ class Questions:
         self.tokenizer = load_tokenizer(DEMO_T5 if demo else REAL / "tokenizers/t5")
         pictured = [p.id for p in self.problems if p.image is not None]
         random = np.random.default_rng(0).standard_normal((64, *FEATURES), np.float32)
-        rows = {id: i % 64 for i, id in enumerate(pictured)}  # 64 pictures are enough to copy from
+        rows = {id: i % 64 for i, id in enumerate(pictured)}  # 64 images are enough to copy from
         self.features = Features(random.astype(np.float16), rows)
 
     def examples(self, fmt, generated=None, limit=None):
@@ -686,12 +686,12 @@ def hf_paligemma(folder, dtype, device):
 
 def pali_step(args):
     """Rows a second of a LoRA step, adapters of rank 8 on all projections of the language model:
-    forward, backward, clipping and AdamW. On a CPU a 224-pixel picture (256 tokens), 100 tokens of
+    forward, backward, clipping and AdamW. On a CPU a 224-pixel image (256 tokens), 100 tokens of
     question and 100 that are learned; on a GPU 1024, 100 and 300. Depth is cut on a CPU, which
     flatters nobody's layers but makes the vocabulary layer count for more than it does in the 3B,
     and our top layer, which is computed for learned tokens only, too (at 26 layers: 3 %).
 
-    First both sides compute the picture's features; then ours has them cached, as train.py does.
+    First both sides compute the image's features; then ours has them cached, as train.py does.
     """
     folder = pali_folder(args)
     tuning = Tuning(args, folder)
@@ -1321,12 +1321,19 @@ def machine(args):
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="tools/bench.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="ITEM")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=ITEMS,
+        default=list(ITEMS),
+        metavar="ITEM",
+        help="parts to measure (all)",
+    )
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=cuda, help="(%(default)s)")
+    parser.add_argument("--device", default=cuda, help="where to run (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--json", metavar="FILE", help="write machine and rows there as well")
+    parser.add_argument("--json", metavar="FILE", help="also write the machine and the rows here")
     parser.add_argument("--plot", metavar="FILE", help="draw how cost grows (item growth), as SVG")
     for flag, text in (
         ("--full-depth", "all layers on a CPU too: hours, and 24 GB"),

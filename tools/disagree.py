@@ -84,10 +84,10 @@ def ask(path: Path, apart: list[str], texts: dict[str, str], labels: dict[str, b
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="disagree.py", description=__doc__.split("\n")[0])
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
+    parser.add_argument("a", metavar="A", help="a file of verdicts")
+    parser.add_argument("b", metavar="B", help="another one")
     parser.add_argument("--data", required=True, metavar="DIR", help="the problems")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", default="test", help="their split (%(default)s)")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="JSONL of a person's labels")
     parser.add_argument("--ask", action="store_true", help="ask for labels; needs --labels")
     args = parser.parse_args(argv)

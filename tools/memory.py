@@ -26,7 +26,7 @@ from support import kernels
 
 GIB = 2**30
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
-IMAGE, PREFIX, SUFFIX = 1024, 100, 300  # tokens: a picture of 448 pixels, question, thought
+IMAGE, PREFIX, SUFFIX = 1024, 100, 300  # tokens: an image of 448 pixels, question, thought
 LAYERS = 26
 PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 LANGUAGE = rf".*language_model.*\.({'|'.join(PROJECTIONS)})"
@@ -115,7 +115,7 @@ def vision():
 
 
 def batch(**picture):
-    """One row; everything real but what stands for the picture."""
+    """One row; everything is real except the image."""
     ids = torch.full((1, IMAGE + PREFIX + SUFFIX), 5)
     ids[:, :IMAGE] = PaliGemmaConfig.image_token_index
     kinds = torch.zeros_like(ids)

@@ -196,8 +196,8 @@ def judge(result):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30, help="(%(default)g)")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=30, help="how long (%(default)g)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random faults (%(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOCOT_CACHE"] = f"{folder}/cache"

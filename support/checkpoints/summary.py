@@ -166,11 +166,11 @@ def rows_of(name: str, equal: list[Branch], indent: str) -> Iterator[tuple[str, 
 
 
 def main(architectures: dict[str, type]) -> None:
-    """`--keys`: the weight table, status 1 if a tensor is unfit; `--summary`: the modules.
+    """`--keys`: the weight table, exit status 1 if a tensor does not fit; `--summary`: the modules.
     `architectures` are the model classes by the model_type of config.json."""
     parser = argparse.ArgumentParser(description="What a checkpoint holds, without loading it.")
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--keys", metavar="DIR_OR_HUB_ID", help="the weight table")
+    wanted.add_argument("--keys", metavar="DIR_OR_HUB_ID", help="its tensors, and where each goes")
     wanted.add_argument("--summary", metavar="DIR_OR_HUB_ID", help="the architecture as text")
     args = parser.parse_args()
     problems = 0

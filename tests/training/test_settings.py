@@ -20,7 +20,7 @@ from support.training.settings import (
 
 
 def refused(flags, capsys):
-    """The last line on stderr of a command that is refused."""
+    """The only line on stderr of a command that is refused."""
     with pytest.raises(SystemExit) as stop:
         parse_args(flags.split())
     assert stop.value.code == 2
