@@ -270,7 +270,7 @@ def prepare(s: TeacherSettings) -> Run:
     judge = providers.parse_spec(s.judge, providers.JUDGES, s.judge_price)
     for flag, model in (("--price", teacher), ("--judge-price", judge)):
         if s.max_cost is not None and model and model.price is None:
-            text = f"--max-cost: no price of {model.name} is known"
+            text = f"--max-cost: the price of {model.name} is not known"
             raise ValueError(f"{text}; give {flag} IN OUT.")
     shots = draw_shots(s.data, s.shots, s.seed) if s.shots else ()
     folder = s.tokenizer or (s.max_tokens and files.ROOT / "demo/paligemma")

@@ -218,7 +218,7 @@ def refuse_unsupported(config: dict, path: Path) -> None:
     if refused:
         asked = ", ".join(f"{name} = {value!r}" for name, value in refused.items())
         raise ValueError(
-            f"{path} asks for what is not supported here: {asked}. Only LoRA, rsLoRA and DoRA on "
+            f"{path} needs what is not supported here: {asked}. Only LoRA, rsLoRA and DoRA on "
             "named Linear layers are: merge this adapter with PEFT and load the merged model."
         )
 
@@ -231,7 +231,7 @@ def check_settings(config: dict, path: Path) -> None:
         parts = value.values() if isinstance(value, dict) else value
         parts = parts if part and isinstance(value, dict | list) else ()
         if key in config and not (is_a(value, kind) and all(is_a(x, part) for x in parts)):
-            raise ValueError(f"{path}: {key} is {value!r:.60}, which is of the wrong type.")
+            raise ValueError(f"{path}: {key} is {value!r:.60}, which has the wrong type.")
     if not 0 <= config.get("lora_dropout", 0) < 1:
         raise ValueError(f"{path}: lora_dropout is {config['lora_dropout']}, not in [0, 1).")
     modules = [config.get("target_modules"), config.get("exclude_modules")]
@@ -240,9 +240,11 @@ def check_settings(config: dict, path: Path) -> None:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as e:
-            raise ValueError(f"{path}: {pattern!r:.60} is no pattern ({e}).") from e
+            raise ValueError(f"{path}: {pattern!r:.60} is not a pattern ({e}).") from e
         if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 5:
-            raise ValueError(f"{path}: {pattern!r:.60} has more repetitions than are matched here.")
+            raise ValueError(
+                f"{path}: {pattern!r:.60} has too many repetitions to be matched here."
+            )
 
 
 def is_a(value: object, kind: type) -> bool:

@@ -167,7 +167,9 @@ def convert_pickle(path: Path) -> None:
         ) from e
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not named or not all(map(is_plain, tensors.values())):
-        raise ValueError(f"{path} does not hold a dict of tensors, so it is no model's weights.")
+        raise ValueError(
+            f"{path} does not hold a dict of tensors, so these are not the weights of a model."
+        )
     kept = {}
     for name in sorted(tensors, key=len):  # of several names the shortest: "shared.weight"
         t = tensors[name]
@@ -276,7 +278,7 @@ def load_weights(module: nn.Module, folder: str | Path, dtype: torch.dtype) -> N
     if dtype == torch.float16:
         raise ValueError(
             "float16 is refused: T5 and Gemma overflow in it and small gradients vanish. Use "
-            "bfloat16 where the device is good at it, else float32."
+            "bfloat16 where the device supports it well, else float32."
         )
     rows = weight_rows(module, folder)
     if problems := unfit(rows):

@@ -158,7 +158,7 @@ def own_jsonl(file: Path, split: str, skipped: list | None = None) -> list[dict]
         with noted(bad, str(keys.get("id") or where.rpartition(", ")[2])):
             id = str(field(record, "id", str | int, where))
             if id in ids:
-                raise ValueError(f"{where}: the id {id[:60]!r} was used before.")
+                raise ValueError(f"{where}: the id {id[:60]!r} occurs twice.")
             ids.add(id)
             if name not in OWN_SPLITS:
                 raise ValueError(

@@ -111,14 +111,14 @@ def kind_of_wrong(
     if evidence.leaves:
         return "nonsense", evidence.leaves
     if stop == "length":
-        return "cut off", "the budget ended before the answer"
+        return "cut off", "the length limit came before the answer"
     if grade.parsed is None:
         return "no parse", grade.how
     if evidence.false:
         return "wrong", evidence.false
     if evidence.conclusion and right(problem, evidence.conclusion):
         return "right thought, wrong answer", evidence.comes_to()
-    return "wrong", evidence.comes_to() if evidence.rationale else "the answer is another"
+    return "wrong", evidence.comes_to() if evidence.rationale else "the answer is wrong"
 
 
 # --- the rules

@@ -55,7 +55,7 @@ def table_rows(path: str | Path, content: bytes) -> list[tuple[str, dict]]:
     try:
         text = io.StringIO(content.decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error.reason}.") from None
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}.") from None
     csv.field_size_limit(files.MOST_LINE)
     delimiter = "\t" if Path(path).suffix == ".tsv" else ","
     try:

@@ -98,7 +98,7 @@ def parse_record(line: bytes, where: str) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not complete JSON ({error}): mend or delete it.") from None
+        raise ValueError(f"{where} is not complete JSON ({error}): repair or delete it.") from None
     if isinstance(record, dict) and isinstance(record.get("key"), str):
         parts = [record.get(key, {}) for key in ("usage", "verdict", "reply")]
         if all(isinstance(part, dict) for part in parts):

@@ -189,7 +189,7 @@ def forecast(
 
     def money(model, flag, reads, usual, most, share=1.0):
         if model.price is None:
-            return f"No price of {model.name} is known: give {flag} IN OUT."
+            return f"The price of {model.name} is not known: give {flag} IN OUT."
         expected = s.diverse * cost({"input": reads, "output": n * usual}, model.price, share)
         highest = s.attempts * cost({"input": reads, "output": n * most}, model.price, share)
         return f"${expected:.2f} expected, ${highest:.2f} at most (prices of {PRICES_OF})."

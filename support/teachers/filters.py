@@ -284,12 +284,12 @@ def read_verdict(text: str, by: str) -> dict:
     try:
         fields = json.loads(body)
     except ValueError:
-        raise ValueError(f"{by} replied no complete JSON, but {text.strip()[:80]!r}.") from None
+        raise ValueError(f"{by} replied with incomplete JSON: {text.strip()[:80]!r}.") from None
     types = {"correct": bool, "leads_to_answer": bool, "agrees_with_picture": bool | None}
     for key, type_ in (types | {"why": str}).items():
         if not isinstance(fields, dict) or key not in fields or not isinstance(fields[key], type_):
             fault = f"its {key!r} is missing or of another type, in {body[:80]!r}"
-            raise ValueError(f"{by} replied no verdict: {fault}.")
+            raise ValueError(f"{by} replied without a verdict: {fault}.")
     return {
         "correct": fields["correct"],
         "consistent": fields["leads_to_answer"],

@@ -85,7 +85,7 @@ def stop_if_it_leaks(loss_of: LossOf, rows: Rows, stage: str) -> None:
     changed = evaluated_loss(loss_of, rows, pad_id=ids[-1])
     if supervised != count or not same_loss(loss, changed):
         raise RuntimeError(
-            f"{where}: pads take part: {supervised} targets of {count} are in the loss, which "
+            f"{where}: padding takes part: {supervised} targets of {count} are in the loss, which "
             f"is {loss:.6g}, and {changed:.6g} with other ids at the pads. Look at the attention "
             "mask and at -100 in the labels."
         )

@@ -97,7 +97,7 @@ def dry_step(plan: Plan) -> None:
     print(f"    {device} has {capacity / GIB:.1f} GiB, {free / GIB:.1f} GiB of it free")
     if needed > free + before:
         print(
-            f"  Not tried: {needed / GIB:.1f} GiB are more than there are. Take a smaller "
+            f"  Not tried: {needed / GIB:.1f} GiB are needed, more than is free. Take a smaller "
             "--batch-size (with --accumulate the result is the same), --checkpointing or a "
             "smaller model."
         )

@@ -59,7 +59,7 @@ def begin(settings: Settings) -> None:
         return write_config(settings, out)
     before = files.read_json(out / "config.json")["versions"]
     if before != versions():
-        text = f"{out} was begun with {before} and is resumed with {versions()}: bits may differ"
+        text = f"{out} was started with {before} and is resumed with {versions()}: bits may differ"
         print(text, file=sys.stderr)
 
 
@@ -122,7 +122,7 @@ def changed_settings(settings: Settings) -> dict[str, str] | None:
 
 def check_resume(runs: list[Settings]) -> None:
     """Before anything is done, for the runs of one command. ValueError where --resume has other
-    settings than the unfinished one of them was begun with, and where without --resume an
+    settings than the unfinished one of them was started with, and where without --resume an
     interrupted run, or a finished one of other settings, would be overwritten."""
     if rank():
         return
@@ -134,9 +134,9 @@ def check_resume(runs: list[Settings]) -> None:
     for run in unfinished or runs:
         if changed := changed_settings(run):
             text = "; ".join(changed.values())
-            raise ValueError(f"{run.out} was begun with other settings: {text}.")
+            raise ValueError(f"{run.out} was started with other settings: {text}.")
     if not unfinished and not any(map(is_complete, runs)):
-        print(f"{runs[-1].out}: nothing was saved; it starts from its beginning", flush=True)
+        print(f"{runs[-1].out}: nothing was saved; it starts from the beginning", flush=True)
 
 
 def refuse_to_overwrite(settings: Settings, finished: bool) -> None:
@@ -150,7 +150,7 @@ def refuse_to_overwrite(settings: Settings, finished: bool) -> None:
     changed = [text for name, text in (changed or {}).items() if name not in SAME_RUN]
     if changed:
         raise ValueError(
-            f"{out} has a finished run of other settings ({'; '.join(changed)}): give this one "
+            f"{out} has a finished run with other settings ({'; '.join(changed)}): give this one "
             "another --out, or delete that folder."
         )
 
@@ -400,11 +400,13 @@ def newest_state(
                 raise ValueError("log.jsonl is shorter than it was then")
             return content["state"], load_file(file)
         except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-            print(f"{path} is not whole ({error}): it is left out", file=sys.stderr)
+            print(f"{path} is damaged ({error}) and is ignored", file=sys.stderr)
             if not rank():
                 path.unlink()
     if paths:
-        print(f"{folder}: no state is whole: {stage} starts from its beginning", file=sys.stderr)
+        print(
+            f"{folder}: every state is damaged: {stage} starts from the beginning", file=sys.stderr
+        )
     return None, None
 
 
