@@ -293,7 +293,7 @@ def described(folder: str | Path) -> Iterator[None]:
         raise ValueError(f"{folder}/config.json: {str(e).rstrip('.')}.") from e
     except Exception as e:  # torch's and Python's own, for sizes that do not go together
         raise ValueError(
-            f"{folder}/config.json describes a model that cannot be built ({type(e).__name__}: {e})."
+            f"{folder}/config.json describes no model that can be built ({type(e).__name__}: {e})."
         ) from e
 
 

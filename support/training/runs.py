@@ -405,7 +405,7 @@ def newest_state(
                 path.unlink()
     if paths:
         print(
-            f"{folder}: every state is damaged: {stage} starts from the beginning", file=sys.stderr
+            f"{folder}: no state is undamaged: {stage} starts from the beginning", file=sys.stderr
         )
     return None, None
 
