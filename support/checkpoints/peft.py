@@ -240,11 +240,9 @@ def check_settings(config: dict, path: Path) -> None:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as e:
-            raise ValueError(f"{path}: {pattern!r:.60} is not a pattern ({e}).") from e
+            raise ValueError(f"{path}: {pattern!r:.60} is no pattern ({e}).") from e
         if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 5:
-            raise ValueError(
-                f"{path}: {pattern!r:.60} has too many repetitions to be matched here."
-            )
+            raise ValueError(f"{path}: {pattern!r:.60} has more repetitions than are matched here.")
 
 
 def is_a(value: object, kind: type) -> bool:

@@ -171,7 +171,7 @@ def training_rows(
 def own_solutions(problems: list[Problem]) -> list[dict]:
     """Traces made of the data's own solutions."""
     solved = [p for p in problems if p.solution]
-    print(f"  no --traces: {len(solved)} of the data's own solutions serve as thoughts")
+    print(f"  no --traces: {len(solved)} solutions from the data serve as thoughts")
     common = {"verdict": {"correct": True, "consistent": True, "by": "data", "why": ""}}
     return [{"id": p.id, "thought": p.solution, "answer": p.answer} | common for p in solved]
 
