@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as plain
+from support import proofs
 
 # ----------------------------------------------------------------------------------------------
 # Dropout, and one token of T5
@@ -67,7 +68,7 @@ class QuickT5Stack(plain.T5Stack):
         if cache is None or x.shape[1] > 1 or self.training or torch.is_grad_enabled():
             return super().forward(x, mask_bias, memory, cache)
         rows = (len(x), self.config.num_heads, 1, -1)
-        bias = self.newest_bias(cache.length + 1).expand(rows).flatten(0, 1)  # (B*N, 1, S)
+        bias = self.newest_bias(cache).expand(rows).flatten(0, 1)  # (B*N, 1, S)
         memory_bias = mask_bias.expand(rows).flatten(0, 1)  # (B*N, 1, T)
         x = x[:, 0]  # (B, D)
         for block, layer in zip(self.block, cache.layers, strict=True):
@@ -92,15 +93,16 @@ class QuickT5Stack(plain.T5Stack):
         out = torch.bmm(weights, v.flatten(0, 1))  # (B*N, 1, H)
         return attention.o_proj(out.view(len(x), -1))
 
-    def newest_bias(self, length: int, block: int = 64) -> Tensor:
-        """(1, N, 1, S) of the last query over `length` keys. The biases of a query are those of a
-        later one but for the farthest keys: they are computed once every `block` tokens."""
-        longest = -(-length // block) * block
-        weight = self.relative_attention_bias.weight
-        state = (longest, weight.data_ptr(), weight._version)
-        if getattr(self, "newest", (None, None))[0] != state:
-            self.newest = (state, self.position_bias(longest - 1, longest))
-        return self.newest[1][..., longest - length :]
+    def newest_bias(self, cache: plain.Cache, block: int = 64) -> Tensor:
+        """(1, N, 1, S) of the next token's query. The biases of a query are those of a later one
+        but for the farthest keys: they are computed once every `block` tokens of a text, and kept
+        with its cache, as the weights may have changed before the next one."""
+        length = cache.length + 1
+        bias = vars(cache).get("newest_bias")
+        if bias is None or bias.shape[3] < length:
+            longest = -(-length // block) * block
+            bias = cache.newest_bias = self.position_bias(longest - 1, longest)
+        return bias[..., bias.shape[3] - length :]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def laid_out(weights: Iterable[Tensor], rows: int) -> Iterator[None]:
         yield
     finally:
         for address in made:
-            del LAID_OUT[address]
+            LAID_OUT.pop(address, None)  # two threads may lay out the same weights
 
 
 def convolved(
@@ -197,7 +199,10 @@ class QuickT5(plain.T5):
     """The vocabulary layer and, for several rows, weights that are laid out before they decode."""
 
     def head(self, states: Tensor) -> Tensor:
-        return product(self.rescaled(states), self.head_weight())
+        weight = self.head_weight()
+        if not fits_onednn(states, weight):
+            return super().head(states)
+        return product(self.rescaled(states), weight)
 
     def generate(self, input_ids: Tensor, *arguments: Any, **options: Any) -> Tensor:
         layers = (m for m in self.decoder.modules() if isinstance(m, nn.Linear))
@@ -210,7 +215,10 @@ class QuickPaliGemma(plain.PaliGemma):
     """The vocabulary layer. No weight is laid out: a copy of the 3B takes 10 GB."""
 
     def head(self, states: Tensor) -> Tensor:
-        logits = product(states, self.language_model.embed_tokens.weight)  # (..., V)
+        weight = self.language_model.embed_tokens.weight
+        if not fits_onednn(states, weight):
+            return super().head(states)
+        logits = product(states, weight)  # (..., V)
         return plain.soft_cap(logits, self.config.text.final_logit_softcapping)
 
 
@@ -229,3 +237,43 @@ class FoldedResNet(plain.ResNet):
         if not foldable(pixels, self.conv1):
             return super().stem(pixels)
         return convolved(pixels, self.conv1, self.bn1)
+
+
+# ----------------------------------------------------------------------------------------------
+# Kernels chosen by a layer's size: asked on the layer's own weights, two rows
+# ----------------------------------------------------------------------------------------------
+
+
+def on_itself(layer: nn.Module, kernel: type) -> proofs.Difference:
+    """The difference on a layer's own weights, two rows, small ones and large ones; of a whole
+    model its vocabulary layer. In eval mode: these kernels take nothing with gradients."""
+    if isinstance(layer, nn.Dropout):
+        return proofs.compare_masks(layer, kernel)
+    device = next(layer.parameters()).device
+    if isinstance(layer, plain.Bottleneck | plain.ResNet):
+        x = proofs.draw(2, layer.conv1.in_channels, 9, 11)
+        call = layer.stem if isinstance(layer, plain.ResNet) else layer.forward
+    elif isinstance(layer, nn.Linear):
+        x = proofs.draw(2, layer.in_features)
+        call = layer.forward
+    else:
+        text = layer.config.text.hidden_size if hasattr(layer.config, "text") else None
+        x = proofs.draw(2, text or layer.config.d_model)
+        call = layer.head
+    before = type(layer)
+    modes = [(m, m.training) for m in layer.modules()]
+    worst = 0.0
+    try:
+        layer.eval()
+        for scale in (1.0, 100.0):
+            with torch.no_grad():
+                layer.__class__ = before
+                expected = getattr(layer, call.__name__)(scale * x.to(device))
+                layer.__class__ = kernel
+                found = getattr(layer, call.__name__)(scale * x.to(device))
+            worst = max(worst, proofs.distance(found, expected))
+    finally:
+        layer.__class__ = before
+        for module, training in modes:
+            module.training = training
+    return proofs.Difference(worst, 5e-5, "the output on its own weights")

@@ -19,6 +19,8 @@ F ffn width, I input width, O output width, r rank, n rows; `...` any axes.
 
 import contextlib
 import functools
+import inspect
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import model as plain
 from lora import LoRALinear
@@ -41,6 +44,7 @@ from support.cpu_kernels import (
     fits_onednn,
     foldable,
     laid_out,
+    on_itself,
     product,
 )
 from support.distributed import any_rank
@@ -65,6 +69,7 @@ def keeps_autocast(function: type) -> type:
         return forward(ctx, x, *rest)
 
     @functools.wraps(backward)
+    @once_differentiable  # what is kept has no graph: a second derivative would be wrong
     def recall(ctx, *grads: Tensor) -> Any:
         with ctx.autocast():
             return backward(ctx, *grads)
@@ -95,7 +100,7 @@ class NormGrad(torch.autograd.Function):
         g = grad_output.float()  # (..., D)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (g * n).flatten(0, -2).sum(0).to(weight.dtype)  # (D,)
+            grad_weight = (g * n).reshape(-1, len(weight)).sum(0).to(weight.dtype)  # (D,)
         g = g * (1 + weight.float())
         g = (g - n * (g * n).mean(-1, keepdim=True)) * r
         return g.to(x.dtype), grad_weight, None
@@ -324,7 +329,11 @@ def enable(model: nn.Module) -> list[dict]:
     for (kind, _), layers in kinds.items():
         kernel = kernels[kind]
         with proofs.undisturbed():
-            worst = proofs.worst(differences(model, layers, kernel, device))
+            try:
+                worst = proofs.worst(differences(model, layers, kernel, device))
+            except Exception as error:  # an edited class may not take what a proof gives it
+                text = f"{type(error).__name__} ({error})".splitlines()[0]
+                worst = proofs.Difference(math.inf, 0.0, text)
         [refused] = any_rank(not worst.is_none)
         names = {"layer": kind.__name__, "kernel": kernel.__name__, "count": len(layers)}
         result = {"swapped": not refused, "difference": worst.size, "where": worst.where}
@@ -360,21 +369,37 @@ def worthwhile(layer: nn.Module) -> bool:
 
 def settings(layer: nn.Module) -> tuple:
     """What a layer's formula depends on but for sizes: layers with the same are proved once."""
-    sizes = ("in_features", "out_features", "channels")
-    numbers = [
-        (name, value)
-        for name, value in vars(layer).items()
-        if isinstance(value, int | float | str | None) and name not in sizes
-    ]
-    parameters = [name for name, _ in layer.named_parameters(recurse=False)]  # a bias, a magnitude
+    numbers = proofs.numbers_of(layer).items()
     dropout = [m.p for m in layer.children() if isinstance(m, nn.Dropout)]
-    return (*numbers, *parameters, *dropout)
+    if isinstance(layer, LoRALinear):
+        dropout = [layer.dropout]
+    # Whether there is a bias, or a magnitude; in which dtype
+    parameters = [(name, p.dtype) for name, p in layer.named_parameters(recurse=False)]
+    return (*numbers, *parameters, *dropout, changed_part(layer))
+
+
+def changed_part(layer: nn.Module) -> str:
+    """A part that was changed in this one layer, which a kernel or a small copy would not have: one
+    of another class, with a hook, or with a method of its own. "" if there is none."""
+    whole = isinstance(layer, plain.Pretrained)  # its kernel computes the vocabulary layer alone
+    for name, part in [("", layer)] if whole else layer.named_modules():
+        if isinstance(part, nn.Linear) and type(layer) not in (nn.Linear, LoRALinear):
+            continue  # kernels call it as the plain class does
+        kind = PLAIN.get(type(part), type(part))
+        hooks = part._forward_hooks or part._forward_pre_hooks
+        own = any(inspect.isroutine(value) for value in vars(part).values())
+        if own or part is not layer and (hooks or kind not in PARTS):
+            return f"its {name or 'methods'}, changed in this layer only"
+    return ""
 
 
 def differences(
     model: nn.Module, layers: list[nn.Module], kernel: type, device: torch.device
 ) -> Iterator[proofs.Difference]:
     """Of a small copy that stands for all of these layers, or of each of them."""
+    if part := changed_part(layers[0]):
+        yield proofs.Difference(math.inf, 0.0, part)
+        return
     if type(layers[0]) in proofs.CASES:
         dtype = next(layers[0].parameters()).dtype
         device = torch.device("cpu") if device.type == "meta" else device
@@ -382,12 +407,12 @@ def differences(
         return
     # T5's weights are also laid out for rows, see QuickT5.
     rows = 2 if any(isinstance(m, plain.T5) for m in model.modules()) else 1
-    for layer in layers:
-        yield proofs.on_itself(layer, kernel)
+    for layer in layers[:1] if isinstance(layers[0], nn.Dropout) else layers:
+        yield on_itself(layer, kernel)
         if isinstance(layer, nn.Linear | plain.T5):
             weight = layer.weight if isinstance(layer, nn.Linear) else layer.head_weight()
             with torch.no_grad(), laid_out([weight], rows):
-                yield proofs.on_itself(layer, kernel)
+                yield on_itself(layer, kernel)
 
 
 @contextlib.contextmanager
@@ -404,4 +429,6 @@ def plain_formulas(model: nn.Module) -> Iterator[None]:
             module.__class__ = kernel
 
 
+PARTS = {plain.T5Block, plain.T5FeedForward, plain.T5Norm, plain.FrozenBatchNorm, nn.Conv2d}
+PARTS |= {nn.Embedding, nn.ModuleList, nn.Sequential, nn.Softmax, *KERNELS, *CPU_KERNELS}
 PLAIN = {kernel: kind for kind, kernel in (KERNELS | CPU_KERNELS).items()}
