@@ -112,7 +112,7 @@ CASE = re.compile(  # "If there are more cars, the answer is A. Otherwise, the a
 SUPPOSED = re.compile(r"\b(?:if|unless|assuming|provided that)\b", re.IGNORECASE)
 OPENING = re.compile(  # No, Teal is not ...  A: No  Yes it is  By the chart, no, ...
     r"(?:\W*(?:\w\W{1,2})?|[^.,:]{1,60}, )(yes|no|true|false)\b"
-    r"(?=\W*$|[,.:;!]| -| (?:it|they|this|that|there)\b)", re.IGNORECASE)  # fmt: skip
+    r"(?=\W*$|[,.:;!]| ?-(?!one\b)| (?:it|they|this|that|there)\b)", re.IGNORECASE)  # fmt: skip
 VERB = re.compile(r"\b(?:is|are|was|were|has|have|be)\b")
 
 

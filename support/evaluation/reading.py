@@ -92,10 +92,15 @@ IS = re.compile(r"\b(?:is|are|was|were|be) (?:[a-z]+ ){0,2}(-?[\d,]*\.?\d+)")
 LETTER = re.compile(  # (B)  [b]  【B】  option B  B.  B) 140°  B (no)  b
     r"(?!N/A)(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)[\s:]\s*)?"
     r"(?:[(\[【]\s*([A-Za-z])\s*[)\]】]|([a-z])(?=$|[.)])|"
-    r"([A-Z])(?=$|\s*[).:,;/&(]|\s-|\s(?:because|since|as|is|and|or|which|given|for)\b))"
+    r"([A-Z])(?=$|[一-鿿])(?![不错錯非])|"  # C正确, but not C不正确
+    r"([A-Z])(?=\s*[).:,;/&(]|\s-|\s(?:because|since|as|is|and|or|which|given|for)\b))"
 )
-ANOTHER = re.compile(r"\s*(?:,?\s*(?:and|or)\b|[,&/])\s*[(\[]?([A-Z])(?:[)\]]|(?=$|\s*[.,;]))")
-NAMED = re.compile(r"(?:[(\[【]|\b[Oo]ption )([A-Z])\b|\b[Ii]t(?:'s| is) ([A-Z])(?=\W*$)")
+ANOTHER = re.compile(
+    r"\s*(?:,?\s*(?:and|or)\b|[,&/和或与])\s*[(\[]?([A-Z])(?:[)\]]|(?=$|\s*[.,;]))"
+)
+NAMED = re.compile(  # (C)  option C  it's C.  so the heaviest must be C.
+    r"(?:[(\[【]|\b[Oo]ption )([A-Z])\b|\b(?:[Ii]t(?:'s| is)|must be) ([A-Z])(?=\W*$)"
+)
 ALONE = re.compile(  # the cube "D", the one labelled D, cube D.
     r"(?:\"|\b(?:label(?:l?ed)?|marked|letter(?:ed)?) )([A-Z])\b|(?<![\w'/-])([A-Z])(?=$|[.,;:!])"
 )
@@ -107,10 +112,12 @@ DENIED_FIRST = re.compile(  # not A but C; not A, it's C
 DENIED_LAST = re.compile(  # C, not A; C rather than A
     r"(?<=[\w)])(?:, ?(?:and |but )?not| (?:and|but) not| rather than| instead of) [^,.;\n]*"
 )
-DENIES = re.compile(r"\b(?:not|no|neither|nor|cannot)\b|n't\b", re.IGNORECASE)
+DENIES = re.compile(r"\b(?:not|never|no|neither|nor|cannot)\b|n't\b", re.IGNORECASE)
 REJECTS = re.compile(
-    r"\b(?:not|neither|nor|cannot|wrong|incorrect|false|eliminated?|ruled? out|excluded?)\b|n't\b",
+    r"\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?|ruled? out|"
+    r"excluded?)\b|n't\b",
     re.IGNORECASE)  # fmt: skip
+CHINESE_POLES = {"是": "yes", "对": "yes", "正确": "yes", "否": "no", "不是": "no", "错误": "no"}
 POLES = {"yes": "true", "no": "false", "true": "yes", "false": "no"}
 LITTLE = set("a an the this there of in on at to by for that than is are was were be do does did "
              "has have can would and or".split())  # fmt: skip
@@ -250,6 +257,8 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
     denied = re.match(r"(?:not|neither|nor)\b", statement, re.IGNORECASE) and whole not in texts
     if trust == STATED and denied:
         return None, "no answer found"
+    if is_yes_no(problem) and whole in CHINESE_POLES:
+        return pole(texts, CHINESE_POLES[whole]), "choice text"
     if len(whole) > 1 and texts.count(whole) == 1:
         return letters[texts.index(whole)], "choice text"
     named = {a or b for a, b in NAMED.findall(statement)} & set(letters)
@@ -257,7 +266,7 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
         return None, "several answers"
     failure = "no answer found"
     if m := LETTER.match(statement):
-        letter = (m[1] or m[2] or m[3]).upper()
+        letter = (m[1] or m[2] or m[3] or m[4]).upper()
         after = WORD_AFTER.match(statement, m.end())
         if after and is_yes_no(problem):  # "A: No": the word is the answer
             return pole(texts, after[1]), "choice text"
@@ -370,7 +379,8 @@ def value(problem: Problem, statement: str, trust: int = STATED) -> tuple[str | 
         return None, "no answer found"
     if kind == "list":
         inside = re.findall(r"\[([^\[\]]*)\]", statement)
-        found = amounts(inside[-1]) if inside else amounts(statement)
+        asked = amounts(plain_question(problem.question))
+        found = amounts(inside[-1]) if inside else [x for x in amounts(statement) if x not in asked]
         if inside or len(found) > 1:
             return f"[{', '.join(f'{x:.9g}' for x in found)}]", "list"
         return None, "no answer found"

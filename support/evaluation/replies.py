@@ -37,7 +37,7 @@ NEXT_QUESTION = any_of(
     r"(?<=[.!?)\]]) (?:Question|Human|User|Q) ?\d*:",  # "The answer is B. Question: ..."
 )
 TAG = any_of(
-    r"[<\[](?:(?:final|correct)[_ ]?)?(?:answer|ans|choice|option)[>\]]",  # <final_answer>
+    r"[<\[](?:(?:final|correct)[_ ]?)?(?:answer|ans|choice|option|conclusion)[>\]]",
     r"<\|begin_of_box\|>",
 )
 TAG_END = re.compile(r"[<\[]/\w+[>\]]|<\|end_of_box\|>")
@@ -56,7 +56,8 @@ ASIDE = any_of(
     r"^[^\w\n]*(?:sources?|references?|citations?)\s?:.*",  # "Source: a book, page 4"
     rf"[(\[]\s*{SURE}\b[^()\n]*[)\]]",  # "(certainty: high)"
     rf"\bwith (?:\d+ ?%|\w+) {SURE}\b",
-    r"\bI(?:'m| am) (?:about |around )?\d+(?:\.\d+)? ?% (?:sure|confident|certain)\b[^.\n]*",
+    r"\bI(?:'m| am) (?:about |around )?\d+(?:\.\d+)? ?% (?:sure|confident|certain)\b"
+    r"(?! (?:that|the|it)\b)[^.\n]*",  # but not "I'm 80% sure that the answer is B"
     rf"^[^\w\n]*(?:why )?(?:the )?{OTHERS}\b[^\n:]{{0,40}}:?[ \t]*"
     r"(?:\n+[ \t]*[-*•(]*[ \t]?[A-J][).:].*)+",  # "Other options:\nA. dog\nD. mouse"
 )
