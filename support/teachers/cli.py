@@ -153,6 +153,8 @@ def conflict(s: TeacherSettings) -> str | None:
         return "--effort or --thinking-budget, not both"
     if budget >= s.max_output:
         return f"--thinking-budget {budget} leaves nothing of --max-output {s.max_output}"
+    if 0 < budget < 1024 and s.teacher.startswith("anthropic"):
+        return f"--thinking-budget {budget}: Anthropic takes 1024 or more"
     if s.source and Path(s.source).absolute() == Path(s.out).absolute():
         return "--from and --out are the same file"
     if s.max_tokens and s.data != "demo" and not s.tokenizer:

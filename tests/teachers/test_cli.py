@@ -29,6 +29,7 @@ def test_settings_are_complete_and_frozen():
         "--effort low --thinking-budget 2000",
         "--thinking-budget 16000",
         "--thinking-budget 300 --max-output 200",
+        "--thinking-budget 1000 --teacher anthropic",
         "--from t.jsonl --out ./t.jsonl",
         "--max-tokens 300",
         "--effort max --teacher gemini",
