@@ -91,6 +91,11 @@ CHOICES = [  # problem, reply, letter (None: no answer), how
         "I see no picture. The choices are:\n(A) 135°\n(B) 140°\n(C) 145°\n(D) 150°",
     )),
     (ANGLES, "The answer is (E).", None, "letter not among the options"),
+    *((YES_NO, said, None, "letter not among the options") for said in (  # PaliGemma's own choices
+        "(C) Yes, but not as many\n(D) No, but as many", "(c) no", "(C) Yes and buses",
+        "(C) Yes\n(D) No",
+    )),
+    (ANGLES, "(E) 140°", "B", "choice text"),
     (ANGLES, "The answer is 92.5 degrees.", None, "no such choice"),
     # what a choice says
     *((ANGLES, said, "C", "choice text") for said in (

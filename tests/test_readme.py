@@ -200,6 +200,8 @@ def measured():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_number_was_measured(path):
     known = measured() | PUBLISHED.keys()
+    if path.name == "hacking.md":  # test_hacks.py compares the lines that it shows
+        known |= stated("\n".join(code_blocks(path.read_text())))
     lines = enumerate(path.read_text().splitlines(), 1)
     unknown = [f"{n}: {x}" for n, line in lines for x in sorted(stated(line) - known)]
     assert not unknown, f"{path.name}: not in {RESULTS}: {', '.join(unknown)}"

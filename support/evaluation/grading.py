@@ -59,6 +59,7 @@ CUE = "Answer:"  # what PaliGemma's last line begins with
 ANSWER = re.compile(r"The answer is \(([A-Z])\)")
 GUESS_LETTERS = "ABCDE"  # the original's, however many choices a problem has
 NOTHING_READ = "no answer found"
+NO_SUCH_LETTER = "letter not among the options"
 DOUBTFUL = ("in prose", "in own words")  # an answer is mentioned, not committed to
 AT_ODDS = ", not concluded"  # a choice is stated, and the reply comes to something else
 
@@ -166,7 +167,7 @@ def stated(problem: Problem, reply: Reply) -> tuple[str | None, str]:
             cases.setdefault(parsed, f"{how} {where}")
         elif statement and REFUSES.search(statement.lower()):
             return None, "refused"
-        elif how in ("several answers", "letter not among the options"):
+        elif how in ("several answers", NO_SUCH_LETTER):
             return None, how
         elif how != NOTHING_READ:  # a value that no choice has: an earlier statement may name one
             failure = how
@@ -210,8 +211,10 @@ def lined(problem: Problem, reply: Reply) -> tuple[str | None, str]:
             if parsed is not None:
                 return parsed, f"{how} as a line"
             failure = how if failure == NOTHING_READ else failure
-    opening = OPENING.match(reply.sentences[0])
-    if opening and is_yes_no(problem) and reply.refused < 0:
+    first = reply.sentences[0]
+    if read(problem, first)[1] == NO_SUCH_LETTER and not VERB.search(first):  # a made-up choice
+        return None, NO_SUCH_LETTER
+    if is_yes_no(problem) and reply.refused < 0 and (opening := OPENING.match(first)):
         return pole(squashed(problem.choices), opening[1]), "choice text as a line"
     return None, failure
 
@@ -335,9 +338,8 @@ def at_odds(problem: Problem, reply: Reply, parsed: str) -> bool:
 
 def choice_like(problem: Problem, pattern: re.Pattern, failure: str) -> tuple[str | None, str]:
     """The one choice that says what a reply says: "cannot be determined", "none of the above"."""
-    hits = [
-        x for x, text in zip(LETTERS, problem.choices, strict=False) if pattern.search(text.lower())
-    ]
+    pairs = zip(LETTERS, problem.choices, strict=False)
+    hits = [letter for letter, text in pairs if pattern.search(text.lower())]
     return (hits[0], "choice text in words") if len(hits) == 1 else (None, failure)
 
 
@@ -390,7 +392,7 @@ def published(problem: Problem, response: str) -> tuple[str | None, str]:
         if len(matches) > 1:
             return None, "several answers"
         letter = matches[0][1]
-        return (letter, "letter") if letter in options else (None, "letter not among the options")
+        return (letter, "letter") if letter in options else (None, NO_SUCH_LETTER)
     statement, *texts = (" ".join(x.split()).strip(" .()").casefold()
                     for x in (response.rpartition(CUE)[2], *problem.choices))  # fmt: skip
     for how, names in (("letter", list(options.casefold())), ("choice text", texts)):
@@ -414,7 +416,7 @@ def grade(
         letters = ANSWER.findall(response)
         if len(letters) == 1 and letters[0] in GUESS_LETTERS:
             return Grade(right(problem, letters[0]), letters[0], "letter")
-        failures = (NOTHING_READ, "letter not among the options", "several answers")
+        failures = (NOTHING_READ, NO_SUCH_LETTER, "several answers")
         drawn, how = guess.choice(GUESS_LETTERS), failures[min(len(letters), 2)]
         return Grade(right(problem, drawn), None, f"{how}; guessed {drawn}")
     if scienceqa and strict:

@@ -267,20 +267,20 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
     failure = "no answer found"
     if m := LETTER.match(statement):
         letter = (m[1] or m[2] or m[3] or m[4]).upper()
+        if letter not in letters:  # "(E) decrease" names the text; "(C) Yes" is a made-up choice
+            text = squash(statement[m.end() :])
+            if texts.count(text) == 1 and not is_yes_no(problem):
+                return letters[texts.index(text)], "choice text"
+            return None, "letter not among the options"
         after = WORD_AFTER.match(statement, m.end())
         if after and is_yes_no(problem):  # "A: No": the word is the answer
             return pole(texts, after[1]), "choice text"
         other = ANOTHER.match(statement, m.end())
-        if other and letter in letters and other[1] in letters and other[1] != letter:
+        if other and other[1] in letters and other[1] != letter:
             return None, "several answers"
         if trust < STATED and REJECTS.search(statement):
             return None, "no answer found"
-        if letter in letters:
-            return letter, "letter"
-        text = squash(statement[m.end() :])
-        if texts.count(text) == 1:
-            return letters[texts.index(text)], "choice text"
-        return None, "letter not among the options"
+        return letter, "letter"
     if trust < STATED and REJECTS.search(statement):
         named = set()
     elif all(len(text) == 1 for text in texts):  # choices that are letters: the cube "D"

@@ -95,5 +95,5 @@ def test_images_are_sent_in_a_form_that_is_accepted(tmp_path, form, size, orient
 
 @pytest.mark.parametrize("spec", ["openai:x", "demo:x", ""])
 def test_unknown_providers_are_refused(spec):
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="not one of"):
         providers.parse_spec(spec, providers.TEACHERS)
