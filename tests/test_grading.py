@@ -96,6 +96,10 @@ CHOICES = [  # problem, reply, letter (None: no answer), how
         "(C) Yes\n(D) No",
     )),
     (ANGLES, "(E) 140°", "B", "choice text"),
+    *((choose("P", "Q", "R", "S"), said, "B", "letter") for said in (  # Q is no label
+        "The answer is Q.", "Q", "(Q)", "\\boxed{Q}", "Therefore, the answer is point Q.",
+        "Point Q is the highest.", "The answer is B.",
+    )),
     (ANGLES, "The answer is 92.5 degrees.", None, "no such choice"),
     # what a choice says
     *((ANGLES, said, "C", "choice text") for said in (

@@ -101,8 +101,9 @@ ANOTHER = re.compile(
 NAMED = re.compile(  # (C)  option C  it's C.  so the heaviest must be C.
     r"(?:[(\[【]|\b[Oo]ption )([A-Z])\b|\b(?:[Ii]t(?:'s| is)|must be) ([A-Z])(?=\W*$)"
 )
-ALONE = re.compile(  # the cube "D", the one labelled D, cube D.
-    r"(?:\"|\b(?:label(?:l?ed)?|marked|letter(?:ed)?) )([A-Z])\b|(?<![\w'/-])([A-Z])(?=$|[.,;:!])"
+ALONE = re.compile(  # the cube "D", the one labelled D, point D is, cube D.
+    r"(?:\"|\b(?:label(?:l?ed)?|marked|letter(?:ed)?|[Pp]oint) )([A-Z])\b|"
+    r"(?<![\w'/-])([A-Z])(?=$|[.,;:!])"
 )
 WORD_AFTER = re.compile(r"[\s).:,(\]-]*(yes|no|true|false)\b", re.IGNORECASE)
 DENIED_FIRST = re.compile(  # not A but C; not A, it's C
@@ -252,6 +253,8 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
     answer names none by a list of letters, nor by what a "not" may be about."""
     letters = LETTERS[: len(problem.choices)]
     texts = squashed(problem.choices)
+    meant = {x: x for x in letters}  # of the choices P, Q and R, "Q" is the second
+    meant |= {x.upper(): y for x, y in zip(texts, letters, strict=False) if x.upper() not in meant}
     statement = affirmed(statement).strip(" \n\t.*\"':⟦⟧")
     whole = squash(statement)
     denied = re.match(r"(?:not|neither|nor)\b", statement, re.IGNORECASE) and whole not in texts
@@ -261,13 +264,13 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
         return pole(texts, CHINESE_POLES[whole]), "choice text"
     if len(whole) > 1 and texts.count(whole) == 1:
         return letters[texts.index(whole)], "choice text"
-    named = {a or b for a, b in NAMED.findall(statement)} & set(letters)
+    named = {meant.get(a or b) for a, b in NAMED.findall(statement)} - {None}
     if trust < STATED and len(named) > 1:
         return None, "several answers"
     failure = "no answer found"
     if m := LETTER.match(statement):
-        letter = (m[1] or m[2] or m[3] or m[4]).upper()
-        if letter not in letters:  # "(E) decrease" names the text; "(C) Yes" is a made-up choice
+        letter = meant.get((m[1] or m[2] or m[3] or m[4]).upper())
+        if letter is None:  # "(E) decrease" names the text; "(C) Yes" is a made-up choice
             text = squash(statement[m.end() :])
             if texts.count(text) == 1 and not is_yes_no(problem):
                 return letters[texts.index(text)], "choice text"
@@ -284,14 +287,14 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
     if trust < STATED and REJECTS.search(statement):
         named = set()
     elif all(len(text) == 1 for text in texts):  # choices that are letters: the cube "D"
-        named |= {a or b for a, b in ALONE.findall(statement)} & set(letters)
+        named |= {meant.get(a or b) for a, b in ALONE.findall(statement)} - {None}
     if not named:
         parsed, failure = text_named(problem, texts, statement, trust)
         if parsed or failure != "no answer found":
             return parsed, failure
         if trust == STATED:
             ends = re.findall(r"(?<![\w'/])([A-Z])(?=$|,? and | or )", statement)
-            named = set(ends) & set(letters)
+            named = {meant[x] for x in ends if x in meant}
     if len(named) > 1:
         return None, "several answers"
     return (named.pop(), "letter") if named else (None, failure)
