@@ -105,7 +105,8 @@ def assess(
     known = None
     if config and (any(config.get("epochs", ())) or config.get("adapter")):  # it was trained
         skip = config.get("on_error") == "skip"
-        known = errors.known_types(config["data"], config.get("traces"), skip)
+        trained_on = config.get("data", subject["data"])
+        known = errors.known_types(trained_on, config.get("traces"), skip)
     graded = errors.classify_all(graded, facts, known)
     if judge:
         graded = errors.refine(graded, judge)

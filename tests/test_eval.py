@@ -177,6 +177,12 @@ def test_other_splits_and_other_data_are_never_compared_in_silence(two, capsys):
     assert f"{turned} - {two.a}: not compared, 8 problems" in shown(capsys, two.a, turned)
 
 
+def test_a_config_without_data_is_one_of_the_graded_problems(two, capsys):
+    config = {"model": "mmcot", "recipe": "two-stage", "test_split": "test", "epochs": [1.0]}
+    Path(two.a, "config.json").write_text(json.dumps(config))
+    assert rows(shown(capsys, two.a))
+
+
 def test_each_split_of_a_run_has_its_own_folder_and_heading(two, capsys):
     own = str(two.folder / "own.jsonl")
     config = {"model": "paligemma", "data": own, "test_split": "test", "epochs": [0.0], "seed": 1}
