@@ -56,13 +56,13 @@ def split(x: Tensor, heads: int) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of one layer's self-attention, allocated once at their final length, with
-    dtype and device of `like`; in a T5 decoder also `cross`, those of its cross-attention, which
-    depend on the encoder's states alone."""
+    """Keys and values (B, heads, S, H) of one layer's self-attention, allocated once at their final
+    length, with dtype and device of `like`; in a T5 decoder also `cross`, those of its
+    cross-attention, which depend on the encoder's states alone."""
 
     def __init__(self, like: Tensor, sizes: tuple[int, ...], cross: Pair | None = None) -> None:
-        self.k = like.new_zeros(sizes)  # (B, K, S, H)
-        self.v = like.new_zeros(sizes)  # (B, K, S, H)
+        self.k = like.new_zeros(sizes)
+        self.v = like.new_zeros(sizes)
         self.length = 0
         self.cross = cross
 

@@ -146,7 +146,8 @@ def question_features(
         return None
     if image is None:
         width = models[-1].fusion.image_dense.in_features
-        return Features(np.zeros((1, 1, width), np.float16), {})  # (1, P, F)
+        zeros = np.zeros((1, 1, width), np.float16)  # (1, P, F)
+        return Features(zeros, {})
     if not paligemma and settings.features:
         raise ValueError(
             f"This run learned from published features ({settings.features}), which no model here "
