@@ -33,6 +33,7 @@ from support.evaluation.reading import (
     LETTER,
     LITTLE,
     MENTIONED,
+    NO_SUCH_LETTER,
     SENTENCE,
     amounts,
     asks_for,
@@ -59,7 +60,6 @@ CUE = "Answer:"  # what PaliGemma's last line begins with
 ANSWER = re.compile(r"The answer is \(([A-Z])\)")
 GUESS_LETTERS = "ABCDE"  # the original's, however many choices a problem has
 NOTHING_READ = "no answer found"
-NO_SUCH_LETTER = "letter not among the options"
 DOUBTFUL = ("in prose", "in own words")  # an answer is mentioned, not committed to
 AT_ODDS = ", not concluded"  # a choice is stated, and the reply comes to something else
 

@@ -18,6 +18,7 @@ from support.dataset.choices import LETTERS
 STATED = 2
 CONCLUDED = 1
 MENTIONED = 0
+NO_SUCH_LETTER = "letter not among the options"
 
 # --- the forms that a text takes, before anything is looked for in it
 MARKS = str.maketrans("۰۱۲۳۴۵۶۷۸۹٠١٢٣٤٥٦٧٨٩٫٬−–—’‘⁄、“”", "01234567890123456789.,---''/,\"\"")
@@ -274,7 +275,7 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
             text = squash(statement[m.end() :])
             if texts.count(text) == 1 and not is_yes_no(problem):
                 return letters[texts.index(text)], "choice text"
-            return None, "letter not among the options"
+            return None, NO_SUCH_LETTER
         after = WORD_AFTER.match(statement, m.end())
         if after and is_yes_no(problem):  # "A: No": the word is the answer
             return pole(texts, after[1]), "choice text"
