@@ -58,13 +58,13 @@ def split(x: Tensor, heads: int) -> Tensor:
 class LayerCache:
     """Keys and values (B, heads, S, H) of one layer's self-attention, allocated once at their final
     length, with dtype and device of `like`; in a T5 decoder also `cross`, those of its
-    cross-attention, which depend on the encoder's states alone."""
+    cross-attention, which depend on the encoder alone."""
 
     def __init__(self, like: Tensor, sizes: tuple[int, ...], cross: Pair | None = None) -> None:
         self.k = like.new_zeros(sizes)
         self.v = like.new_zeros(sizes)
         self.length = 0
-        self.cross = cross
+        self.cross = cross and tuple(x.contiguous() for x in cross)  # else copied at each step
 
     def append(self, k: Tensor, v: Tensor) -> Pair:
         """k, v (B, heads, T, H) of the new tokens -> views of all tokens so far."""
