@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import model as plain
 from support import proofs
@@ -65,44 +66,57 @@ class QuickT5Stack(plain.T5Stack):
         memory: Tensor | None = None,
         cache: plain.Cache | None = None,
     ) -> Tensor:
-        if cache is None or x.shape[1] > 1 or self.training or torch.is_grad_enabled():
+        one = cache is not None and x.shape[1] == 1 and x.dtype == torch.float32
+        if not one or self.training or torch.is_grad_enabled():
             return super().forward(x, mask_bias, memory, cache)
-        rows = (len(x), self.config.num_heads, 1, -1)
-        bias = self.newest_bias(cache).expand(rows).flatten(0, 1)  # (B*N, 1, S)
-        memory_bias = mask_bias.expand(rows).flatten(0, 1)  # (B*N, 1, T)
+        length = cache.length + 1  # S
+        bias, memory_bias, layers = self.by_heads(mask_bias, cache, length)
         x = x[:, 0]  # (B, D)
-        for block, layer in zip(self.block, cache.layers, strict=True):
+        for block, layer, (keys, values, *cross) in zip(
+            self.block, cache.layers, layers, strict=True
+        ):
             h = block.self_attn_norm(x)
-            k = block.self_attn.k_proj(h).view(rows)  # (B, N, 1, H)
-            v = block.self_attn.v_proj(h).view(rows)  # (B, N, 1, H)
-            k, v = layer.append(k, v)  # (B, N, S, H)
+            k = block.self_attn.k_proj(h).view(len(keys), -1)  # (B*N, H)
+            v = block.self_attn.v_proj(h).view(len(keys), -1)  # (B*N, H)
+            keys.select(1, length - 1).copy_(k)
+            values.select(1, length - 1).copy_(v)
+            layer.length = length
+            k = keys.narrow(1, 0, length)  # (B*N, S, H)
+            v = values.narrow(1, 0, length)  # (B*N, S, H)
             x = x + self.attend(block.self_attn, h, k, v, bias)
-            h = block.cross_attn_norm(x)
-            x = x + self.attend(block.cross_attn, h, *layer.cross, memory_bias)
+            x = x + self.attend(block.cross_attn, block.cross_attn_norm(x), *cross, memory_bias)
             x = x + block.ffn(block.ffn_norm(x))
         return self.final_layer_norm(x)[:, None]  # (B, 1, D)
 
     @staticmethod
     def attend(
-        attention: plain.T5Attention, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+        attention: plain.T5Attention, x: Tensor, k: Tensor, v: Tensor, bias: Tensor
     ) -> Tensor:
-        """x (B, D), k and v (B, N, S, H), bias (B*N, 1, S) -> (B, D)."""
+        """x (B, D), k and v (B*N, S, H), bias (B*N, 1, S) -> (B, D)."""
         q = attention.q_proj(x).view(len(bias), 1, -1)  # (B*N, 1, H)
-        scores = torch.baddbmm(bias, q, k.flatten(0, 1).transpose(1, 2))  # (B*N, 1, S)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)  # (B*N, 1, S)
-        out = torch.bmm(weights, v.flatten(0, 1))  # (B*N, 1, H)
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2))  # (B*N, 1, S)
+        out = torch.bmm(scores.softmax(-1), v)  # (B*N, 1, H)
         return attention.o_proj(out.view(len(x), -1))
 
-    def newest_bias(self, cache: plain.Cache, block: int = 64) -> Tensor:
-        """(1, N, 1, S) of the next token's query. The biases of a query are those of a later one
-        but for the farthest keys: they are computed once every `block` tokens of a text, and kept
-        with its cache, as the weights may have changed before the next one."""
-        length = cache.length + 1
-        bias = vars(cache).get("newest_bias")
-        if bias is None or bias.shape[3] < length:
-            longest = -(-length // block) * block
-            bias = cache.newest_bias = self.position_bias(longest - 1, longest)
-        return bias[..., bias.shape[3] - length :]
+    def by_heads(
+        self, mask_bias: Tensor, cache: plain.Cache, length: int
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+        """(B*N, 1, S) of the next token's query, (B*N, 1, T) over the source, and each layer's four
+        caches, their rows and heads on one axis. A query's biases are those of a later one but for
+        the farthest keys. All are made once every 64 tokens of a text, and when rows have left the
+        batch, and kept with its cache: the weights may have changed before the next text."""
+        kept = vars(cache).get("by_heads")
+        heads = len(mask_bias) * self.config.num_heads
+        if kept is None or len(kept[1]) != heads or kept[0].shape[2] < length:
+            rows = (len(mask_bias), self.config.num_heads, 1, -1)
+            longest = -(-length // 64) * 64
+            bias = self.position_bias(longest - 1, longest).expand(rows)  # (B, N, 1, longest)
+            layers = [(layer.k, layer.v, *layer.cross) for layer in cache.layers]
+            layers = [tuple(t.flatten(0, 1) for t in layer) for layer in layers]
+            kept = (bias.flatten(0, 1), mask_bias.expand(rows).flatten(0, 1), layers)
+            cache.by_heads = kept
+        bias, memory_bias, layers = kept
+        return bias.narrow(2, bias.shape[2] - length, length), memory_bias, layers
 
 
 # ----------------------------------------------------------------------------------------------
@@ -114,7 +128,7 @@ LARGE = 2**18  # weights of a layer from which on oneDNN is worth its 12 us a ca
 
 def fits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's operators, which have no public name, can multiply x by this weight."""
-    if weight.numel() < LARGE or torch.is_grad_enabled():
+    if weight.numel() < LARGE or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and has_onednn()
 
@@ -128,11 +142,27 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     BLAS for a large weight, and 1.1 to 2.3 times for few rows if it was laid out for them."""
     if not fits_onednn(x, weight):
         return F.linear(x, weight, bias)
-    weight = LAID_OUT.get(weight.data_ptr(), weight)
+    if weight.is_contiguous():  # not the transpose of a weight, which has its address
+        weight = LAID_OUT.get(weight.data_ptr(), weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 LAID_OUT = {}  # {address of a weight: its copy for few rows}, while `laid_out` is open
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x (..., I) times a frozen weight (O, I) -> (..., O); the weight gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        [weight] = ctx.saved_tensors
+        return product(grad_output, weight.T), None
 
 
 @contextlib.contextmanager
@@ -212,13 +242,16 @@ class QuickT5(plain.T5):
 
 
 class QuickPaliGemma(plain.PaliGemma):
-    """The vocabulary layer. No weight is laid out: a copy of the 3B takes 10 GB."""
+    """The vocabulary layer, frozen in training. No weight is laid out: a copy of the 3B takes 10
+    GB."""
 
     def head(self, states: Tensor) -> Tensor:
         weight = self.language_model.embed_tokens.weight
-        if not fits_onednn(states, weight):
+        with torch.no_grad():
+            fits = fits_onednn(states, weight) and not weight.requires_grad
+        if not fits:
             return super().head(states)
-        logits = product(states, weight)  # (..., V)
+        logits = FrozenProduct.apply(states, weight)  # (..., V)
         return plain.soft_cap(logits, self.config.text.final_logit_softcapping)
 
 
@@ -246,32 +279,37 @@ class FoldedResNet(plain.ResNet):
 
 def on_itself(layer: nn.Module, kernel: type) -> proofs.Difference:
     """The difference on a layer's own weights, two rows, small ones and large ones; of a whole
-    model its vocabulary layer. In eval mode: these kernels take nothing with gradients."""
+    model its vocabulary layer. Of what is used in training with a frozen weight, the gradient too.
+    In eval mode: these kernels take no other gradients."""
     if isinstance(layer, nn.Dropout):
         return proofs.compare_masks(layer, kernel)
-    device = next(layer.parameters()).device
     if isinstance(layer, plain.Bottleneck | plain.ResNet):
         x = proofs.draw(2, layer.conv1.in_channels, 9, 11)
-        call = layer.stem if isinstance(layer, plain.ResNet) else layer.forward
+        name = "stem" if isinstance(layer, plain.ResNet) else "forward"
     elif isinstance(layer, nn.Linear):
         x = proofs.draw(2, layer.in_features)
-        call = layer.forward
+        name = "forward"
     else:
         text = layer.config.text.hidden_size if hasattr(layer.config, "text") else None
         x = proofs.draw(2, text or layer.config.d_model)
-        call = layer.head
+        name = "head"
+    frozen = type(layer) not in (nn.Linear, plain.T5, plain.Bottleneck, plain.ResNet)
     before = type(layer)
     modes = [(m, m.training) for m in layer.modules()]
     worst = 0.0
     try:
         layer.eval()
         for scale in (1.0, 100.0):
-            with torch.no_grad():
-                layer.__class__ = before
-                expected = getattr(layer, call.__name__)(scale * x.to(device))
-                layer.__class__ = kernel
-                found = getattr(layer, call.__name__)(scale * x.to(device))
-            worst = max(worst, proofs.distance(found, expected))
+            trains = frozen and scale == 1.0  # where a soft-cap is flat, gradients are rounding
+            pair = []
+            for kind in (kernel, before):
+                layer.__class__ = kind
+                rows = (scale * x).to(next(layer.parameters()).device).requires_grad_(trains)
+                with torch.set_grad_enabled(trains):
+                    out = getattr(layer, name)(rows)
+                    of_rows = torch.autograd.grad(out.square().sum(), rows) if trains else ()
+                pair.append((out.detach(), *of_rows))
+            worst = max(worst, *map(proofs.distance, *pair))
     finally:
         layer.__class__ = before
         for module, training in modes:

@@ -225,7 +225,7 @@ class LoRAGrad(torch.autograd.Function):
         low = F.linear(x.to(A.dtype), A) * scaling  # (..., r)
         ctx.scaling = scaling
         ctx.save_for_backward(x, weight, A, B, low)
-        return plus(F.linear(x, weight, bias), low, B.T)  # (..., O)
+        return plus(product(x, weight, bias), low, B.T)  # (..., O)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -239,7 +239,8 @@ class LoRAGrad(torch.autograd.Function):
         grad_A = (grad_low.T @ rows.to(grad_low.dtype)).to(A.dtype)  # (r, I)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = plus(flat @ weight, grad_low, A).view(x.shape).to(x.dtype)  # (..., I)
+            grad_x = plus(product(flat, weight.T), grad_low, A)  # (n, I)
+            grad_x = grad_x.view(x.shape).to(x.dtype)  # (..., I)
         if ctx.needs_input_grad[1]:  # the base is frozen, unless somebody unfreezes it
             grad_weight = (flat.T @ rows).to(weight.dtype)
         if ctx.needs_input_grad[2]:
@@ -404,6 +405,10 @@ def differences(
         dtype = next(layers[0].parameters()).dtype
         device = torch.device("cpu") if device.type == "meta" else device
         yield proofs.compare(layers[0], kernel, device, dtype)
+        if isinstance(layers[0], LoRALinear) and device.type == "cpu":  # one of each large size
+            with torch.no_grad():
+                large = {x.weight.shape: x for x in layers if fits_onednn(x.weight, x.weight)}
+            yield from (on_itself(layer, kernel) for layer in large.values())
         return
     # T5's weights are also laid out for rows, see QuickT5.
     rows = 2 if any(isinstance(m, plain.T5) for m in model.modules()) else 1

@@ -551,19 +551,43 @@ def test_a_wrong_gradient_is_refused(name, monkeypatch):
     assert refused["difference"] > 1e-3 and "gradient" in refused["where"]
 
 
+def test_wrong_gradients_of_frozen_products_are_refused(monkeypatch):
+    """oneDNN's, which only large layers use: the vocabulary layer's, and an adapted layer's."""
+    monkeypatch.setattr(cpu_kernels, "LARGE", 1)
+    assert all(v["swapped"] for v in kernels.enable(tiny_paligemma()))
+    fault = backward_with(cpu_kernels.FrozenProduct, 0, lambda g: g * 1.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_kernels.FrozenProduct, "backward", fault)
+        [refused] = [v for v in kernels.enable(tiny_paligemma()) if not v["swapped"]]
+        assert refused["layer"] == "PaliGemma"
+    product = cpu_kernels.product
+
+    def wrong(x, weight, bias=None):  # of a transpose, as the backward pass multiplies by
+        return product(x, weight, bias) * (1 if weight.is_contiguous() else 0.99)
+
+    monkeypatch.setattr(kernels, "product", wrong)
+    monkeypatch.setattr(kernels.proofs, "compare", lambda *_: kernels.proofs.Difference())
+    [refused] = [v for v in kernels.enable(tiny_paligemma()) if not v["swapped"]]
+    assert refused["layer"] == "LoRALinear" and "own weights" in refused["where"]
+
+
 def test_wrong_outputs_are_refused(monkeypatch):
     """A missing scale, a window off by one, a bias of the wrong place, a residual left out."""
     attend = kernels.LeanGemmaAttention.attend
     shifted = lambda self, q, k, v, bias: attend(self, q, k, v, bias.roll(1, 3))  # noqa: E731
     scaled = lambda self, q, k, v, bias: attend(self, q * 1.01, k, v, bias)  # noqa: E731
-    newest = kernels.QuickT5Stack.newest_bias
-    late = lambda self, cache: newest(self, cache).roll(1, 3)  # noqa: E731
+    by_heads = kernels.QuickT5Stack.by_heads
+
+    def late(self, *arguments):
+        bias, *rest = by_heads(self, *arguments)
+        return bias.roll(1, 2), *rest
+
     fused = kernels.FusedT5Attention.forward
     doubled = lambda self, x, k, v, bias: fused(self, x, 2 * k, v, bias)  # noqa: E731
     faults = [
         (kernels.LeanGemmaAttention, "attend", shifted, tiny_paligemma),
         (kernels.LeanGemmaAttention, "attend", scaled, tiny_paligemma),
-        (kernels.QuickT5Stack, "newest_bias", late, tiny_mmcot),
+        (kernels.QuickT5Stack, "by_heads", late, tiny_mmcot),
         (kernels.FusedT5Attention, "forward", doubled, tiny_mmcot),
         (kernels.LeanLoRALinear, "forward", nn.Linear.forward, tiny_paligemma),
     ]
