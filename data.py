@@ -22,10 +22,11 @@ from support.dataset import sources
 from support.dataset.choices import LETTERS, final_answer, lettered, movable, shuffled
 from support.dataset.features import Features, stack_features
 from support.dataset.images import LazyImages
-from support.dataset.sources import SPLITS
+from support.dataset.sources import INSTRUCT, SPLITS
 from support.dataset.tokenizers import encode, plain_ids, special_ids
-from support.files import cache_folder
+from support.files import cache_folder, field
 
+OWN_CAPTIONS = ("scienceqa", "demo", "none")  # --captions that needs no other file
 ImageSource = Features | LazyImages  # where an example's image comes from
 
 
@@ -50,13 +51,17 @@ class Problem:
     meta: dict
 
 
-def load(where: str | Path, split: str, skipped: list | None = None) -> list[Problem]:
+def load(
+    where: str | Path, split: str, skipped: list | None = None, captions: str | Path = "scienceqa"
+) -> list[Problem]:
     """The problems of one split, in file order.
 
     where    a folder in ScienceQA's or MathVista's layout, a .jsonl file, "demo", or "scienceqa" or
              "mathvista" (downloaded).
     skipped  a list: bad records are left out and added to it, as (id, reason). By default the first
              one is the error. (Images are not opened: `images.unusable` checks them.)
+    captions "scienceqa": the data's own (captions.json, or the key "caption" of a record);
+             "instruct": mm-cot's instruct_captions.json, beside it; or another file like these.
     FileNotFoundError or ValueError name the file and the problem.
     """
     if split not in SPLITS:
@@ -75,12 +80,24 @@ def load(where: str | Path, split: str, skipped: list | None = None) -> list[Pro
         known = "a .jsonl file nor a folder with problems.json or annot_testmini.json"
         raise FileNotFoundError(f"{path} is neither {known}{advice}.")
     problems = [Problem(**fields) for fields in read(path, split, skipped)]
+    if captions not in OWN_CAPTIONS:
+        file = path / INSTRUCT if captions == "instruct" else Path(captions)
+        put_captions(problems, file)
     if not problems:
         empty = (
             f'{path} has no problem of the split "{split}" (in a .jsonl file, "train" is default).'
         )
         raise ValueError(skipped[0][1] if skipped else empty)
     return problems
+
+
+def put_captions(problems: list[Problem], file: Path) -> None:
+    """Replace the captions of problems by those of a file; ValueError if it has none of them."""
+    captions = sources.read_captions(file)
+    for problem in problems:
+        problem.meta["caption"] = field(captions, problem.id, str, file, "")
+    if any(p.image for p in problems) and not any(p.meta["caption"] for p in problems):
+        raise ValueError(f"{file} has no caption of these problems, as of {problems[0].id}.")
 
 
 # --- Prompts --------------------------------------------------------------------------------------

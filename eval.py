@@ -37,6 +37,7 @@ from support.evaluation.models import (
     Settings,
     image_features,
     load_paligemma,
+    load_problems,
     prompt_examples,
     question_features,
     stage_examples,
@@ -243,7 +244,7 @@ def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
     if decodes:
         settings, models, tokenizer = load_run(folder, args.device, split, args.plain)
         bad = [] if settings.on_error == "skip" else None
-        problems = data.load(settings.data, split, bad)[: args.limit]
+        problems = load_problems(settings, split, bad)[: args.limit]
         model = models[0] if settings.model == "paligemma" else None
         features = image_features(settings, problems, model, bad)
         lost = {problem_id for problem_id, _ in bad or ()}

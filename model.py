@@ -1,8 +1,9 @@
-"""The plain backbones, T5, DETR, SigLIP, Gemma 2 and PaliGemma 2, and their decoding loop.
+"""The plain backbones, T5, DETR, SigLIP, ViT, Gemma 2 and PaliGemma 2, and their decoding loop.
 
 T5           Raffel et al. 2020, arXiv 1910.10683; v1.1 (gated GELU, untied) is FLAN-T5's.
 DETR         Carion et al. 2020, arXiv 2005.12872; ResNet v1.5 (He et al. 2016, stride in conv2).
 SigLIP       Zhai et al. 2023, arXiv 2303.15343; the vision transformer, So400m/14.
+ViT          Dosovitskiy et al. 2021, arXiv 2010.11929; L/32 at 384 pixels, as timm has it.
 Gemma 2      arXiv 2408.00118. PaliGemma 2: Steiner et al. 2024, arXiv 2412.03555.
 
 support/checkpoints/ reads and writes files, support/kernels.py has faster versions of some classes.
@@ -671,21 +672,34 @@ class SigLIPAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, I, D)
 
 
-class SigLIPLayer(nn.Module):
-    def __init__(self, config: SigLIPConfig) -> None:
+class VisionLayer(nn.Module):
+    """A pre-norm block of SigLIP or, with another attention and the exact GELU, of a ViT."""
+
+    def __init__(
+        self, config: SigLIPConfig, attention: type = SigLIPAttention, gelu: str = "tanh"
+    ) -> None:
         super().__init__()
         D = config.hidden_size
+        self.gelu = gelu  # F.gelu's `approximate`
         self.layer_norm1 = nn.LayerNorm(D, config.layer_norm_eps)
-        self.self_attn = SigLIPAttention(config)
+        self.self_attn = attention(config)
         self.layer_norm2 = nn.LayerNorm(D, config.layer_norm_eps)
         self.mlp = nn.Module()
         self.mlp.fc1 = nn.Linear(D, config.intermediate_size)
         self.mlp.fc2 = nn.Linear(config.intermediate_size, D)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, I, D); pre-norm
+    def forward(self, x: Tensor) -> Tensor:  # (B, I, D)
         x = x + self.self_attn(self.layer_norm1(x))
-        hidden = F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh")  # (B, I, F)
+        hidden = F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate=self.gelu)  # (B, I, F)
         return x + self.mlp.fc2(hidden)
+
+
+def patch_states(patch_embedding: nn.Conv2d, pixels: Tensor, side: int) -> Tensor:
+    """(B, 3, Y, Y) -> a vector for each patch (B, I, D), row by row. ValueError for other sides,
+    for which there are no positions."""
+    if pixels.shape[-2:] != (side, side):
+        raise ValueError(f"This model reads {side} x {side} pixels, not {tuple(pixels.shape)}.")
+    return patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
 
 
 class SigLIP(nn.Module):
@@ -700,23 +714,83 @@ class SigLIP(nn.Module):
         self.embeddings.patch_embedding = nn.Conv2d(config.num_channels, D, patch, patch)
         self.embeddings.position_embedding = nn.Embedding(config.patches, D)
         self.encoder = nn.Module()
-        layers = (SigLIPLayer(config) for _ in range(config.num_hidden_layers))
+        layers = (VisionLayer(config) for _ in range(config.num_hidden_layers))
         self.encoder.layers = nn.ModuleList(layers)
         self.post_layernorm = nn.LayerNorm(D, config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, Y, Y) in -1..1 -> (B, I, D), row by row."""
-        side = self.config.image_size
-        if pixels.shape[-2:] != (side, side):
-            raise ValueError(
-                f"This SigLIP reads {side} x {side} pixels, not {tuple(pixels.shape)}."
-            )
-        x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, I, D)
+        patch_embedding = self.embeddings.patch_embedding
+        x = patch_states(patch_embedding, pixels, self.config.image_size)  # (B, I, D)
         # Eq. positions (SigLIP): a learned vector for each patch
         x = x + self.embeddings.position_embedding.weight
         for layer in self.encoder.layers:
             x = layer(x)
         return self.post_layernorm(x)
+
+
+# ---- ViT -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ViTConfig(SigLIPConfig):
+    """Sizes of a ViT; the defaults are those of timm's vit_large_patch32_384."""
+
+    hidden_size: int = 1024  # D
+    intermediate_size: int = 4096  # F
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16  # N
+    image_size: int = 384  # Y
+    patch_size: int = 32
+
+
+class ViTAttention(nn.Module):
+    """As SigLIP's, with one matrix for queries, keys and values."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, I, D)
+        q, k, v = (split(part, self.heads) for part in self.qkv(x).chunk(3, -1))  # (B, N, I, H)
+        # Eq. attention (ViT): softmax(q k^T / sqrt(H)) v
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, N, I, H)
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, I, D)
+
+
+class ViT(Pretrained):
+    """A vision transformer without its classifier: a state per patch, the class token's first."""
+
+    config_class = ViTConfig
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.patch_embedding = nn.Conv2d(3, D, config.patch_size, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.patches, D))
+        layers = (
+            VisionLayer(config, ViTAttention, gelu="none") for _ in range(config.num_hidden_layers)
+        )
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(D, config.layer_norm_eps)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Image features (B, 1 + I, D) of Multimodal-CoT's second version: timm's forward_features.
+        pixel_values (B, 3, Y, Y) in -1..1."""
+        x = patch_states(self.patch_embedding, pixel_values, self.config.image_size)  # (B, I, D)
+        cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
+        # Eq. positions (ViT): a learned vector for the class token and for each patch
+        x = torch.cat((cls, x), 1) + self.pos_embed  # (B, 1 + I, D)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+    forward = features
 
 
 # ---- Gemma-2 -------------------------------------------------------------------------------------
@@ -1147,4 +1221,4 @@ def decode(
 if __name__ == "__main__":  # --keys and --summary
     from support.checkpoints import summary
 
-    summary.main({"t5": T5, "detr": DETR, "paligemma": PaliGemma})
+    summary.main({"t5": T5, "detr": DETR, "vit_large_patch32_384": ViT, "paligemma": PaliGemma})

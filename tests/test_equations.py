@@ -45,6 +45,8 @@ TAGS = {
     "attention (DETR)": ("DETRAttention.forward", "test_attention"),
     "attention (SigLIP)": ("SigLIPAttention.forward", "test_attention"),
     "positions (SigLIP)": ("SigLIP.forward", "test_siglip_positions"),
+    "attention (ViT)": ("ViTAttention.forward", "test_vit_equals_timm"),
+    "positions (ViT)": ("ViT.features", "test_vit_equals_timm"),
     "RMSNorm (Gemma)": ("GemmaNorm.forward", "test_norms"),
     "angles (RoPE)": ("rotary_angles", "test_rotary_positions"),
     "rotation (RoPE)": ("rotate", "test_rotary_positions"),
@@ -63,7 +65,7 @@ TAGS = {
     "kappa (Cohen 1960)": ("agreement", "test_kappa"),
 }
 HOME = {"Multimodal-CoT": "fusion.py", "LoRA": "lora.py", "DoRA": "lora.py", "rsLoRA": "lora.py"}
-HOME |= dict.fromkeys(("T5", "DETR", "SigLIP", "Gemma", "Gemma 2", "RoPE"), "model.py")
+HOME |= dict.fromkeys(("T5", "DETR", "SigLIP", "ViT", "Gemma", "Gemma 2", "RoPE"), "model.py")
 TAG = re.compile(r"# Eq\. (.+? \(.+?\))(?:: \S.*)?")
 
 

@@ -95,19 +95,34 @@ def refuse_other_folders(folder: Path) -> None:
 
 # ---- config.json into the dataclasses of sizes ---------------------------------------------------
 
-MODEL_TYPES = {"T5": "t5", "MultimodalT5": "t5", "DETR": "detr", "PaliGemma": "paligemma"}
+MODEL_TYPES = {
+    "T5": "t5",
+    "MultimodalT5": "t5",
+    "DETR": "detr",
+    "ViT": "vit_large_patch32_384",
+    "PaliGemma": "paligemma",
+}
+VIT_ARGUMENTS = {  # timm's names of sizes: ours
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+}
 
 
 def read_config(folder: str | Path, *model_types: str) -> dict:
-    """config.json of `folder` as a dict; ValueError unless its model_type is one of these."""
+    """config.json of `folder` as a dict; ValueError unless its model_type (in timm's files its
+    architecture) is one of these."""
     path = Path(folder) / "config.json"
     config = json_object(path)
-    if config.get("model_type") not in model_types:
+    found = config.get("model_type", config.get("architecture"))
+    if found not in model_types:
         raise ValueError(
-            f"{path} says model_type {config.get('model_type')!r:.60}, but "
+            f"{path} says model_type {found!r:.60}, but "
             f"{' or '.join(map(repr, model_types))} is needed here."
         )
-    return config
+    return config | {"model_type": found}
 
 
 def from_config(config_class: type, config: dict) -> Any:
@@ -165,7 +180,7 @@ def requirements(c: object) -> dict[str, bool]:
             f"backbone_kwargs {stages!r:.60} are not four stages.": four and sum(layers) <= 256,
             f"d_model {c.d_model} is not a multiple of 4 and of {heads} heads.": even,
         }
-    if kind == "SigLIPConfig":
+    if kind in ("SigLIPConfig", "ViTConfig"):
         even = c.hidden_size % c.num_attention_heads == 0
         return {
             "hidden_size is not a multiple of num_attention_heads.": even,
@@ -218,6 +233,11 @@ def model_config(model_class: type, config: dict) -> Any:
             "backbone": config.get("backbone") or inner.get("backbone"),
             "num_labels": len(labels) if labels else None,
         }
+    elif kind == "ViT":  # an architecture's name stands for its sizes; others are in model_args
+        sizes = config.get("model_args") or {}
+        config = {ours: sizes.get(theirs) for theirs, ours in VIT_ARGUMENTS.items()}
+        if "embed_dim" in sizes:
+            config["intermediate_size"] = int(sizes["embed_dim"] * sizes.get("mlp_ratio", 4))
     elif kind == "PaliGemma":  # the top-level hidden_size is wrong in released files: never read
         text = config.get("text_config") or {}
         if text.get("model_type") != "gemma2":
@@ -332,6 +352,11 @@ def config_json(model: nn.Module) -> dict:
             "id2label": c.id2label or {str(i): f"LABEL_{i}" for i in range(c.num_labels)},
         }
         config = {key: value for key, value in config.items() if value is not None}
+    elif kind == "ViT":
+        c = model.config
+        sizes = {theirs: getattr(c, ours) for theirs, ours in VIT_ARGUMENTS.items()}
+        sizes["mlp_ratio"] = c.intermediate_size / c.hidden_size
+        config = {"architecture": MODEL_TYPES[kind], "num_classes": 0, "model_args": sizes}
     else:
         config = asdict(model.config)
         text = config.pop("text") | {"model_type": "gemma2"}

@@ -140,6 +140,18 @@ DETR_KEYS = KeyTable(
     ),
 )
 
+VIT_KEYS = KeyTable(  # timm's names
+    {
+        "<cls_token|pos_embed|norm.weight|norm.bias>": "=",
+        "patch_embed.proj.<weight|bias>": "patch_embedding.<weight|bias>",
+        "blocks.{}.<norm1|norm2|attn.qkv|attn.proj|mlp.fc1|mlp.fc2>.<weight|bias>": (
+            "layers.{}.<layer_norm1|layer_norm2|self_attn.qkv|self_attn.proj|mlp.fc1|mlp.fc2>"
+            ".<weight|bias>"
+        ),
+        "head.<weight|bias>": None,  # ImageNet's classes
+    }
+)
+
 VISION_NAMES = (
     "embeddings.patch_embedding.<weight|bias>",
     "embeddings.position_embedding.weight",
@@ -181,6 +193,7 @@ TABLES = {
     "T5": T5_KEYS,
     "MultimodalT5": MULTIMODAL_KEYS,
     "DETR": DETR_KEYS,
+    "ViT": VIT_KEYS,
     "PaliGemma": PALIGEMMA_KEYS,
 }
 

@@ -92,6 +92,9 @@ def walk(model: nn.Module) -> None:
         model(text, text, features, ones("B", "U"))
     elif kind == "DETR":
         model(ones("B", 3, "Y", "X").float())
+    elif kind == "ViT":
+        side = model.config.image_size
+        model(ones("B", 3, side, side).float())
     else:  # image and text each: on the meta device nobody can count the <image> tokens
         side = model.config.vision.image_size
         model.image_features(ones("B", 3, side, side))

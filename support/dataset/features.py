@@ -25,7 +25,7 @@ from support.dataset.images import FORMATS, detr_pixels, open_image
 from support.files import checksum, field, is_index, noted, read_json, regular_file
 
 Extract = Callable[[list[torch.Tensor]], list[torch.Tensor]]
-Pixels = Callable[[Image.Image, int], torch.Tensor]  # of (image, size): detr_pixels, siglip_pixels
+Pixels = Callable[[Image.Image, int], torch.Tensor]  # of (image, size), as detr_pixels
 
 
 class Features:

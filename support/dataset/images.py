@@ -1,7 +1,7 @@
-"""Images: a file becomes upright RGB, and that becomes the input pixels of DETR or of SigLIP.
+"""Images: a file becomes upright RGB, and that becomes the input pixels of DETR, ViT or SigLIP.
 
-Multimodal-CoT's resizing for DETR (Zhang et al., arXiv 2302.00923), PaliGemma's for SigLIP (Beyer
-et al., arXiv 2407.07726). No random crops and flips: they may change an answer.
+Multimodal-CoT's resizing for DETR and ViT (Zhang et al., arXiv 2302.00923), PaliGemma's for SigLIP
+(Beyer et al., arXiv 2407.07726). No random crops and flips: they may change an answer.
 
 Axes: H W pixels down and across, S both of a square, I image tokens.
 """
@@ -72,13 +72,29 @@ def detr_pixels(image: Image.Image, size: int = 224) -> torch.Tensor:
     PIL's bilinear filter, which antialiases; the long side rounded down; ImageNet mean and
     deviation. Not the 800/1333 pixels of DETR's own preprocessor, which is for detection.
     """
+    pixels = unit_pixels(resized(image, size, Image.Resampling.BILINEAR))  # (3, H, W)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    return (pixels - mean[:, None, None]) / deviation[:, None, None]
+
+
+def resized(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Image:
+    """The image with its shorter side at `size` and the long one rounded down, as torchvision."""
     short, long = sorted(image.size)
     if long > 50 * short:
         raise ValueError(f"{image.width} x {image.height} pixels: too narrow to resize")
-    sides = [size * side // short for side in image.size]
-    pixels = unit_pixels(image.resize(sides, Image.Resampling.BILINEAR))  # (3, H, W)
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    return (pixels - mean[:, None, None]) / deviation[:, None, None]
+    return image.resize([size * side // short for side in image.size], filter)
+
+
+def vit_pixels(image: Image.Image, size: int) -> torch.Tensor:
+    """ViT's input in Multimodal-CoT: float32 (3, S, S) in [-1, 1], the middle of the image.
+
+    timm's transform of this model for evaluation: the shorter side S (its crop_pct is 1) by PIL's
+    bicubic filter, then the centre of the longer one; half pixels are rounded to even.
+    """
+    image = resized(image, size, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
+    pixels = unit_pixels(image.crop((left, top, left + size, top + size)))  # (3, S, S)
+    return (pixels - 0.5) / 0.5
 
 
 def siglip_pixels(image: Image.Image, size: int) -> torch.Tensor:

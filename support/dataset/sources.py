@@ -70,9 +70,7 @@ def scienceqa(folder: Path, split: str, skipped: list | None = None) -> list[dic
     pids = field(read_json(splits), split, list, splits)
     if not all(isinstance(pid, str) for pid in pids) or len(set(pids)) < len(pids):
         raise ValueError(f"{splits}: {split} is not a list of different problem ids.")
-    captions = {}
-    if caption_file.is_file():
-        captions = field(read_json(caption_file), "captions", dict, caption_file)
+    captions = read_captions(caption_file) if caption_file.is_file() else {}
     problems = []
     for pid in [pid for pid in pids if pid in records]:
         with noted(skipped, pid):
@@ -91,6 +89,12 @@ def scienceqa(folder: Path, split: str, skipped: list | None = None) -> list[dic
     if missing:
         print(f"{file} lacks {missing} of the {len(pids)} problems of {split}.", file=sys.stderr)
     return problems
+
+
+def read_captions(file: Path) -> dict[str, str]:
+    """{problem id: caption} of a file in the layout of ScienceQA's captions.json, in which mm-cot's
+    instruct_captions.json is too. FileNotFoundError, or ValueError for another layout."""
+    return field(read_json(file), "captions", dict, file)
 
 
 MATHVISTA = {  # split: positions in testmini. pali_reason trained on 0..349, tested on 351..999
@@ -186,14 +190,19 @@ def reader_of(path: Path) -> Callable | None:
 
 COMMIT = "2cbf8318e07b9ece895bb2ae605e71e38d623264"
 DATA = f"https://raw.githubusercontent.com/lupantech/ScienceQA/{COMMIT}/data"
+MMCOT = "https://raw.githubusercontent.com/amazon-science/mm-cot"
+MMCOT_COMMIT = "8dd4ac02b94f21347973491f6e6b828502d23f9d"
 BUCKET = "https://scienceqa.s3.us-west-1.amazonaws.com/images"
 PROBLEMS_ID = "3920b762556abfbfa001f298c9740c36d4e041e1"
 SPLITS_ID = "bde005092576ebebfed08087879ff774fcd75b62"
 CAPTIONS_ID = "38726c2097b97e73b95582857c95de225f6682a8"
+INSTRUCT = "instruct_captions.json"  # mm-cot's, by InstructBLIP; captions.json is by ViT-GPT2
+INSTRUCT_ID = "2adcd93329b229ec3efb1cf0e273c9d53b8decb4"
 SCIENCEQA = {  # file: address, checksum (a git blob id or a sha256; None: nobody recorded one yet)
     "problems.json": (f"{DATA}/scienceqa/problems.json", PROBLEMS_ID),
     "pid_splits.json": (f"{DATA}/scienceqa/pid_splits.json", SPLITS_ID),
     "captions.json": (f"{DATA}/captions.json", CAPTIONS_ID),
+    INSTRUCT: (f"{MMCOT}/{MMCOT_COMMIT}/data/{INSTRUCT}", INSTRUCT_ID),
     "train.zip": (f"{BUCKET}/train.zip", None),
     "val.zip": (f"{BUCKET}/val.zip", None),
     "test.zip": (f"{BUCKET}/test.zip", None),

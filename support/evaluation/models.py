@@ -20,15 +20,15 @@ from tokenizers import Tokenizer
 
 import data
 import lora
-from model import DETR, PaliGemma
+from model import DETR, PaliGemma, ViT
 from support import files, kernels
-from support.checkpoints.hub import resolve
+from support.checkpoints.hub import build, resolve
 from support.checkpoints.weights import weight_files
 from support.dataset import images
 from support.dataset.features import Features, cached_features, published_features
 from support.training.settings import Settings
 
-NO_VISION = ("caption", "none")  # --vision of a run that reads no images
+ENCODERS = {"detr": (DETR, images.detr_pixels), "vit": (ViT, images.vit_pixels)}  # by --vision
 
 
 def load_paligemma(settings: Settings, folder: Path | None = None) -> PaliGemma:
@@ -59,10 +59,15 @@ class FeatureExtractor:
 
 def feature_extractor(settings: Settings, model: PaliGemma | None = None) -> FeatureExtractor:
     """PaliGemma's own tower, with the projected features that replace the <image> tokens, or the
-    run's DETR."""
+    run's DETR or ViT."""
     if model is None:
-        extract = detr_extract(resolve(settings.vision_weights), settings.device, settings.plain)
-        return FeatureExtractor(extract, images.detr_pixels, settings.image_size)
+        encoder_class, preprocess = ENCODERS[settings.vision]
+        folder = resolve(settings.vision_weights)
+        extract = frozen_extract(encoder_class, folder, settings.device, settings.plain)
+        size = settings.image_size
+        if settings.vision == "vit":  # it has positions for one size
+            size = build(ViT, folder).config.image_size
+        return FeatureExtractor(extract, preprocess, size)
 
     @torch.inference_mode()
     def extract(pixels):
@@ -73,12 +78,12 @@ def feature_extractor(settings: Settings, model: PaliGemma | None = None) -> Fea
     return FeatureExtractor(extract, images.siglip_pixels, model.config.vision.image_size)
 
 
-def detr_extract(folder: Path, device: str, plain: bool) -> Callable:
-    """list of (3, H, W) -> list of (P, F)."""
+def frozen_extract(encoder_class: type, folder: Path, device: str, plain: bool) -> Callable:
+    """list of (3, H, W) -> list of (P, F), by a DETR or ViT."""
 
     @functools.cache
-    def detr():  # not needed if all features are cached
-        model = DETR.from_pretrained(folder).to(device, memory_format=torch.channels_last)
+    def encoder():  # not needed if all features are cached
+        model = encoder_class.from_pretrained(folder).to(device, memory_format=torch.channels_last)
         if not plain:
             kernels.enable(model)
         return model
@@ -90,7 +95,7 @@ def detr_extract(folder: Path, device: str, plain: bool) -> Callable:
         for size in Counter(tuple(p.shape) for p in pixels):
             rows = [i for i, p in enumerate(pixels) if tuple(p.shape) == size]
             stacked = torch.stack([pixels[i] for i in rows]).to(device)  # (B, 3, H, W)
-            for i, features in zip(rows, detr().features(stacked).cpu(), strict=True):
+            for i, features in zip(rows, encoder().features(stacked).cpu(), strict=True):
                 results[i] = features  # (P, F)
         return results
 
@@ -107,8 +112,9 @@ def image_features(
 
     Published feature files are used as they are. A PaliGemma `model` makes its own, projected;
     where its image tower is trained or adapted they are not kept, and `LazyImages` gives the
-    pixels. The cache is named by a hash of the weights, not of the code that makes features of
-    them. With a list `skipped`, problems whose image cannot be used go there, as (id, reason).
+    pixels. The cache is named by the encoder and a hash of its weights, not of the code that
+    makes features of them. With a list `skipped`, problems whose image cannot be used go there, as
+    (id, reason).
     """
     if model is not None:
         frozen = all(path.startswith("language_model.") for path in lora.adapters(model))
@@ -117,14 +123,15 @@ def image_features(
                 skipped += images.unusable(problems, images.open_image)
             size = model.config.vision.image_size
             return images.LazyImages(problems, size, model.config.image_tokens)
-    elif settings.vision in NO_VISION:
+    elif settings.vision == "none":
         return None
     elif settings.features:
         return published_features(settings.features, settings.name_map)
     encoder = feature_extractor(settings, model)
     weights = weight_files(resolve(settings.weights[0] if model else settings.vision_weights))
     digests = [bytes.fromhex(files.checksum(path)) for path in weights]
-    fingerprint = hashlib.sha256(b"".join(digests)).hexdigest()[:12]
+    kind = "paligemma" if model else settings.vision
+    fingerprint = f"{kind}-{hashlib.sha256(b''.join(digests)).hexdigest()[:12]}"
     if model:
         dtype = model.language_model.embed_tokens.weight.dtype
         fingerprint += f"-{str(dtype).removeprefix('torch.')}"
@@ -133,6 +140,15 @@ def image_features(
     return cached_features(
         problems, encoder.extract, fingerprint, encoder.size, cache, encoder.preprocess, skipped
     )
+
+
+def feature_shape(settings: Settings) -> tuple[int, ...]:
+    """(P, F) of the features that an mmcot run reads. Its encoder looks at a blank image."""
+    if settings.features:
+        return published_features(settings.features, settings.name_map).shape
+    encoder = feature_extractor(settings)
+    [features] = encoder.extract([torch.zeros(3, encoder.size, encoder.size)])  # (P, F)
+    return tuple(features.shape)
 
 
 def question_features(
@@ -159,6 +175,14 @@ def question_features(
 
 
 # --- the prompts they read
+def load_problems(
+    settings: Settings, split: str, skipped: list | None = None
+) -> list[data.Problem]:
+    """`data.load` of a run's data, with the captions that its prompts have."""
+    captions = settings.captions if settings.model == "mmcot" else "none"
+    return data.load(settings.data, split, skipped, captions)
+
+
 def stage_examples(
     settings: Settings,
     problems: list[data.Problem],
@@ -176,7 +200,7 @@ def stage_examples(
         generated,
         max_input=settings.max_input,
         max_output=settings.max_output[-1 if "G" in fmt else 0],
-        captions=settings.vision == "caption",
+        captions=settings.captions != "none",
         faithful=settings.faithful_text,
     )
 

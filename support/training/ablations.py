@@ -20,7 +20,7 @@ MMCOT_ABLATION = {  # the paper's Tables 2, 3 and 6
     "QCM->RA": {"recipe": "reason", "vision": "none"},
     "QCM->AR": {"recipe": "explain", "vision": "none"},
     "two-stage, text only": {"vision": "none"},
-    "two-stage, captions": {"vision": "caption"},
+    "two-stage, captions": {"vision": "none", "captions": "scienceqa"},
     "two-stage, vision": {},
     "two-stage, vision, no picture masked": {"no_image": "mask"},
     "two-stage, vision, own rationales": {"stage2_rationales": "generated"},

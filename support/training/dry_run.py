@@ -41,14 +41,13 @@ def blank_features(
         if settings.full or not all(name.startswith("language_model.") for name in adapted):
             return models.image_features(settings, problems, model)  # pixels, read when used
         shape = (model.config.image_tokens, model.config.text.hidden_size)
-    elif settings.vision in models.NO_VISION or settings.features:
+    elif settings.vision == "none" or settings.features:
         return models.image_features(settings, problems)
     else:
         folder = resolve(settings.vision_weights)
         count = sum(math.prod(header.shape) for header in headers(folder).values())
         print(f"  {folder}: {count:,} numbers, frozen; it sees each image once, before training")
-        encoder = models.feature_extractor(settings)
-        shape = encoder.extract([torch.zeros(3, encoder.size, encoder.size)])[0].shape
+        shape = models.feature_shape(settings)
     rows = {p.id: 0 for p in problems if p.image is not None}
     return Features(torch.zeros(1, *shape).numpy(), rows)
 

@@ -18,6 +18,7 @@ from data import Problem, TrainRow
 from model import PaliGemma
 from support import files
 from support.checkpoints.hub import resolve
+from support.checkpoints.weights import headers
 from support.dataset import images
 from support.dataset.tokenizers import load_tokenizer
 from support.dataset.traces import load_traces, overlap, training_notice
@@ -25,7 +26,7 @@ from support.distributed import in_turn, rank
 from support.evaluation import grading, models
 from support.training import runs
 from support.training.optim import Rows
-from support.training.settings import PaliGemmaSettings, Settings
+from support.training.settings import MultimodalSettings, PaliGemmaSettings, Settings
 
 Splits = dict[str, list[Problem]]
 Skipped = dict[str, list[tuple[str, str]]]  # {split: [(id, reason)]} of bad records
@@ -65,12 +66,14 @@ def bad_records(on_error: str) -> list[tuple[str, str]] | None:
 def load_splits(settings: Settings) -> tuple[Splits, Skipped | None]:
     """The problems of all three splits, and with --on-error skip the bad records (else None: the
     first is the error). No split is cut off another: ValueError if one is missing."""
+    if settings.model == "mmcot":
+        check_widths(settings)
     names = ("train", "val", settings.test_split)
     splits = {}
     skipped = {name: bad_records(settings.on_error) for name in names}
     try:
         for name in names:
-            problems = data.load(settings.data, name, skipped[name])
+            problems = models.load_problems(settings, name, skipped[name])
             splits[name] = problems[: settings.limit]
     except ValueError as error:
         raise ValueError(f"{error} A run needs problems of {', '.join(names)}.") from None
@@ -82,6 +85,20 @@ def load_splits(settings: Settings) -> tuple[Splits, Skipped | None]:
         bad = {id for id, _ in skipped[name]}
         splits[name] = [p for p in splits[name] if p.id not in bad]
     return splits, skipped
+
+
+def check_widths(settings: MultimodalSettings) -> None:
+    """ValueError if a checkpoint of --weights has a fusion for features of another width."""
+    for weights in settings.weights if settings.vision != "none" else ():
+        for name, header in headers(resolve(weights)).items():
+            if name.endswith("image_dense.weight"):
+                *_, width = models.feature_shape(settings)
+                if header.shape[1] != width:
+                    source = settings.features or settings.vision_weights
+                    raise ValueError(
+                        f"{weights} was trained with image features of width {header.shape[1]}, "
+                        f"but those of {source} have {width}."
+                    )
 
 
 def with_features(

@@ -33,7 +33,7 @@ from support.checkpoints.weights import write_safetensors
 from support.distributed import any_rank, gather_dicts, in_turn, rank, world
 from support.evaluation import tables
 from support.training.optim import AdamW, Tensors, restore, snapshot, trained
-from support.training.settings import Settings, flag_of
+from support.training.settings import Settings, current, flag_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -112,6 +112,7 @@ def changed_settings(settings: Settings) -> dict[str, str] | None:
         return None
     if "recipe" not in config:
         return None
+    config = current(config)
     now = json.loads(json.dumps(asdict(settings)))  # tuples as lists
     return {
         name: f"{flag_of(name)} was {config[name]}, is {value}"

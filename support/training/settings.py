@@ -18,6 +18,7 @@ from support.dataset.sources import SPLITS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEMO_FOLDER = str(files.ROOT / "demo")
+VIT = "timm/vit_large_patch32_384.orig_in21k_ft_in1k"
 Weighting = Literal["token", "example"]
 
 
@@ -100,11 +101,20 @@ class MultimodalSettings(Settings):
     weight_decay: float = 0.01
     weighting: Weighting = "token"
     max_output: tuple[int, ...] = flag((512, 64), demo=(64, 16))
-    vision: Literal["detr", "caption", "none"] = flag(
-        "detr", "image as DETR features, as a caption, or not at all", "mmcot: images"
+    vision: Literal["detr", "vit", "caption", "none"] = flag(
+        "detr",
+        "image features: DETR's, ViT's, none; caption: none, and --captions scienceqa",
+        "mmcot: images",
     )
     vision_weights: str = flag(
-        "facebook/detr-resnet-101-dc5", "DETR folder or Hub id", demo=f"{DEMO_FOLDER}/detr"
+        "facebook/detr-resnet-101-dc5",
+        f"DETR or ViT, a folder or Hub id ({VIT} if --vision is vit)",
+        demo=f"{DEMO_FOLDER}/detr",
+    )
+    captions: str = flag(
+        "none",
+        "captions in the context: scienceqa (the data's own captions.json; demo is the same), "
+        "instruct (mm-cot's instruct_captions.json, beside it), another such file, or none",
     )
     image_size: int = flag(224, "shorter side for DETR, in pixels", least=1, demo=96)
     features: str | None = flag(None, "published detr.npy, clip.npy, resnet.npy or vit.pth")
@@ -203,14 +213,16 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     """The settings of a command; what has no flag takes the default of --model and --data.
     SystemExit with a sentence on stderr for flags that do not fit the system or each other."""
     parser = make_parser()
-    typed = with_tuples(vars(parser.parse_args(argv)))
+    typed = current(with_tuples(vars(parser.parse_args(argv))))
     system = SYSTEMS[typed["model"]]
     hints = get_type_hints(system)
     if foreign := [flag_of(name) for name in typed if name not in hints]:
         (other,) = SYSTEMS.keys() - {system.model}
         parser.error(f"{', '.join(foreign)}: only --model {other} has this, not {system.model}")
-    demo = demo_defaults(system) if typed.get("data", "demo") == "demo" else {}
-    settings = system(**demo | typed)
+    defaults = demo_defaults(system) if typed.get("data", "demo") == "demo" else {}
+    if typed.get("vision") == "vit":
+        defaults["vision_weights"] = VIT  # the demo has none
+    settings = system(**defaults | typed)
     recipes = get_args(hints["recipe"])
     if settings.recipe not in recipes:
         known = ", ".join(recipes)
@@ -288,7 +300,8 @@ def completed(parser: argparse.ArgumentParser, settings: Settings) -> Settings:
     if s.model == "mmcot":
         if bool(s.features) != bool(s.name_map):
             parser.error("--features FILE and --name-map name_map.json go together")
-        kind = s.vision
+        parts = (s.vision, "none" if s.captions == "none" else "caption")
+        kind = "-".join(part for part in parts if part != "none") or "none"
         changed = {"teacher_forced": s.teacher_forced or s.ablation}  # a row of its table
     else:
         if s.full and s.adapter:
@@ -324,7 +337,7 @@ def read_config(folder: str | Path) -> dict:
         if not fits(config[name], hints[name]):
             text = f"{name} is {config[name]!r:.60}, which train.py never writes."
             raise ValueError(f"{file}: {text}")
-    return config
+    return current(config)
 
 
 def read_settings(folder: str | Path) -> Settings:
@@ -340,6 +353,13 @@ def read_settings(folder: str | Path) -> Settings:
     system = SYSTEMS[config["model"]]
     names = {each.name for each in fields(system)}
     return system(**with_tuples({name: x for name, x in config.items() if name in names}))
+
+
+def current(values: dict) -> dict:
+    """Values with what "--vision caption" has meant since captions have a flag of their own."""
+    if values.get("vision") != "caption":
+        return values
+    return {"captions": "scienceqa"} | values | {"vision": "none"}
 
 
 def with_tuples(values: dict) -> dict:

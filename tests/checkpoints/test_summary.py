@@ -103,7 +103,9 @@ def test_a_t5_with_a_fusion_is_sent_to_its_table(folders, asked):
 
 
 def test_the_files_end_in_the_call_that_the_other_tests_make():
-    known = {"model.py": '"t5": T5, "detr": DETR, "paligemma": PaliGemma'}
+    known = {
+        "model.py": '"t5": T5, "detr": DETR, "vit_large_patch32_384": ViT, "paligemma": PaliGemma'
+    }
     for name, classes in (known | {"fusion.py": '"t5": MultimodalT5'}).items():
         text = (ROOT / name).read_text(encoding="utf-8")
         assert text.endswith(f"    summary.main({{{classes}}})\n")

@@ -71,6 +71,7 @@ def host_scienceqa(server, folder):
     scienceqa(folder, records, {split: [str(i)] for i, split in enumerate(splits)}, {"0": "a rope"})
     for name in ("problems.json", "pid_splits.json", "captions.json"):
         server.files[name] = (folder / name).read_bytes()
+    server.files["instruct_captions.json"] = b'{"captions": {"0": "The image features a rope."}}'
     png = write_image(folder / "a.png").read_bytes()
     for i, split in enumerate(splits):
         server.files[f"{split}.zip"] = zipped([(f"{split}/{i}/image.png", png)])
@@ -96,8 +97,11 @@ def test_download_command(server, tmp_path, capsys):
     starts = [int(asked.removeprefix("bytes=").rstrip("-")) for asked in ranges[1:]]
     size = len(server.files["train.zip"])
     assert starts == [size // 2, size // 2 + (size - size // 2) // 2]
+    [problem] = data.load(tmp_path / "to", "train", captions="instruct")
+    assert problem.meta["caption"] == "The image features a rope."
     left = sorted(path.name for path in (tmp_path / "to").iterdir())
-    assert left == ["captions.json", "images", "pid_splits.json", "problems.json"]
+    known = ["captions.json", "images", "instruct_captions.json", "pid_splits.json"]
+    assert left == [*known, "problems.json"]
     assert sorted(p.name for p in (tmp_path / "to/images").iterdir()) == ["test", "train", "val"]
     asked = len(server.log)
     data.main(argv)

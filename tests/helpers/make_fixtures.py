@@ -4,13 +4,14 @@ PaliGemma needs the tests' packages (tests/requirements.txt) and no more:
 
     python tests/helpers/make_fixtures.py paligemma
 
-DETR needs timm, which needs a torchvision that fits torch, and the CPU build of torch has none on
-the index. So it runs in an environment of its own (the CUDA wheels work without a GPU; note the
-three `=`):
+DETR and ViT need timm, which needs a torchvision that fits torch, and the CPU build of torch has
+none on the index. So they run in an environment of their own (the CUDA wheels work without a GPU;
+note the three `=`):
 
     python -m venv /tmp/oracle
     /tmp/oracle/bin/pip install torch===2.13.0 torchvision==0.28.0 timm transformers==5.23.0
     /tmp/oracle/bin/python tests/helpers/make_fixtures.py detr
+    /tmp/oracle/bin/python tests/helpers/make_fixtures.py vit
 
 Each writes tests/fixtures/NAME.safetensors (outputs) and NAME.json (versions, key listings, weight
 fingerprints). Running it again gives the same numbers up to the platform's rounding (about 1e-6;
@@ -112,6 +113,43 @@ def detr():
     write_fixture("detr", outputs, record)
 
 
+# ---- ViT ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def vit():
+    """forward_features and, of three images, what the transform for evaluation makes of them."""
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    versions = {m.__name__: m.__version__ for m in (torch, timm)}
+    record, outputs = {"versions": versions, "configs": {}}, {}
+    for case, (config_name, faint, stride) in oracle.VIT_CASES.items():
+        config = oracle.VIT_CONFIGS[config_name]
+        sizes = {"num_classes": config["num_classes"], **config.get("model_args", {})}
+        reference = timm.create_model(config["architecture"], **sizes).eval()
+        shapes = {name: list(tensor.shape) for name, tensor in reference.state_dict().items()}
+        weights = oracle.vit_weights(shapes, faint)
+        reference.load_state_dict(weights)
+        record["configs"][config_name] = {
+            "keys": oracle.key_patterns(shapes),
+            "elements": sum(tensor.numel() for tensor in weights.values()),
+        }
+        pixels = oracle.vit_pixels(case)
+        states = reference.forward_features(pixels)
+        outputs[case] = states[:, ::4, ::stride].contiguous().clone()
+        exact = reference.double().forward_features(pixels.double())
+        print(f"{case}: fp32 against fp64 {(exact - states).abs().max():.1e}, {states.std():.2f}")
+        del reference
+    data_config = resolve_data_config({}, model=timm.create_model("vit_large_patch32_384"))
+    record["transform"] = {name: data_config[name] for name in ("crop_pct", "interpolation")}
+    transform = create_transform(**data_config | {"input_size": (3, 40, 40)})
+    for width, height in oracle.IMAGES:
+        pixels = transform(oracle.noise_image(width, height))
+        outputs[f"image/{width}x{height}"] = ((pixels * 0.5 + 0.5) * 255).round().to(torch.uint8)
+    write_fixture("vit", outputs, record)
+
+
 # ---- PaliGemma ----------------------------------------------------------------------------------
 
 
@@ -144,4 +182,4 @@ def paligemma():
 
 
 if __name__ == "__main__":
-    {"detr": detr, "paligemma": paligemma}[sys.argv[1]]()
+    {"detr": detr, "vit": vit, "paligemma": paligemma}[sys.argv[1]]()

@@ -49,9 +49,9 @@ def _tensor(name, shape, seed):
         low, high = (0.1, 0.4) if "bn3" in name else (0.5, 1.5)
         return uniform(name, shape, low, high, seed)
     if len(shape) == 1:
-        centre = 1.0 if re.search(r"norm\.weight$", name) else 0.0
+        centre = 1.0 if re.search(r"norm\d?\.weight$", name) else 0.0
         return uniform(name, shape, centre - 0.5, centre + 0.5, seed)
-    if re.search(r"embed|shared|relative_attention_bias", name):
+    if re.search(r"(?<!patch_)embed|cls_token|shared|relative_attention_bias", name):
         return uniform(name, shape, -1.7, 1.7, seed)  # standard deviation about 1
     bound = _gain(name) * (3 / np.prod(shape[1:])) ** 0.5  # deviation: gain / sqrt(fan_in)
     return uniform(name, shape, -bound, bound, seed)
@@ -179,6 +179,57 @@ def detr_layout_c(name):
     name = name.replace("backbone.conv_encoder.model.", "backbone.model.")
     name = re.sub(r"(self_attn|encoder_attn)\.out_proj", r"\1.o_proj", name)
     return re.sub(r"(layers\.\d+)\.(fc[12])", r"\1.mlp.\2", name)
+
+
+# ---- ViT ----------------------------------------------------------------------------------------
+
+# As the Hub's config; sizes by timm's names, pairwise different.
+VIT_CONFIGS = {
+    "tiny": {
+        "architecture": "vit_large_patch32_384",
+        "num_classes": 5,
+        "num_features": 24,
+        "model_args": {"embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}
+        | {"img_size": 40, "patch_size": 8},
+    },
+    "released": {
+        "architecture": "vit_large_patch32_384",
+        "num_classes": 1000,
+        "num_features": 1024,
+        "global_pool": "token",
+        "pretrained_cfg": {"input_size": [3, 384, 384], "crop_pct": 1.0, "crop_mode": "center"},
+    },
+}
+# case -> (config, what the embeddings are multiplied by, stride over the states' numbers); where
+# they are small, the eps of the norms matters.
+VIT_CASES = {
+    "tiny": ("tiny", 1, 1),
+    "tiny-faint": ("tiny", 1e-3, 1),
+    "released": ("released", 1, 8),
+}
+
+
+def vit_weights(shapes, faint):
+    """Seeded weights by timm's names, those of the embeddings multiplied by `faint`."""
+    weights = seeded_weights(shapes)
+    first = "patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed"
+    return weights | {name: weights[name] * faint for name in first}
+
+
+def vit_pixels(case):
+    side = 40 if VIT_CASES[case][0] == "tiny" else 384
+    return uniform(f"vit/{case}", (2, 3, side, side), -1.0, 1.0)
+
+
+def noise_image(width, height):
+    """An 8-bit image, the same on every machine."""
+    from PIL import Image
+
+    cells = uniform("image", (height, width, 3), 0, 256).to(torch.uint8)
+    return Image.fromarray(cells.numpy())
+
+
+IMAGES = ((61, 47), (33, 80), (40, 40))  # width and height
 
 
 # ---- T5 -----------------------------------------------------------------------------------------
