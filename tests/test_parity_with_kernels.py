@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-FILES = [f"tests/test_{name}.py" for name in ("model", "paligemma", "fusion", "lora")]
+FILES = [f"tests/test_{name}.py" for name in ("model", "vit", "paligemma", "fusion", "lora")]
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ as its utils_data has it. To make them again, run that.
 """
 
 import hashlib
+import json
 
 import pytest
-from samples import REAL, needs_data, real, record, scienceqa
+from samples import REAL, SCIENCEQA, needs_data, real, record, scienceqa
 
 import data
 from support.dataset.tokenizers import load_tokenizer
@@ -38,6 +39,11 @@ VARIANTS = {
     "QCMG-A+caption": "8eac1ec",
     "QCMG-A+generated": "3ebc0ad",
     "CQMG-A+generated": "53c2bb3",
+}
+CAPTIONED = {  # version 2's formats; with captions.json, and with texts made of it as `instruct`
+    "QCM-E": ("9560cba", "29f00e3"),
+    "QCMG-A": ("8eac1ec", "c66c266"),
+    "QCMG-A+generated": ("2b3409b", "37b539b"),
 }
 QUESTION = "Question: Which one is longer? Context: "
 OPTIONS = " Options: (A) the rope (B) the belt (C) neither "
@@ -79,6 +85,35 @@ def test_prompt_empty_parts(tmp_path):
     assert made["QCM-AL"][1] == "The answer is (A). BECAUSE:"
 
 
+def digest_of(problems, fmt, **options):
+    digest = hashlib.sha256()
+    for problem in problems:
+        pair = data.prompt(problem, fmt, faithful=True, **options)
+        digest.update("\t".join((problem.id, *pair)).encode() + b"\n")
+    return digest.hexdigest()[:7]
+
+
+def instruct(id, caption):
+    """As InstructBLIP writes: some sentences, with newlines."""
+    return f"The image features {caption.lower()}\n\nThe scene  is of problem {id}."
+
+
+@needs_data
+def test_captions_of_both_kinds_equal_the_originals(tmp_path):
+    texts = json.loads((SCIENCEQA / "captions.json").read_text())["captions"]
+    made = {"captions": {id: instruct(id, text) for id, text in texts.items()}}
+    (tmp_path / "instruct_captions.json").write_text(json.dumps(made))
+    splits = ("train", "val", "test")
+    for kind, captions in enumerate(("scienceqa", tmp_path / "instruct_captions.json")):
+        loaded = [data.load(SCIENCEQA, split, captions=captions) for split in splits]
+        problems = [problem for split in loaded for problem in split]
+        for name, goldens in CAPTIONED.items():
+            fmt, _, extra = name.partition("+")
+            generated = GENERATED if extra else None
+            found = digest_of(problems, fmt, generated=generated, caption=True)
+            assert found == goldens[kind], (name, captions)
+
+
 @pytest.mark.slow
 @needs_data
 def test_prompt_equals_original_on_all_problems():
@@ -91,11 +126,7 @@ def test_prompt_equals_original_on_all_problems():
     for name, golden in goldens.items():
         fmt, _, extra = name.partition("+")
         options = {"caption": {"caption": True}, "generated": {"generated": GENERATED}}
-        digest = hashlib.sha256()
-        for problem in problems:
-            pair = data.prompt(problem, fmt, faithful=True, **options.get(extra, {}))
-            digest.update("\t".join((problem.id, *pair)).encode() + b"\n")
-        if digest.hexdigest()[:7] != golden:
+        if digest_of(problems, fmt, **options.get(extra, {})) != golden:
             wrong.append(name)
     assert not wrong
 

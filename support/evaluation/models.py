@@ -147,7 +147,7 @@ def feature_shape(settings: Settings) -> tuple[int, ...]:
     if settings.features:
         return published_features(settings.features, settings.name_map).shape
     encoder = feature_extractor(settings)
-    [features] = encoder.extract([torch.zeros(3, encoder.size, encoder.size)])  # (P, F)
+    [features] = encoder.extract([torch.zeros(3, encoder.size, encoder.size)])
     return tuple(features.shape)
 
 

@@ -313,3 +313,30 @@ def test_a_byte_order_mark_is_fine(tmp_path):
     path.write_text(path.read_text(), encoding="utf-8-sig")
     (tmp_path / "own.jsonl").write_text(OWN, encoding="utf-8-sig")
     assert data.load(folder, "test") and data.load(tmp_path / "own.jsonl", "train")
+
+
+def test_captions_of_other_files(tmp_path):
+    records = {"1": record(), "2": record(image="image.png")}
+    folder = scienceqa(tmp_path, records, {"test": ["1", "2"]}, captions={"2": "a rope"})
+    write_image(folder / "images/test/2/image.png")
+    file = folder / "instruct_captions.json"
+    for captions in ("scienceqa", "demo", "none"):
+        texts = [p.meta["caption"] for p in data.load(folder, "test", captions=captions)]
+        assert texts == ["", "a rope"]
+    with pytest.raises(FileNotFoundError, match=file.name):
+        data.load(folder, "test", captions="instruct")
+    file.write_text('{"captions": {"2": "a belt", "3": "a cup"}}')
+    for captions in ("instruct", file):
+        texts = [p.meta["caption"] for p in data.load(folder, "test", captions=captions)]
+        assert texts == ["", "a belt"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"2": "a belt"}', '{"captions": {"2": ["a belt"]}}', '{"captions": {"3": "a"}}']
+)
+def test_files_without_captions_of_these_problems(text, tmp_path):
+    folder = scienceqa(tmp_path, {"2": record(image="image.png")}, {"test": ["2"]})
+    write_image(folder / "images/test/2/image.png")
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match="other.json"):
+        data.load(folder, "test", captions=tmp_path / "other.json")

@@ -353,6 +353,14 @@ SIGLIP_SIZES = {
     "image_size": 70,
     "patch_size": 10,
 }
+VIT_SIZES = {
+    "hidden_size": 124,
+    "intermediate_size": 79,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 31,
+    "image_size": 70,
+    "patch_size": 14,
+}
 GEMMA_SIZES = {
     "vocab_size": V,
     "hidden_size": 41,
@@ -366,15 +374,15 @@ GEMMA_SIZES = {
 FIXED = {  # letter: the sizes it may have in a file; no two letters of a file share one
     "model": {
         "V": {V},
-        "D": {37, 44, 85, 41},
-        "N": {13, 11, 17, 6},
+        "D": {37, 44, 85, 124, 41},
+        "N": {13, 11, 17, 31, 6},
         "H": {5, 4, 10},
-        "F": {53, 61, 97, 59},
+        "F": {53, 61, 97, 79, 59},
         "Q": {23},
         "L": {29},
         "K": {3},
         "G": {2},
-        "I": {49},
+        "I": {49, 25, 26},  # 26 in a ViT's layers, with the class token
     },
     "fusion": {"V": {V}, "D": {37}, "P": {23, 1}, "F": {44}},
     "lora": {"r": {9}},
@@ -409,6 +417,8 @@ def checkpoints(folder):
         PaliGemmaConfig,
         SigLIPConfig,
         T5Config,
+        ViT,
+        ViTConfig,
     )
 
     torch.manual_seed(0)
@@ -419,6 +429,7 @@ def checkpoints(folder):
             T5Config(**T5_SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
         ),
         "detr": DETR(DETRConfig(**DETR_SIZES)),
+        "vit": ViT(ViTConfig(**VIT_SIZES)),
         "paligemma": PaliGemma(config),
     }
     for name, model in models.items():
@@ -451,6 +462,7 @@ def forward_passes(models):
     there[2, 40:] = 0
     models["detr"](pixels)
     models["detr"](pixels, there)
+    models["vit"](torch.randn(7, 3, 70, 70))
     pali = models["paligemma"]
     ids = torch.cat((torch.full((7, 49), 308), ids), 1)
     mask, kinds = torch.ones_like(ids), torch.zeros_like(ids)
@@ -509,7 +521,9 @@ def files(folder):
     from support.dataset import images as pictures
 
     Image.fromarray(np.arange(35 * 41, dtype=np.uint16).reshape(35, 41)).save(folder / "deep.png")
-    pictures.detr_pixels(pictures.open_image(folder / "deep.png"))
+    image = pictures.open_image(folder / "deep.png")
+    pictures.detr_pixels(image)
+    pictures.vit_pixels(image, 70)
 
 
 def runs(folder):

@@ -24,7 +24,7 @@ import data
 import eval as evaluation
 import lora
 from fusion import GatedFusion, MultimodalT5
-from model import DETR, T5, PaliGemma, T5Config
+from model import DETR, T5, PaliGemma, T5Config, ViT, ViTConfig
 from support.dataset import sources
 from support.dataset.features import cached_features, published_features
 from support.dataset.images import open_image, siglip_pixels
@@ -56,6 +56,11 @@ def images(folder):
 def scienceqa(folder):
     splits = dict.fromkeys(("test", "trainval"), ["1", "2", "3"])
     write_scienceqa(folder, {id: record() for id in "123"}, splits, captions={"1": "a rope"})
+
+
+def captions(folder):
+    write_scienceqa(folder, {id: record() for id in "123"})
+    (folder / "instruct_captions.json").write_text('{"captions": {"1": "a rope", "3": ""}}')
 
 
 def mathvista(folder):
@@ -189,6 +194,10 @@ def demo_model(name):
     return lambda f: shutil.copytree(ROOT / "demo" / name, f, ignore=ignored, dirs_exist_ok=True)
 
 
+def vit(folder):
+    ViT(ViTConfig(8, 12, 1, 2, image_size=8, patch_size=4)).save_pretrained(folder)
+
+
 def adapter(folder):
     model = tiny_t5()
     lora.inject(model, 2, 4)
@@ -304,6 +313,11 @@ def read_detr(folder):
     finite(DETR.from_pretrained(folder)).features(torch.zeros(1, 3, 40, 33))
 
 
+def read_vit(folder):
+    vit = finite(ViT.from_pretrained(folder))
+    vit.features(torch.zeros(1, 3, vit.config.image_size, vit.config.image_size))
+
+
 def read_paligemma(folder):
     model = finite(PaliGemma.from_pretrained(folder))
     image = [model.config.image_token_index] * model.config.image_tokens
@@ -340,6 +354,7 @@ def read_run(run):
 READERS = {  # name: (what writes the valid files, what reads them, the files that are damaged)
     "images": (images, read_images, "*"),
     "scienceqa": (scienceqa, lambda f: read_problems(f, "test"), "*"),
+    "captions": (captions, lambda f: data.load(f, "test", captions="instruct"), "i*"),
     "mathvista": (mathvista, lambda f: read_problems(f, "trainval"), "*"),
     "own jsonl": (own_jsonl, lambda f: read_problems(f / "own.jsonl", "train"), "*"),
     "traces jsonl": (ledger, lambda f: read_traces(f / "traces.jsonl"), "*"),
@@ -362,6 +377,7 @@ READERS = {  # name: (what writes the valid files, what reads them, the files th
     "t5 old bin": (t5_old_bin, read_t5, "*.bin"),
     "multimodal": (multimodal, read_multimodal, "*"),
     "detr": (demo_model("detr"), read_detr, "*"),
+    "vit": (vit, read_vit, "*"),
     "paligemma": (demo_model("paligemma"), read_paligemma, "*"),
     "adapter": (adapter, read_adapter, "*"),
     "zip": (archive, read_archive, "*"),

@@ -8,7 +8,7 @@ import pytest
 from small_runs import PALIGEMMA, settings
 
 import fusion
-from support.training.runs import write_config
+from support.training.runs import changed_settings, write_config
 from support.training.settings import (
     FLAGS,
     SYSTEMS,
@@ -105,6 +105,25 @@ def test_settings_come_back_from_a_run_folder(model, more, tmp_path):
         config.pop(name, None)
     (tmp_path / "config.json").write_text(json.dumps(config | {"no_such_flag": None}))
     assert read_settings(tmp_path) == replace(chosen, resume=False)
+
+
+@pytest.mark.parametrize("more", [{}, {"captions": "instruct"}])
+def test_vision_caption_is_no_vision_with_captions(more, tmp_path):
+    """As command lines and runs had it before captions had a flag."""
+    flags = [x for name, value in more.items() for x in (f"--{name}", value)]
+    chosen = settings("mmcot", "--vision", "caption", *flags)
+    assert (chosen.vision, chosen.captions) == ("none", more.get("captions", "scienceqa"))
+    assert chosen.out == "runs/demo-two-stage-caption"
+    write_config(chosen, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"vision": "caption"}
+    del config["captions"]
+    (tmp_path / "config.json").write_text(json.dumps(config | more))
+    assert read_settings(tmp_path) == chosen
+    assert changed_settings(replace(chosen, out=str(tmp_path))) == {}
+    assert set(changed_settings(settings("mmcot", "--out", str(tmp_path)))) == {
+        "vision",
+        "captions",
+    }
 
 
 def test_a_folder_that_is_not_a_run(tmp_path):
