@@ -81,8 +81,7 @@ def load(
         raise FileNotFoundError(f"{path} is neither {known}{advice}.")
     problems = [Problem(**fields) for fields in read(path, split, skipped)]
     if captions not in OWN_CAPTIONS:
-        file = path / INSTRUCT if captions == "instruct" else Path(captions)
-        put_captions(problems, file)
+        put_captions(problems, path / INSTRUCT if captions == "instruct" else Path(captions))
     if not problems:
         empty = (
             f'{path} has no problem of the split "{split}" (in a .jsonl file, "train" is default).'
@@ -93,6 +92,9 @@ def load(
 
 def put_captions(problems: list[Problem], file: Path) -> None:
     """Replace the captions of problems by those of a file; ValueError if it has none of them."""
+    if not file.is_file():
+        advice = "`python data.py scienceqa` fetches both of ScienceQA"
+        raise FileNotFoundError(f"There are no captions {file}; {advice}.")
     captions = sources.read_captions(file)
     for problem in problems:
         problem.meta["caption"] = field(captions, problem.id, str, file, "")

@@ -213,7 +213,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     """The settings of a command; what has no flag takes the default of --model and --data.
     SystemExit with a sentence on stderr for flags that do not fit the system or each other."""
     parser = make_parser()
-    typed = current(with_tuples(vars(parser.parse_args(argv))))
+    typed = with_tuples(vars(parser.parse_args(argv)))
     system = SYSTEMS[typed["model"]]
     hints = get_type_hints(system)
     if foreign := [flag_of(name) for name in typed if name not in hints]:
@@ -222,7 +222,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     defaults = demo_defaults(system) if typed.get("data", "demo") == "demo" else {}
     if typed.get("vision") == "vit":
         defaults["vision_weights"] = VIT  # the demo has none
-    settings = system(**defaults | typed)
+    settings = system(**defaults | current(typed))
     recipes = get_args(hints["recipe"])
     if settings.recipe not in recipes:
         known = ", ".join(recipes)
