@@ -26,6 +26,7 @@ from support.checkpoints.weights import headers
 from support.dataset.features import Features
 from support.evaluation import models
 from support.training import optim
+from support.training.examples import check_widths
 from support.training.optim import AdamW, LossOf, Plan, Rows, trained
 from support.training.settings import Settings
 
@@ -36,6 +37,8 @@ def blank_features(
     settings: Settings, problems: list[data.Problem], model: PaliGemma | None = None
 ) -> data.ImageSource | None:
     """Features of zeros in the shape that these problems' images will have."""
+    if settings.model == "mmcot":
+        check_widths(settings)
     if model is not None:
         adapted = lora.adapters(model)
         if settings.full or not all(name.startswith("language_model.") for name in adapted):

@@ -51,6 +51,8 @@ def begin(
     """The inputs of a run, whose folder is made when all of them are there: a run that cannot start
     leaves nothing."""
     tokenizer = load_tokenizer(resolve(settings.weights[0]))
+    if settings.model == "mmcot":
+        check_widths(settings)
     with in_turn():  # the first process fills the cache of features for all
         features, splits = with_features(settings, splits, skipped, model)
     runs.begin(settings)
@@ -66,8 +68,6 @@ def bad_records(on_error: str) -> list[tuple[str, str]] | None:
 def load_splits(settings: Settings) -> tuple[Splits, Skipped | None]:
     """The problems of all three splits, and with --on-error skip the bad records (else None: the
     first is the error). No split is cut off another: ValueError if one is missing."""
-    if settings.model == "mmcot":
-        check_widths(settings)
     names = ("train", "val", settings.test_split)
     splits = {}
     skipped = {name: bad_records(settings.on_error) for name in names}
