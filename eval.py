@@ -64,11 +64,9 @@ def predict(
     PaliGemma with their "ids". `on_token` is as in `model.decode`, and hears no votes."""
     decoder = decoding.Decoder(models[0], tokenizer, settings.eval_batch_size, cache, on_token)
 
-    def write_stage(stage, rationales=None):
-        fmt = fusion.RECIPES[settings.recipe][stage]
-        examples = stage_examples(settings, problems, fmt, tokenizer, features, rationales)
+    def write_stage(stage: int, rationales: dict | None = None) -> dict[str, dict]:
         stage_decoder = replace(decoder, model=models[stage])
-        return stage_decoder.t5_texts(examples, settings.max_output[stage])
+        return stage_decoder.stage_texts(settings, stage, problems, features, rationales)
 
     if settings.model == "paligemma":
         examples = prompt_examples(settings, problems, tokenizer, features)
@@ -121,9 +119,13 @@ def judge_of(spec: str | None, folder: str | Path) -> Callable | None:
     return partial(filters.judge_many, spec=spec, cache=cache) if spec else None
 
 
-def target_format(model: str) -> str | None:
-    """A teacher's rationale, which PaliGemma learns, has another form than the gold solution."""
-    return "QCM-LE" if model == "mmcot" else None
+def target_format(model: str, recipe: str | None) -> str | None:
+    """The prompt format whose target the rationales of a run learned: mmcot's stage 1. A teacher's
+    rationale, which PaliGemma learns, has another form than the gold solution."""
+    if model != "mmcot":
+        return None
+    formats = fusion.RECIPES.get(recipe, ())
+    return formats[0] if len(formats) == 2 else "QCM-LE"
 
 
 def evaluate(
@@ -149,18 +151,18 @@ def evaluate(
     cache = DecodeCache(folder, models)
     written = predict(models, problems, settings, tokenizer, features, cache=cache)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
-    fmt = target_format(settings.model)
+    fmt = target_format(settings.model, settings.recipe)
     subject = about(settings.data, settings.test_split, fmt, faithful_parse)
     graded = grade_all(problems, predictions, faithful_parse)
     scores, graded = assess(graded, subject, vars(settings))
     if teacher_forced and len(models) == 2:
         # What the first published commands scored; shown to be compared with.
-        examples = stage_examples(settings, problems, "QCM-LE", tokenizer, features)
+        examples = stage_examples(settings, problems, fmt, tokenizer, features)
         batches = decoding.in_batches(examples, settings.eval_batch_size, "teacher-forced")
         texts = [fusion.teacher_forced_texts(models[0], batch, tokenizer) for batch in batches]
         by_id = gather_dicts(texts)
         rationales = [(p, {"rationale": by_id[p.id]}, None) for p in problems]
-        scores["rougeL_teacher_forced"] = rationale_scores(rationales, "QCM-LE")["rougeL"]
+        scores["rougeL_teacher_forced"] = rationale_scores(rationales, fmt)["rougeL"]
     if skipped is not None:
         scores["skipped"] = skipped
     if rank():
@@ -274,7 +276,9 @@ def regrade(
     stored = tables.stored_metrics(folder)
     complete = tables.read_metrics(folder)
     where = config.get("data") or stored.get("data", "(no data named)")
-    fmt = target_format(config["model"]) if config else stored.get("rationale_format")
+    fmt = stored.get("rationale_format")
+    if config:
+        fmt = target_format(config["model"], config.get("recipe"))
     faithful = args.faithful_parse or not config and stored.get("faithful_parse", False)
     strict = args.strict_parse or not config and stored.get("strict_parse", False)
     try:

@@ -186,6 +186,7 @@ class MultimodalT5(Pretrained):
 # G generated rationale, A answer, L lecture, E solution (paper, Table 2).
 RECIPES = {
     "two-stage": ("QCM-LE", "QCMG-A"),
+    "two-stage-e": ("QCM-E", "QCMG-A"),  # version 2; the gold G of stage 2 still has the lecture
     "answer": ("QCM-A",),
     "reason": ("QCM-LEA",),
     "explain": ("QCM-ALE",),

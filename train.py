@@ -42,7 +42,13 @@ from support.training.dry_run import blank_features, dry_run
 from support.training.examples import Inputs
 from support.training.optim import LossOf, Plan, Rows
 from support.training.runs import Checkpoints, StopRequest
-from support.training.settings import MultimodalSettings, PaliGemmaSettings, Settings, parse_args
+from support.training.settings import (
+    MultimodalSettings,
+    PaliGemmaSettings,
+    Settings,
+    of_stage,
+    parse_args,
+)
 
 # ---- the loss ------------------------------------------------------------------------------------
 
@@ -110,17 +116,19 @@ COLLATE = {"mmcot": data.collate, "paligemma": data.pali_collate}
 
 
 def make_plan(
-    settings: Settings, stage: str, epochs: float, model: nn.Module, rows: Rows, validate: Callable
+    settings: Settings, stage: str, model: nn.Module, rows: Rows, validate: Callable
 ) -> Plan:
-    """The plan of training a model on these rows; `stage` names it in log and errors."""
+    """The plan of training a model on these rows; `stage` names it in log and errors, `settings`
+    are of that stage (`settings.of_stage`)."""
     s = settings
-    windows = optim.windows(rows, s.batch_size, s.accumulate, epochs, s.seed)[: s.max_steps]
+    batch_size = s.batch_size[0]
+    windows = optim.windows(rows, batch_size, s.accumulate, s.epochs[0], s.seed)[: s.max_steps]
     steps = len(windows)
-    per_epoch = optim.steps_per_epoch(len(rows), s.batch_size, s.accumulate)
+    per_epoch = optim.steps_per_epoch(len(rows), batch_size, s.accumulate)
     if s.model == "mmcot":
-        rates = optim.linear_decay(s.lr, steps)
+        rates = optim.linear_decay(s.lr[0], steps)
     else:
-        rates = optim.warmup_cosine(s.lr, steps, s.warmup)
+        rates = optim.warmup_cosine(s.lr[0], steps, s.warmup)
     loss_of = LossOf(model, LOSS[s.model], COLLATE[s.model], s)
     epoch_ends = {n for n in range(1, steps + 1) if n % per_epoch == 0 or n == steps}
     return Plan(stage, loss_of, rows, windows, rates, epoch_ends, validate)
@@ -154,7 +162,8 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
             full = distributed.full_model(model)
             with checkpoints.stop.at_once():  # a signal need not wait: it is repeated on --resume
                 entry |= plan.validate(loss_of.with_model(full))
-            progress.keep_if_best(step, entry.get("val_accuracy"), model)
+            for name in optim.KEPT_BY & entry.keys():
+                progress.keep_if_best(step, entry[name], model)
         progress.step = step
         progress.seconds = time.monotonic() - start
         checkpoints.write(entry | {"seconds": round(progress.seconds, 2)})
@@ -164,8 +173,7 @@ def fit(plan: Plan, checkpoints: Checkpoints) -> nn.Module:
     checkpoints.end()
     if best := progress.best:
         model.load_state_dict(best.weights, strict=False)  # has the trained weights only
-        accuracy = f"validation accuracy {best.accuracy:.2f}"
-        print(f"  kept: the weights after step {best.step}, {accuracy}")
+        print(f"  kept: the weights after step {best.step}, best in validation: {best.score:.2f}")
     return distributed.full_model(model).eval()
 
 
@@ -235,7 +243,8 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
                 generated = None
                 if stage == 1 and settings.stage2_rationales == "generated":
                     generated = own_rationales(settings, inputs, checkpoints)
-                model = fit(plan_stage(settings, stage, inputs, generated), checkpoints)
+                plan = plan_stage(settings, stage, inputs, generated, *stages)
+                model = fit(plan, checkpoints)
                 if not rank():
                     model.save_pretrained(out / name)
                     inputs.tokenizer.save(str(out / name / "tokenizer.json"))
@@ -250,25 +259,45 @@ def run_mmcot(settings: MultimodalSettings, stop: StopRequest) -> dict | None:
 
 
 def plan_stage(
-    settings: MultimodalSettings, stage: int, inputs: Inputs, generated: dict | None = None
+    settings: MultimodalSettings,
+    stage: int,
+    inputs: Inputs,
+    generated: dict | None = None,
+    writer: nn.Module | None = None,
 ) -> Plan:
     """The plan of stage 0 or 1 of the recipe, with a new model from --weights. `generated`,
-    {id: rationale}, replaces the gold rationales in training."""
+    {id: rationale}, replaces the gold rationales in training; `writer`, stage 0's model, writes
+    those that stage 1 is validated on with --keep-epoch best."""
     fmt = fusion.RECIPES[settings.recipe][stage]
+    s = of_stage(settings, stage)
     texts = {"fmt": fmt, "tokenizer": inputs.tokenizer, "features": inputs.features}
-    rows_of = partial(models.stage_examples, settings, **texts)
+    rows_of = partial(models.stage_examples, s, **texts)
     train = rows_of(inputs.splits["train"], generated=generated)
     val = rows_of(inputs.splits["val"])
     examples.show_example(train[0], inputs.tokenizer, fmt)
-    weights = (settings.weights * 2)[stage]  # one for both stages, or one each
-    epochs = (settings.epochs * 2)[stage]
-    model = optim.start_model(weights, inputs.features, settings.no_image, settings.seed)
+    model = optim.start_model(s.weights[0], inputs.features, s.no_image, s.seed)
+    shown = inputs.splits["val"][: s.eval_problems] if s.keep_epoch[0] == "best" else []
+    rationales = rationales_of(s, writer, shown, inputs) if writer and shown else None
 
-    def validate(loss_of):
-        return {"val_loss": round(optim.mean_loss(loss_of, val, settings.batch_size), 6)}
+    def validate(loss_of: LossOf) -> dict[str, float]:
+        entry = {"val_loss": round(optim.mean_loss(loss_of, val, s.batch_size[0]), 6)}
+        if not shown:
+            return entry
+        decoder = Decoder(loss_of.model.eval(), inputs.tokenizer, s.eval_batch_size)
+        texts = decoder.stage_texts(s, stage, shown, inputs.features, rationales)
+        return entry | metrics.validation_score(shown, texts, fmt)
 
-    name = fusion.stage_names(settings.recipe)[stage]
-    return make_plan(settings, name, epochs, model, train, validate)
+    return make_plan(s, fusion.stage_names(s.recipe)[stage], model, train, validate)
+
+
+def rationales_of(
+    settings: MultimodalSettings, writer: nn.Module, problems: list[data.Problem], inputs: Inputs
+) -> dict[str, str]:
+    """{id: rationale} that stage 1's model writes for these problems."""
+    cache = DecodeCache(settings.out, [writer])
+    decoder = Decoder(writer, inputs.tokenizer, settings.eval_batch_size, cache)
+    texts = decoder.stage_texts(settings, 0, problems, inputs.features)
+    return {id: text["text"] for id, text in texts.items()}
 
 
 def own_rationales(
@@ -280,11 +309,7 @@ def own_rationales(
     for learned, unseen in examples.halves(inputs.splits["train"], settings.seed):
         fold_inputs = replace(inputs, splits=inputs.splits | {"train": learned})
         model = fit(plan_stage(settings, 0, fold_inputs), checkpoints)
-        rows = models.stage_examples(settings, unseen, "QCM-LE", inputs.tokenizer, inputs.features)
-        cache = DecodeCache(settings.out, [model])
-        decoder = Decoder(model, inputs.tokenizer, settings.eval_batch_size, cache)
-        texts = decoder.t5_texts(rows, settings.max_output[0])
-        generated |= {id: text["text"] for id, text in texts.items()}
+        generated |= rationales_of(settings, model, unseen, inputs)
     return generated
 
 
@@ -358,10 +383,10 @@ def plan_tuning(
         predictions = evaluation.predict([model], val, settings, inputs.tokenizer, inputs.features)
         right = sum(grade.correct for *_, grade in metrics.grade_all(val, predictions))
         accuracy = {"val_accuracy": round(100 * right / len(val), 2)} if val else {}
-        loss = optim.mean_loss(loss_of, held_out, settings.batch_size)
+        loss = optim.mean_loss(loss_of, held_out, settings.batch_size[0])
         return {"val_loss": round(loss, 6)} | accuracy
 
-    return make_plan(settings, settings.recipe, settings.epochs[0], model, train, validate)
+    return make_plan(settings, settings.recipe, model, train, validate)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 import data
 from data import Problem
-from fusion import MultimodalT5, generate_texts
+from fusion import RECIPES, MultimodalT5, generate_texts
 from model import PaliGemma, looping
 from support import files
 from support.dataset.tokenizers import plain_ids
@@ -27,7 +27,7 @@ from support.distributed import gather_dicts, rank, world
 from support.evaluation.decode_cache import DecodeCache
 from support.evaluation.errors import before_loop
 from support.evaluation.grading import CUE, grade
-from support.evaluation.models import paligemma_inputs
+from support.evaluation.models import paligemma_inputs, stage_examples
 from support.training.settings import Settings
 
 OnToken = Callable[[int, torch.Tensor], None]  # as in `model.decode`
@@ -72,6 +72,19 @@ class Decoder:
             compute = partial(decode_batch, batch, key)
             results.append(self.cache.get_or_compute(key, compute) if self.cache else compute())
         return gather_dicts(results)
+
+    def stage_texts(
+        self,
+        settings: Settings,
+        stage: int,
+        problems: list[Problem],
+        features: data.ImageSource | None,
+        rationales: dict[str, str] | None = None,
+    ) -> dict[str, dict]:
+        """`t5_texts` of one stage of an mmcot run; stage 1 reads `rationales`, {id: text}."""
+        fmt = RECIPES[settings.recipe][stage]
+        examples = stage_examples(settings, problems, fmt, self.tokenizer, features, rationales)
+        return self.t5_texts(examples, settings.max_output[-1 if "G" in fmt else 0])
 
     def t5_texts(self, examples: list[dict], max_new_tokens: int) -> dict[str, dict]:
         """{id: {"text", "stop", "tokens"}}: `fusion.generate_texts` of all examples."""

@@ -151,6 +151,18 @@ def rationale_scores(
     return scores
 
 
+def validation_score(
+    problems: list[data.Problem], texts: dict[str, dict], fmt: str
+) -> dict[str, float]:
+    """What the best epoch of a stage is chosen by, in percent: {"val_accuracy"} of the answers, or
+    {"val_rougeL"} of what has a rationale. `texts`: {id: {"text"}}; `fmt`: the stage's format."""
+    if fmt.endswith("-A"):
+        right = sum(grade(p, texts[p.id]["text"]).correct for p in problems)
+        return {"val_accuracy": percent(right / len(problems))}
+    written = [(p, {"rationale": texts[p.id]["text"]}, None) for p in problems]
+    return {"val_rougeL": rationale_scores(written, fmt).get("rougeL", 0.0)}
+
+
 def rationale_quality(graded: list[Graded], facts: dict[str, dict] | None = None) -> dict:
     """Of `classify_all`'s answers {"failure_modes": {kind: n}}; of their rationales {"consistency":
     of the "n_consistency" that come to an answer those that give it, "rationale_words": {"mean",

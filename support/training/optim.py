@@ -22,6 +22,7 @@ from support.distributed import on_first, rank, shard_like, summed, world
 from support.training.settings import Settings
 
 LOGITS = 2**24  # of one chunk of the loss: 64 MiB in fp32
+KEPT_BY = {"val_accuracy", "val_rougeL"}  # what a best epoch is chosen by
 Rows = list[dict]  # examples, as data.py makes them; a batch is a list of them
 Tensors = dict[str, torch.Tensor]
 
@@ -110,8 +111,8 @@ class Plan:
     windows: list[list[Rows]]  # the batches of each step
     rates: list[float]  # learning rate of each step
     epoch_ends: set[int]  # the steps, counted from 1, after which it validates
-    # Returns what is logged after an epoch. With a "val_accuracy" in it, the weights of the best
-    # epoch are kept.
+    # Returns what is logged after an epoch. With one of KEPT_BY in it, the best epoch's weights are
+    # kept.
     validate: Callable[[LossOf], dict]
 
 
@@ -284,8 +285,8 @@ def show_step(stage: str, step: int, steps: int, entry: dict, seconds: float) ->
         return
     clear = "\r" if sys.stderr.isatty() else ""
     text = f"{clear}  {stage} {step}/{steps}{loss}  val loss {entry['val_loss']:.4f}"
-    if "val_accuracy" in entry:
-        text += f"  val accuracy {entry['val_accuracy']:.2f}"
+    for name in KEPT_BY & entry.keys():
+        text += f"  {name.replace('_', ' ')} {entry[name]:.2f}"
     print(f"{text}  {seconds:.0f} s", flush=True)
 
 

@@ -33,7 +33,7 @@ from support.checkpoints.weights import write_safetensors
 from support.distributed import any_rank, gather_dicts, in_turn, rank, world
 from support.evaluation import tables
 from support.training.optim import AdamW, Tensors, restore, snapshot, trained
-from support.training.settings import Settings, current, flag_of
+from support.training.settings import Settings, flag_of, read_config
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -107,12 +107,11 @@ def is_complete(settings: Settings) -> bool:
 def changed_settings(settings: Settings) -> dict[str, str] | None:
     """{name: sentence} of the settings that config.json has otherwise; None if it has none."""
     try:
-        config = files.read_json(Path(settings.out) / "config.json")
-    except (FileNotFoundError, ValueError):
+        config = read_config(settings.out)
+    except ValueError:
         return None
     if "recipe" not in config:
         return None
-    config = current(config)
     now = json.loads(json.dumps(asdict(settings)))  # tuples as lists
     return {
         name: f"{flag_of(name)} was {config[name]}, is {value}"
@@ -244,9 +243,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Best:
-    """The epoch of the highest validation accuracy, the later of equal ones."""
+    """The epoch of the highest validation score, the later of equal ones."""
 
-    accuracy: float
+    score: float
     step: int
     weights: Tensors  # the trained ones only
 
@@ -259,10 +258,10 @@ class Progress:
     best: Best | None = None
     seconds: float = 0.0
 
-    def keep_if_best(self, step: int, accuracy: float | None, model: torch.nn.Module) -> None:
-        if accuracy is not None and (self.best is None or accuracy >= self.best.accuracy):
+    def keep_if_best(self, step: int, score: float | None, model: torch.nn.Module) -> None:
+        if score is not None and (self.best is None or score >= self.best.score):
             weights = {name: p.detach().clone() for name, p in trained(model).items()}
-            self.best = Best(accuracy, step, weights)
+            self.best = Best(score, step, weights)
 
 
 class Checkpoints:
@@ -343,7 +342,7 @@ class Checkpoints:
             "lines": self.lines,
             "rows": self.rows,
             "seconds": progress.seconds,
-            "best": best and (best.accuracy, best.step),
+            "best": best and (best.score, best.step),
         }
         optimizer = self.optimizer if progress.step < steps else None
         tensors = snapshot(self.model, optimizer, best.weights if best else {})

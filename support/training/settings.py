@@ -15,11 +15,13 @@ import torch
 
 from support import files
 from support.dataset.sources import SPLITS
+from support.training.presets import PRESETS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEMO_FOLDER = str(files.ROOT / "demo")
 VIT = "timm/vit_large_patch32_384.orig_in21k_ft_in1k"
 Weighting = Literal["token", "example"]
+PER_STAGE = ("weights", "epochs", "keep_epoch", "batch_size", "lr")  # one value, or one a stage
 
 
 def flag(
@@ -42,7 +44,9 @@ class Settings:
     """What both systems have. A field without a default gets one in each of the two below."""
 
     model: Literal["mmcot", "paligemma"] = flag(help="the system to train", heading="what to train")
-    recipe: str = flag(help="mmcot: two-stage, answer, reason, explain; paligemma: reason, answer")
+    recipe: str = flag(
+        help="mmcot: two-stage, two-stage-e, answer, reason, explain; paligemma: reason, answer"
+    )
     ablation: bool = flag(False, "mmcot: Tables 2, 3 and 6; paligemma: what each part is worth")
     data: str = flag("demo", "demo, scienceqa, mathvista, a folder of theirs or a .jsonl", "files")
     weights: tuple[str, ...] = flag(
@@ -60,16 +64,18 @@ class Settings:
         heading="optimization",
     )
     max_steps: int | None = flag(None, "stop each training after this many steps", least=1)
-    batch_size: int = flag(
-        help="rows that go through the model together on a device, at most", least=1
+    batch_size: tuple[int, ...] = flag(
+        help="rows that go through the model together on a device, at most; per stage as --epochs",
+        least=1,
     )
     accumulate: int = flag(help="batches in an optimizer step, on however many devices", least=1)
-    lr: float = flag(help="peak learning rate")
+    lr: tuple[float, ...] = flag(help="peak learning rate; per stage as --epochs")
     weight_decay: float = flag(help="of matrices")
     weighting: Weighting = flag(
         help="token: mean over a step's tokens; example: mean of its rows' means"
     )
     label_smoothing: float = flag(0.0, "spread this much of the target over the whole vocabulary")
+    eval_problems: int = flag(200, "validation problems decoded after an epoch, where one is kept")
     seed: int = flag(42, "of initial weights, order of rows, dropout and sampling")
     max_output: tuple[int, ...] = flag(
         help="new tokens: rationale, answer", heading="decoding", least=1
@@ -91,13 +97,20 @@ class MultimodalSettings(Settings):
     """Multimodal-CoT, base model (arXiv 2302.00923)."""
 
     model: Literal["mmcot"] = "mmcot"
-    recipe: Literal["two-stage", "answer", "reason", "explain"] = "two-stage"
+    preset: Literal[*PRESETS] | None = flag(
+        None, "settings of a published run (support/training/presets.py); flags override them"
+    )
+    recipe: Literal["two-stage", "two-stage-e", "answer", "reason", "explain"] = "two-stage"
     weights: tuple[str, ...] = flag(("allenai/unifiedqa-t5-base",), demo=(f"{DEMO_FOLDER}/t5",))
     # In the demo rationales take longer to learn than answers.
     epochs: tuple[float, ...] = flag((20.0,), demo=(8.0, 2.0))
-    batch_size: int = flag(8, demo=32)
+    keep_epoch: tuple[Literal["last", "best"], ...] = flag(
+        ("last",),
+        "best: by ROUGE-L of decoded rationales, or accuracy of answers, on --eval-problems of val",
+    )
+    batch_size: tuple[int, ...] = flag((8,), demo=(32,))
     accumulate: int = 1
-    lr: float = flag(5e-5, demo=3e-3)
+    lr: tuple[float, ...] = flag((5e-5,), demo=(3e-3,))
     weight_decay: float = 0.01
     weighting: Weighting = "token"
     max_output: tuple[int, ...] = flag((512, 64), demo=(64, 16))
@@ -144,10 +157,10 @@ class PaliGemmaSettings(Settings):
     # At most: the best epoch on validation answers is kept.
     epochs: tuple[float, ...] = flag((5.0,), demo=(4.0,))
     # A guess at what a 24 GB GPU holds with checkpointing at 448 pixels.
-    batch_size: int = flag(4, demo=16)
+    batch_size: tuple[int, ...] = flag((4,), demo=(16,))
     accumulate: int = flag(8, demo=1)  # 32 rows a step: 4, as in pali_reason, is noise
     # Of adapters; for --full take 6e-6 (ScienceQA in 2412.03555, Table 14).
-    lr: float = flag(1e-4, demo=4e-3)
+    lr: tuple[float, ...] = flag((1e-4,), demo=(4e-3,))
     weight_decay: float = 0.0  # as the published ScienceQA transfer
     weighting: Weighting = flag("example", demo="token")  # big_vision: long texts weigh no more
     max_output: tuple[int, ...] = flag((384, 16), demo=(96, 8))
@@ -173,7 +186,6 @@ class PaliGemmaSettings(Settings):
     )
     eos_in_loss: bool = flag(True, "leave EOS out of the loss", off="--no-eos-loss")
     warmup: float = flag(0.05, "share of the steps; then a cosine to 0", "paligemma: training")
-    eval_problems: int = flag(200, "validation problems decoded each epoch")
     alone: bool = flag(False, "only this run, without the baselines it must be compared with")
     dtype: Literal["float32", "bfloat16"] | None = flag(
         None, "of frozen weights and compute (bfloat16 on a GPU, else float32)"
@@ -219,6 +231,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     if foreign := [flag_of(name) for name in typed if name not in hints]:
         (other,) = SYSTEMS.keys() - {system.model}
         parser.error(f"{', '.join(foreign)}: only --model {other} has this, not {system.model}")
+    typed = PRESETS.get(typed.get("preset"), {}) | typed
     defaults = demo_defaults(system) if typed.get("data", "demo") == "demo" else {}
     if typed.get("vision") == "vit":
         defaults["vision_weights"] = VIT  # the demo has none
@@ -227,12 +240,22 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     if settings.recipe not in recipes:
         known = ", ".join(recipes)
         parser.error(f"--model {system.model} has the recipes {known}, not {settings.recipe}")
+    stages = 2 if settings.model == "mmcot" else 1
     for name, value in asdict(settings).items():
+        if name in PER_STAGE and len(value) > stages:
+            parser.error(f"{flag_of(name)} takes {stages} values at most, not {len(value)}")
         least = FLAGS[name]["least"]
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, int | float) and not number >= least:  # refuses nan as well
                 parser.error(f"{flag_of(name)} must be at least {least}, and is {number}")
     return completed(parser, settings)
+
+
+def of_stage(settings: Settings, stage: int) -> Settings:
+    """The settings of one training: of what may have a value for each stage, that stage's."""
+    named = [name for name in PER_STAGE if hasattr(settings, name)]
+    values = {name: (getattr(settings, name) * 2)[stage : stage + 1] for name in named}
+    return replace(settings, **values)
 
 
 def demo_defaults(system: type[Settings]) -> dict:
@@ -331,13 +354,14 @@ def read_config(folder: str | Path) -> dict:
         raise ValueError(f"{folder} is not a run folder: train.py did not write its config.json.")
     if config["model"] not in list(SYSTEMS):  # a list: what is read may have no hash
         raise ValueError(f"{file}: there is no model {config['model']!r:.40}.")
+    config = current(config)
     hints = get_type_hints(SYSTEMS[config["model"]])
     hints |= {"commit": str | None, "test_split": Literal[*SPLITS]}
     for name in hints.keys() & config.keys():
         if not fits(config[name], hints[name]):
             text = f"{name} is {config[name]!r:.60}, which train.py never writes."
             raise ValueError(f"{file}: {text}")
-    return current(config)
+    return config
 
 
 def read_settings(folder: str | Path) -> Settings:
@@ -356,10 +380,12 @@ def read_settings(folder: str | Path) -> Settings:
 
 
 def current(values: dict) -> dict:
-    """Values with what "--vision caption" has meant since captions have a flag of their own."""
-    if values.get("vision") != "caption":
-        return values
-    return {"captions": "scienceqa"} | values | {"vision": "none"}
+    """Settings as they are spelled now: "--vision caption" has become --captions, and what had one
+    number has one for each stage."""
+    if values.get("vision") == "caption":
+        values = {"captions": "scienceqa"} | values | {"vision": "none"}
+    single = [name for name in PER_STAGE if type(values.get(name)) in (int, float)]
+    return values | {name: [values[name]] for name in single}
 
 
 def with_tuples(values: dict) -> dict:
