@@ -6,6 +6,7 @@ entry of a list; what is written appears whole or not at all. Standard library o
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import re
 import stat
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ AnyPath = str | Path
 ROOT = Path(__file__).parent.parent  # of the repository
 MOST_BYTES = 1 << 28  # of a JSON file; all of ScienceQA takes about a tenth
 MOST_LINE = 1 << 24  # bytes of a line of JSONL
+MOST_EXPANSION = 100  # of a zip file: images and weights hardly shrink, a bomb a thousandfold
 
 
 class Parser(argparse.ArgumentParser):
@@ -230,6 +233,29 @@ def checksum(path: AnyPath, like: str | None = None) -> str:
 def digest(value: Any) -> str:
     """sha256 of a value as JSON: a key for caches."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def unzip(archive: AnyPath, folder: AnyPath) -> None:
+    """Unpack a zip file into a folder.
+
+    Nothing is unpacked, and ValueError says why, if the archive is broken, an entry would leave the
+    folder (an absolute path, a drive, "..", a link), or all entries together state over
+    MOST_EXPANSION times the archive's size; zipfile gives no entry more than it states.
+    """
+    size = os.path.getsize(regular_file(archive))
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for entry in file.infolist():
+                link = stat.S_ISLNK(entry.external_attr >> 16)
+                if link or re.search(r"^[/\\]|:|(^|[/\\])\.\.([/\\]|$)", entry.filename):
+                    raise ValueError(f"{entry.filename!r:.60} would leave the folder")
+            if sum(entry.file_size for entry in file.infolist()) > MOST_EXPANSION * size:
+                raise ValueError(f"it would unpack to over {MOST_EXPANSION} times its size")
+            file.extractall(folder)
+    except Exception as error:  # zipfile's, the decompressors', RuntimeError if encrypted
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EIO):
+            raise  # not the archive's fault
+        raise ValueError(f"{archive} is not a whole zip file ({error}); delete it.") from None
 
 
 def progress(label: str, done: float, total: float, start: float, note: str = "") -> None:

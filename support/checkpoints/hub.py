@@ -6,11 +6,14 @@ architectures goes by the name of the class.
 
 import contextlib
 import json
+import os
 import re
+import tempfile
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from support import files
 from support.checkpoints.keys import architecture
 from support.checkpoints.weights import (
-    PICKLE,
     SINGLE,
     head_is_tied,
     headers,
@@ -34,32 +37,43 @@ from support.checkpoints.weights import (
 
 
 def resolve(where: str | Path) -> Path:
-    """A local folder for a directory or a Hub id ("allenai/unifiedqa-t5-base").
+    """A local folder for a directory, a zip file, or a Hub id: "allenai/unifiedqa-t5-base", and
+    with a folder or a zip file inside it, "cooelf/mm-cot/mm-cot-base-ans.zip".
 
     Raises FileNotFoundError for a missing path or repository, PermissionError for a gated one,
     ConnectionError without network, ValueError for a folder that holds something else.
     """
-    folder = Path(where)
-    if not folder.is_dir():
-        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(where)):
+    path = Path(where)
+    if not path.exists():
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(/[\w.-]+)*", str(where)):
             raise FileNotFoundError(
                 f"{where} is neither a folder with config.json and weights nor a Hub id (org/name)."
             )
-        folder = download(str(where))
+        path = download(*str(where).split("/", 2))
+    folder = unzipped(path) if path.suffix == ".zip" else path
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{where} is neither a folder with config.json nor a zip of one.")
     refuse_other_folders(folder)
     return folder
 
 
-def download(repository: str) -> Path:
-    """The local copy of a Hub repository: safetensors, or pytorch_model.bin if it has none."""
-    from huggingface_hub import errors, snapshot_download
+def download(owner: str, name: str, inside: str = "") -> Path:
+    """The local copy of a Hub repository, or of the folder or zip file `inside` it: safetensors, or
+    pytorch_model.bin if it has none. A trainer's checkpoint-N folders are left out."""
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
 
-    small = ["*.json", "spiece.model"]
+    repository = f"{owner}/{name}"
+    others = "*/*" if not inside else f"{inside}/*/*"
+    folder = f"{inside}/" if inside else ""
+    small = [f"{folder}*.json", f"{folder}spiece.model"]
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=[*small, "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):
-            snapshot_download(repository, allow_patterns=[*small, PICKLE])
-        return folder
+        if inside.endswith(".zip"):
+            return Path(hf_hub_download(repository, inside))
+        fetch = partial(snapshot_download, repository, ignore_patterns=[others])
+        path = Path(fetch(allow_patterns=[*small, f"{folder}*.safetensors"]), inside)
+        if not list(path.glob("*.safetensors")):
+            fetch(allow_patterns=[*small, f"{folder}pytorch_model*.bin"])
+        return path
     except errors.GatedRepoError as e:
         raise PermissionError(
             f"The Hub repository {repository} is gated: accept its licence on its page, then log "
@@ -69,11 +83,31 @@ def download(repository: str) -> Path:
         raise FileNotFoundError(
             f"The Hub has no repository {repository}, or it is private and no token is set."
         ) from e
+    except errors.EntryNotFoundError as e:
+        raise FileNotFoundError(f"The Hub repository {repository} has no file {inside}.") from e
     except Exception as e:  # the client raises its HTTP library's own errors when offline
         raise ConnectionError(
             f"{repository} is not a local folder and the Hub could not be reached "
             f"({type(e).__name__}). Download it elsewhere and pass the folder instead."
         ) from e
+
+
+def unzipped(archive: Path) -> Path:
+    """The folder with config.json in a zip file of weights, unpacked once into the cache."""
+    archive = archive.resolve()  # in the Hub's cache, a link to a file named after its content
+    state = archive.stat()
+    key = files.digest([str(archive), state.st_size, state.st_mtime_ns])[:12]
+    folder = files.cache_folder() / "unpacked" / key
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            files.unzip(archive, temporary)
+            os.replace(temporary, folder)
+            os.mkdir(temporary)  # for TemporaryDirectory to remove
+    found = sorted(folder.rglob("config.json"), key=lambda path: (len(path.parts), path))
+    if not found:
+        raise ValueError(f"{archive} has no config.json: it is not a zip of a checkpoint.")
+    return found[0].parent  # a trainer's checkpoint-N folders lie deeper
 
 
 def refuse_other_folders(folder: Path) -> None:

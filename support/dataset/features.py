@@ -236,11 +236,27 @@ PUBLISHED = {
 }
 
 
+def local_file(where: str | Path) -> Path:
+    """A file's path, or that of one on the Hub ("cooelf/vision_features/vit.pth"), downloaded."""
+    parts = str(where).split("/", 2)
+    if len(parts) < 3 or not all(parts) or os.path.exists(where):
+        return Path(where)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(f"{parts[0]}/{parts[1]}", parts[2]))
+    except Exception as error:  # the client raises its HTTP library's own errors when offline
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        text = f"{where} does not exist, and could not be fetched from the Hub ({why})."
+        raise FileNotFoundError(text) from None
+
+
 def published_features(path: str | Path, name_map: str | Path) -> Features:
     """The feature files of cooelf/vision_features, memory-mapped, by problem id: name_map is
     mm-cot's name_map.json, {problem id: row}. resnet.npy has one vector an image, used 512 times.
     """
-    path = Path(path)
+    path = local_file(path)
+    name_map = local_file(name_map)
     rows = field({"names": read_json(name_map)}, "names", dict, name_map)
     if path.name not in PUBLISHED:  # vit.npy is another model's: (11208, 577, 768)
         raise ValueError(

@@ -8,16 +8,12 @@ they have no problem ids, so neither captions nor published features can be join
 """
 
 import argparse
-import errno
 import http.client
 import os
-import re
-import stat
 import sys
 import tempfile
 import time
 import urllib.request
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,7 +204,6 @@ SCIENCEQA = {  # file: address, checksum (a git blob id or a sha256; None: nobod
     "test.zip": (f"{BUCKET}/test.zip", None),
 }
 MATHVISTA_COMMIT = "2b6ad69445fbb5695c9b165475e8decdbeb97747"
-MOST_EXPANSION = 100  # images hardly shrink in a zip file; a bomb shrinks a thousandfold
 
 
 def download(url: str, path: Path, checksum: str | None = None, attempts: int = 5) -> None:
@@ -259,27 +254,9 @@ def fetch_rest(url: str, part: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path, top: str) -> None:
-    """Unzip the archive's folder `top` as folder/top.
-
-    Nothing is unpacked, and ValueError says why, if the archive is broken, an entry would leave the
-    folder (an absolute path, a drive, "..", a link), or all entries together state over
-    MOST_EXPANSION times the archive's size; zipfile gives no entry more than it states.
-    """
-    size = os.path.getsize(files.regular_file(archive))
+    """Unzip the archive's folder `top` as folder/top, see `files.unzip`."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        try:
-            with zipfile.ZipFile(archive) as file:
-                for entry in file.infolist():
-                    link = stat.S_ISLNK(entry.external_attr >> 16)
-                    if link or re.search(r"^[/\\]|:|(^|[/\\])\.\.([/\\]|$)", entry.filename):
-                        raise ValueError(f"{entry.filename!r:.60} would leave the folder")
-                if sum(entry.file_size for entry in file.infolist()) > MOST_EXPANSION * size:
-                    raise ValueError(f"it would unpack to over {MOST_EXPANSION} times its size")
-                file.extractall(temporary)
-        except Exception as error:  # zipfile's, the decompressors', RuntimeError if encrypted
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EIO):
-                raise  # not the archive's fault
-            raise ValueError(f"{archive} is not a whole zip file ({error}); delete it.") from None
+        files.unzip(archive, temporary)
         if not Path(temporary, top).is_dir():
             raise ValueError(f"{archive} has no folder {top}.")
         os.replace(Path(temporary, top), Path(folder, top))

@@ -45,16 +45,29 @@ PRESETS = {
         "lr": (5e-5,),
     },
 }
-RELEASED = {  # the weights that the authors, or others for them, put on the Hub
-    "v1-base": ("acheong08/mm-cot/models/rationale", "acheong08/mm-cot/models/answer"),
-    "v2-base": (
-        "cooelf/mm-cot/mm-cot-base-rationale.zip",
-        "cooelf/mm-cot/mm-cot-base-ans.zip",
-    ),
-    "v2-large": (
-        "cooelf/mm-cot/mm-cot-large-rationale.zip",
-        "cooelf/mm-cot/mm-cot-large-answer.zip",
-    ),
+# The weights that the authors, or others for them, put on the Hub, with the features they learned
+# from; they are only decoded. The zip files hold version 2.
+HUB = "acheong08/mm-cot"
+RELEASED = {
+    "v1-base": {
+        "weights": (f"{HUB}/models/rationale", f"{HUB}/models/answer"),
+        "features": f"{HUB}/vision_features/detr.npy",
+    },
+    "v2-base": {
+        "weights": (
+            "cooelf/mm-cot/mm-cot-base-rationale.zip",
+            "cooelf/mm-cot/mm-cot-base-ans.zip",
+        ),
+        "features": "cooelf/vision_features/vit.pth",
+    },
+    "v2-large": {
+        "weights": (
+            "cooelf/mm-cot/mm-cot-large-rationale.zip",
+            "cooelf/mm-cot/mm-cot-large-answer.zip",
+        ),
+        "features": "cooelf/vision_features/vit.pth",
+    },
 }
-for name, weights in RELEASED.items():  # only decoded
-    PRESETS[f"{name}-released"] = PRESETS[name] | {"weights": weights, "epochs": (0.0,)}
+for name, released in RELEASED.items():
+    maps = {"name_map": f"{HUB}/vision_features/name_map.json", "epochs": (0.0,)}
+    PRESETS[f"{name}-released"] = {**PRESETS[name], **released, **maps}
