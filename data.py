@@ -56,8 +56,8 @@ def load(
 ) -> list[Problem]:
     """The problems of one split, in file order.
 
-    where    a folder in ScienceQA's or MathVista's layout, a .jsonl file, "demo", or "scienceqa" or
-             "mathvista" (downloaded).
+    where    a folder in the layout of ScienceQA, A-OKVQA or MathVista, a .jsonl file, "demo", or
+             "scienceqa", "aokvqa" or "mathvista" (downloaded).
     skipped  a list: bad records are left out and added to it, as (id, reason). By default the first
              one is the error. (Images are not opened: `images.unusable` checks them.)
     captions "scienceqa": the data's own (captions.json, or the key "caption" of a record);
@@ -68,7 +68,7 @@ def load(
         raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
     path = Path(where)
     advice = ""
-    if where in ("scienceqa", "mathvista"):
+    if where in ("scienceqa", "aokvqa", "mathvista"):
         path = cache_folder() / where
         advice = f": download it with `python data.py {where}`"
     elif where == "demo":
@@ -77,7 +77,7 @@ def load(
         path = demo_folder()
     read = sources.reader_of(path)
     if read is None:
-        known = "a .jsonl file nor a folder with problems.json or annot_testmini.json"
+        known = "a .jsonl file nor a folder of ScienceQA, A-OKVQA or MathVista"
         raise FileNotFoundError(f"{path} is neither {known}{advice}.")
     problems = [Problem(**fields) for fields in read(path, split, skipped)]
     if captions not in OWN_CAPTIONS:

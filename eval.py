@@ -151,6 +151,12 @@ def evaluate(
     cache = DecodeCache(folder, models)
     written = predict(models, problems, settings, tokenizer, features, cache=cache)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
+    if not any(p.answer for p in problems):  # a test split whose answers are not public
+        if not rank():
+            with files.atomic_write(folder / "predictions.jsonl") as file:
+                file.writelines(json.dumps(x) + "\n" for x in predictions)
+            cache.remove()
+        return {}
     fmt = target_format(settings.model, settings.recipe)
     subject = about(settings.data, settings.test_split, fmt, faithful_parse)
     graded = grade_all(problems, predictions, faithful_parse)
@@ -233,9 +239,10 @@ def load_run(
     return settings, models, tokenizer
 
 
-def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
+def score_run(folder: str | Path, args: argparse.Namespace) -> Column | None:
     """The `Column` of a run folder on --split (by default the run's own). Another split gets a
-    folder in the run's. The run's models decode if they have not, or with --decode."""
+    folder in the run's. The run's models decode if they have not, or with --decode. None where the
+    answers are not public."""
     folder = Path(folder)
     config = read_config(folder)
     own = config.get("test_split") or tables.stored_metrics(folder).get("split", "test")
@@ -269,10 +276,11 @@ def score_run(folder: str | Path, args: argparse.Namespace) -> Column:
 
 def regrade(
     folder: Path, split: str, config: dict, args: argparse.Namespace, store: bool
-) -> Column:
+) -> Column | None:
     """The `Column` of the predictions in a folder, graded again, so that all columns are read by
     the same rules; without `store` nothing is written. `config`: of the run, {} if it is none.
-    Where the problems or the predictions are gone, the stored metrics are shown."""
+    Where the problems or the predictions are gone, the stored metrics are shown; where no answer
+    is public, the predictions are written for the leaderboard."""
     stored = tables.stored_metrics(folder)
     complete = tables.read_metrics(folder)
     where = config.get("data") or stored.get("data", "(no data named)")
@@ -284,6 +292,8 @@ def regrade(
     try:
         problems = data.load(where, split, [] if config.get("on_error") == "skip" else None)
         some = problems[: args.limit]
+        if not any(p.answer for p in some):
+            return tables.write_leaderboard(folder, some)
         graded = tables.graded_folder(folder, some, faithful, args.limit, strict)
     except FileNotFoundError as error:
         if not (store and complete):
@@ -402,9 +412,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.question:
         return ask(args)
-    columns = {run: score_run(run, args) for run in args.runs}
+    columns = {run: column for run in args.runs if (column := score_run(run, args))}
     if args.predictions:
         columns[args.predictions] = score_file(args)
+    if not columns:
+        return
     scores = {name: column.scores for name, column in columns.items()}
     print(tables.table(scores, args.markdown, args.all_rows))
     if words := tables.differences(columns)[1]:

@@ -1,20 +1,24 @@
-"""Where problems come from: ScienceQA, MathVista and your own JSONL, read from disk or downloaded.
+"""Where problems come from: ScienceQA, A-OKVQA, MathVista, your own JSONL; on disk or downloaded.
 
-ScienceQA in its original layout (Lu et al., arXiv 2209.09513), MathVista's testmini (Lu et al.,
-arXiv 2310.02255). A reader takes (path, split, skipped) and gives dicts of the fields of
-`data.Problem`, in file order. A bad record is an error that names the file and the problem or, with
-a list `skipped`, an entry (id, reason) of it. (ScienceQA's parquet files on the Hub are not used:
-they have no problem ids, so neither captions nor published features can be joined to them.)
+ScienceQA in its original layout (Lu et al., arXiv 2209.09513), A-OKVQA (Schwenk et al., arXiv
+2206.01718), MathVista's testmini (Lu et al., arXiv 2310.02255). A reader takes (path, split,
+skipped) and gives dicts of the fields of `data.Problem`, in file order. A bad record is an error
+that names the file and the problem or, with a list `skipped`, an entry (id, reason) of it.
+(ScienceQA's parquet files on the Hub are not used: they have no problem ids, so neither captions
+nor published features can be joined to them.)
 """
 
 import argparse
 import http.client
 import os
 import sys
+import tarfile
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from support import files
@@ -91,6 +95,45 @@ def read_captions(file: Path) -> dict[str, str]:
     """{problem id: caption} of a file in the layout of ScienceQA's captions.json, in which mm-cot's
     instruct_captions.json is too. FileNotFoundError, or ValueError for another layout."""
     return field(read_json(file), "captions", dict, file)
+
+
+AOKVQA = "aokvqa_v1p0_{}.json"
+
+
+def aokvqa(folder: Path, split: str, skipped: list | None = None) -> list[dict]:
+    """aokvqa_v1p0_train.json, _val.json and _test.json; images as COCO 2017 has them,
+    val2017/000000000139.jpg. The solution is the first of the three rationales. The answers of
+    "test" are not public: there `answer` is "", and what is predicted cannot be scored here.
+    """
+    if split not in SPLITS[:3]:
+        raise ValueError(f"{folder} has no split {split}, only {', '.join(SPLITS[:3])}.")
+    file = folder / AOKVQA.format(split)
+    problems = []
+    ids = set()
+    for number, record in enumerate(field({"list": read_json(file)}, "list", list, file), 1):
+        where = f"{file}, record {number}"
+        with noted(skipped, f"record {number}"):
+            id = field(record, "question_id", str, where)
+            if id in ids:
+                raise ValueError(f"{where}: the question_id {id[:60]!r} occurs twice.")
+            ids.add(id)
+            rationales = field(record, "rationales", list, where, [])
+            image = folder / f"{split}2017" / f"{field(record, 'image_id', int, where):012}.jpg"
+            known = {
+                "question": field(record, "question", str, where),
+                "choices": field(record, "choices", list, where),
+                "answer": 0 if split == "test" else field(record, "correct_choice_idx", int, where),
+                "solution": rationales[0] if rationales else "",
+                "direct_answers": field(record, "direct_answers", list, where, []),
+                "image": image.name,
+                "split": split,
+            }
+            fields = problem_fields(id, known, where, image, "")
+            if split == "test":
+                fields["answer"] = ""
+                fields["meta"]["answer_index"] = None
+            problems.append(fields)
+    return problems
 
 
 MATHVISTA = {  # split: positions in testmini. pali_reason trained on 0..349, tested on 351..999
@@ -179,6 +222,8 @@ def reader_of(path: Path) -> Callable | None:
         return own_jsonl
     if os.path.isfile(path / "problems.json"):
         return scienceqa
+    if os.path.isfile(path / AOKVQA.format("val")):
+        return aokvqa
     return mathvista if os.path.isfile(path / "annot_testmini.json") else None
 
 
@@ -203,11 +248,16 @@ SCIENCEQA = {  # file: address, checksum (a git blob id or a sha256; None: nobod
     "val.zip": (f"{BUCKET}/val.zip", None),
     "test.zip": (f"{BUCKET}/test.zip", None),
 }
+AOKVQA_URL = "https://prior-datasets.s3.us-east-2.amazonaws.com/aokvqa/aokvqa_v1p0.tar.gz"
+COCO = "http://images.cocodataset.org"
 MATHVISTA_COMMIT = "2b6ad69445fbb5695c9b165475e8decdbeb97747"
 
 
-def download(url: str, path: Path, checksum: str | None = None, attempts: int = 5) -> None:
-    """Fetch url into path by way of path.part, which a later call continues (HTTP Range).
+def download(
+    url: str, path: Path, checksum: str | None = None, attempts: int = 5, report: bool = True
+) -> None:
+    """Fetch url into path by way of path.part, which a later call continues (HTTP Range). Without a
+    checksum that of the file is printed, if `report`.
 
     Raises ConnectionError, or ValueError for a wrong checksum. path appears only when complete.
     """
@@ -225,9 +275,9 @@ def download(url: str, path: Path, checksum: str | None = None, attempts: int = 
                 part.unlink(missing_ok=True)
             time.sleep(attempt / 2)
     found = files.checksum(part, checksum)
-    if checksum is None:
+    if checksum is None and report:
         print(f"{path.name} has sha256 {found}; there is none on record to compare it with.")
-    elif found != checksum:
+    if checksum is not None and found != checksum:
         part.unlink()
         raise ValueError(f"{url} has checksum {found}, not {checksum}; the download was deleted.")
     os.replace(part, path)
@@ -295,10 +345,39 @@ def download_scienceqa(folder: Path, addresses: dict[str, tuple[str, str | None]
             path.unlink()
 
 
+def download_aokvqa(folder: Path, archive_url: str = AOKVQA_URL, images_url: str = COCO) -> None:
+    """A-OKVQA's three files, and of COCO 2017 the 24,000 images that they use (4 GB), one by one:
+    COCO's own zip files have 26 GB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {AOKVQA.format(split): split for split in SPLITS[:3]}
+    if not all((folder / name).is_file() for name in names):
+        archive = folder / "aokvqa_v1p0.tar.gz"
+        download(archive_url, archive)
+        try:
+            with tarfile.open(archive) as file:
+                for member in file:
+                    if member.isfile() and (name := Path(member.name).name) in names:
+                        (folder / name).write_bytes(file.extractfile(member).read())
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise ValueError(f"{archive} is not a whole archive ({error}); delete it.") from None
+        archive.unlink()
+    start = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        for split in names.values():
+            images = folder / f"{split}2017"
+            images.mkdir(exist_ok=True)
+            paths = {Path(fields["image"]) for fields in aokvqa(folder, split)}
+            todo = sorted(path for path in paths if not path.is_file())
+            urls = [f"{images_url}/{split}2017/{path.name}" for path in todo]
+            fetch = partial(download, report=False)
+            for done, _ in enumerate(pool.map(fetch, urls, todo), 1):
+                files.progress(f"{split} images", done, len(todo), start)
+
+
 def download_command(argv: list[str] | None = None) -> Path:
     """Download the data set a command line asks for; returns its folder."""
     parser = argparse.ArgumentParser(description="Download a data set from its authors' hosts.")
-    parser.add_argument("name", choices=["scienceqa", "mathvista"], help="the data set")
+    parser.add_argument("name", choices=["scienceqa", "aokvqa", "mathvista"], help="the data set")
     parser.add_argument("--to", metavar="DIR", help="folder (default: where --data NAME looks)")
     table = 'JSON {"train.zip": [address, checksum or null], ...} that replaces built-in addresses'
     parser.add_argument("--addresses", metavar="FILE", help=f"scienceqa: {table}")
@@ -307,6 +386,8 @@ def download_command(argv: list[str] | None = None) -> Path:
     addresses = SCIENCEQA | (read_addresses(args.addresses) if args.addresses else {})
     if args.name == "mathvista":
         download_mathvista(folder)
+    elif args.name == "aokvqa":
+        download_aokvqa(folder)
     else:
         download_scienceqa(folder, addresses)
     return folder

@@ -10,7 +10,9 @@ from typing import Any, get_args, get_origin
 
 from data import Problem
 from support import files
+from support.dataset.choices import LETTERS
 from support.evaluation.errors import KINDS, Graded
+from support.evaluation.grading import grade
 from support.evaluation.metrics import DETAILS, compare, grade_all, percent
 from support.evaluation.predictions import read_predictions
 
@@ -50,6 +52,22 @@ def write_graded(folder: str | Path, graded: list[Graded], scores: dict) -> None
             for _, prediction, grade_ in graded:
                 line = json.dumps(prediction | asdict(grade_), ensure_ascii=False)
                 lines.write(line + "\n")
+
+
+def write_leaderboard(folder: str | Path, problems: list[Problem]) -> None:
+    """Write leaderboard.json, as A-OKVQA's takes it, of a folder's predictions.jsonl, and say so:
+    the answers of these problems are not public. What cannot be read is left out."""
+    by_id = {p.id: p for p in problems}
+    answers = {}
+    for row in read_predictions(Path(folder) / "predictions.jsonl"):
+        problem = by_id.get(row["id"])
+        letter = problem and grade(problem, row["response"]).parsed
+        if letter:
+            text = problem.choices[LETTERS.index(letter)] if problem.choices else letter
+            answers[row["id"]] = {"multiple_choice": text, "direct_answer": text}
+    path = Path(folder) / "leaderboard.json"
+    files.write_json(answers, path)
+    print(f"These answers are not public: {path} has {len(answers)} of {len(by_id)} predictions.")
 
 
 def graded_folder(

@@ -77,6 +77,11 @@ def load_splits(settings: Settings) -> tuple[Splits, Skipped | None]:
             splits[name] = problems[: settings.limit]
     except ValueError as error:
         raise ValueError(f"{error} A run needs problems of {', '.join(names)}.") from None
+    if not any(p.answer for p in splits[settings.test_split]):
+        raise ValueError(
+            f"The answers of {settings.data}'s {settings.test_split} are not public: score another "
+            f"with --test-split val, then decode it with `eval.py {settings.out} --split test`."
+        )
     if settings.on_error == "stop":
         return splits, None
     for name in names:
