@@ -194,7 +194,7 @@ def test_the_weights_of_the_best_epoch_are_kept(pali_rows, accuracies, best, cap
     trained = optim.trained(model)
     assert all(torch.equal(p, at_epoch[best][n]) for n, p in trained.items())
     assert any(not torch.equal(p, at_epoch[best - 1][n]) for n, p in trained.items())
-    kept = f"after step {2 * (best + 1)}, validation accuracy"
+    kept = f"after step {2 * (best + 1)}, best in validation"
     assert (kept in capsys.readouterr().out) == (accuracies[0] is not None) and not model.training
 
 

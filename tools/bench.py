@@ -159,7 +159,8 @@ def in_the_middle():
 
 def fit(model: nn.Module, rows: list[dict], settings) -> None:
     """An epoch of train.py on these rows; nothing is saved."""
-    plan = train.make_plan(settings, "bench", 1.0, model, rows, lambda loss_of: {})
+    settings = replace(settings, epochs=(1.0,))
+    plan = train.make_plan(settings, "bench", model, rows, lambda loss_of: {})
     train.fit(plan, Checkpoints(io.StringIO()))
 
 
@@ -550,7 +551,7 @@ def with_norm(model, loss):
 def hf_fit(model, batches, collate, flags):
     """A plain training loop, with the optimizer transformers' Trainer takes today: fused AdamW."""
     parameters, decay = model.parameters(), flags.weight_decay
-    optimizer = torch.optim.AdamW(parameters, flags.lr, weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, flags.lr[0], weight_decay=decay, fused=True)
     for rows in batches:
         model.train()
         model.loss(collate(rows)).backward()
@@ -795,7 +796,7 @@ class Tuning:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 model.gradient_checkpointing_disable()
-            optimizer = torch.optim.AdamW(trained, self.flags.lr, fused=True)
+            optimizer = torch.optim.AdamW(trained, self.flags.lr[0], fused=True)
             loss().backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -993,8 +994,8 @@ from support.training.runs import Checkpoints
 from support.dataset.tokenizers import load_tokenizer
 folder, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
-flags = ["--model", "paligemma", "--data", "none", "--lr", "0.001", "--device", "cpu"]
-flags = parse_args(flags)
+flags = ["--model", "paligemma", "--data", "none", "--lr", "0.001", "--epochs", "1"]
+flags = parse_args([*flags, "--device", "cpu"])
 pg, tokenizer = model.PaliGemma.from_pretrained(folder), load_tokenizer(folder)
 lora.inject(pg, r=8, alpha=16)
 example = data.sequence(tokenizer, "answer What is it?", "A cat.", pg.config.image_tokens)
@@ -1002,7 +1003,7 @@ side = pg.config.vision.image_size
 pixels = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
 example |= {"id": "1", "image_features": pg.image_features(pixels)[0].detach().numpy()}
 log = io.StringIO()
-plan = train.make_plan(flags, "start", 1.0, pg, [example], lambda loss_of: {})
+plan = train.make_plan(flags, "start", pg, [example], lambda loss_of: {})
 train.fit(plan, Checkpoints(log))
 print(json.loads(log.getvalue().splitlines()[-1])["loss"], flush=True)
 os._exit(0)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,7 +61,8 @@ def loss_of(model, chosen):
 
 
 def plan_of(model, chosen, rows, epochs=1, stage="reason", validate=lambda loss_of: {}):
-    return train.make_plan(chosen, stage, epochs, model, rows, validate)
+    chosen = replace(chosen, epochs=(epochs,))
+    return train.make_plan(chosen, stage, model, rows, validate)
 
 
 def fit(*args, **options):

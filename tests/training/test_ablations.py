@@ -36,7 +36,7 @@ def test_the_table_of_a_command(system, flags, table):
 def test_the_last_baseline_is_the_run_itself_and_the_others_are_trained_as_long():
     lines = lines_of(settings("paligemma", "--out", "runs/x", "--lr", "0.5"), BASELINES)
     assert [line.epochs[0] > 0 for line in lines.values()] == [False, False, True, True]
-    assert {line.lr for line in lines.values()} == {0.5}
+    assert {line.lr for line in lines.values()} == {(0.5,)}
     folders = [line.out for line in lines.values()]
     names = ["base", "base--asked-to-reason", "answer-only"]
     assert folders == [*(f"runs/x/{name}" for name in names), "runs/x"]

@@ -99,7 +99,7 @@ def test_rows_for_the_validation_loss_are_not_trained_on(planned, tokenizer):
     rows = [row for row in got.rows if row.problem.id in held]
     rows = data.pali_examples(rows, tokenizer, got.inputs.features, max_suffix=96)
     assert len(rows) == 4
-    loss = optim.mean_loss(got.plan.loss_of, rows, got.settings.batch_size)
+    loss = optim.mean_loss(got.plan.loss_of, rows, got.settings.batch_size[0])
     assert got.plan.validate(got.plan.loss_of)["val_loss"] == pytest.approx(loss, abs=2e-6)
 
 
