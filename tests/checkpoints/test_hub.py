@@ -475,3 +475,57 @@ def test_gated_and_missing_repositories(name, kind, sentence, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(kind, match=sentence):
         hub.resolve("org/name")
+
+
+def test_a_folder_inside_a_repository(monkeypatch, tmp_path):
+    """Only its files are asked for: a trainer's checkpoint-500/ stays where it is."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns, ignore_patterns):
+        asked.append((repo_id, allow_patterns, ignore_patterns))
+        (tmp_path / "models/answer").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "models/answer/config.json").write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.resolve("org/name/models/answer") == tmp_path / "models/answer"
+    for repository, allowed, ignored in asked:
+        assert repository == "org/name" and ignored == ["models/answer/*/*"]
+        assert all(pattern.startswith("models/answer/") for pattern in allowed)
+    hub.resolve("org/other")
+    assert asked[-1][2] == ["*/*"]
+
+
+def test_a_zip_file_is_unpacked_once(t5, monkeypatch, tmp_path):
+    """A local one, with a folder inside; a trainer's checkpoint in it is not taken for the model."""
+    import zipfile
+
+    monkeypatch.setenv("NANOCOT_CACHE", str(tmp_path / "cache"))
+    hub_file(tmp_path, t5.config, t5.hf)
+    archive = tmp_path / "mm-cot-base-ans.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in ("config.json", "model.safetensors"):
+            file.write(tmp_path / name, f"mm-cot-base-ans/{name}")
+        file.writestr("mm-cot-base-ans/checkpoint-500/config.json", "{}")
+    assert_same_logits(archive, t5.hf)
+    [folder] = (tmp_path / "cache/unpacked").iterdir()
+    before = (folder / "mm-cot-base-ans/config.json").stat().st_mtime_ns
+    assert hub.resolve(str(archive)) == folder / "mm-cot-base-ans"
+    assert (folder / "mm-cot-base-ans/config.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/config.json", "a/b.txt"])
+def test_a_zip_file_that_is_no_checkpoint(name, monkeypatch, tmp_path):
+    import zipfile
+
+    monkeypatch.setenv("NANOCOT_CACHE", str(tmp_path / "cache"))
+    archive = tmp_path / "x.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(name, "{}")
+    with pytest.raises(ValueError, match="x.zip"):
+        T5.from_pretrained(archive)
+    archive.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="x.zip"):
+        T5.from_pretrained(archive)

@@ -2,11 +2,14 @@
 
 import hashlib
 import http.server
+import io
 import json
 import os
+import tarfile
 import threading
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -256,3 +259,40 @@ def test_mathvista_download(hub, tmp_path, capsys):
     hub.files["images.zip"] = b"not a zip"
     with pytest.raises(SystemExit, match="images.zip"):
         data.main(["mathvista", "--to", str(tmp_path / "other")])
+
+
+# --- A-OKVQA --------------------------------------------------------------------------------------
+
+
+def test_aokvqa_fetches_its_files_and_only_the_images_they_use(server, tmp_path, monkeypatch):
+    entry = {"question_id": "q", "question": "What?", "choices": ["a", "b"], "image_id": 139}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for split in ("train", "val", "test"):
+            answer = {} if split == "test" else {"correct_choice_idx": 1}
+            content = json.dumps([entry | answer | {"question_id": f"{split}{i}"} for i in "12"])
+            info = tarfile.TarInfo(f"./aokvqa_v1p0_{split}.json")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content.encode()))
+        evil = tarfile.TarInfo("../outside.json")
+        archive.addfile(evil)
+    server.files["aokvqa.tar.gz"] = buffer.getvalue()
+    image = write_image(tmp_path / "a.jpg").read_bytes()
+    for split in ("train", "val", "test"):
+        server.files[f"{split}2017/000000000139.jpg"] = image
+    server.drops["val2017/000000000139.jpg"] = 1
+    folder = tmp_path / "aokvqa"
+    fetch = partial(sources.download_aokvqa, folder, f"{server.url}/aokvqa.tar.gz", server.url)
+    fetch()
+    assert [p.answer for p in data.load(folder, "val")] == ["b", "b"]
+    assert open_image(data.load(folder, "test")[0].image).size == (40, 30)
+    assert not (tmp_path / "outside.json").exists()
+    asked = len(server.log)
+    fetch()
+    assert len(server.log) == asked  # all there
+
+
+def test_a_broken_archive_of_aokvqa(server, tmp_path):
+    server.files["x"] = b"no archive"
+    with pytest.raises(ValueError, match="aokvqa_v1p0.tar.gz"):
+        sources.download_aokvqa(tmp_path, f"{server.url}/x", server.url)

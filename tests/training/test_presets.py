@@ -1,6 +1,5 @@
 """Presets of the published runs: their values, values per stage, and the released weights."""
 
-import io
 import json
 import shutil
 import zipfile
