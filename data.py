@@ -260,10 +260,10 @@ def batches(
     Without: sorted by length, for decoding. Deterministic either way.
     """
 
-    def grouped(rows, size):
+    def grouped(rows: Sequence[int], size: int) -> list[Sequence[int]]:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def by_length(rows):
+    def by_length(rows: Iterable[int]) -> list[Sequence[int]]:
         return grouped(sorted(rows, key=lambda row: lengths[row]), batch_size)
 
     if generator is None:

@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         run.problems = [problem for problem in run.problems if problem.id not in calls.failed]
         left = [job.problem for job in jobs.values()]
 
-        def records():
+        def records() -> list[dict]:
             return [record for problem in run.problems for record in run.records(problem)]
 
         if settings.dry_run:

@@ -72,7 +72,7 @@ def cross_entropy(
     by_token = weighting == "token"
     reduction = "sum" if by_token else "none"
 
-    def chunk_loss(states, labels, rows):
+    def chunk_loss(states: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         logits = head(states).float()  # (tokens, V)
         # Eq. cross-entropy (training): -log p(Y_i | X, Y_<i), summed
         loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
@@ -378,7 +378,7 @@ def plan_tuning(
     train, held_out = examples.tuning_rows(settings, rows, inputs)
     val = inputs.splits["val"][: settings.eval_problems]
 
-    def validate(loss_of):
+    def validate(loss_of: LossOf) -> dict[str, float]:
         model = loss_of.model.eval()
         predictions = evaluation.predict([model], val, settings, inputs.tokenizer, inputs.features)
         right = sum(grade.correct for *_, grade in metrics.grade_all(val, predictions))

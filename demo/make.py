@@ -103,7 +103,7 @@ def optimise(
     """AdamW, 5 % warm-up, linear decay, clipping at 1; `losses(step)` gives the step's loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
 
-    def rate_at(step):
+    def rate_at(step: int) -> float:
         return min((step + 1) / (0.05 * steps), 1 - step / steps)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_at)
@@ -200,7 +200,7 @@ def make_detr(args: argparse.Namespace) -> None:
     weight = torch.ones(config.num_labels + 1, device=args.device)
     weight[-1] = 0.2  # most cells are empty
 
-    def losses(step):
+    def losses(step: int) -> torch.Tensor:
         batch = torch.randint(len(pixels) - 512, (64,), device=pixels.device)  # 512 are held back
         x = pixels[batch].float()
         x = x + 0.05 * torch.randn_like(x) + 0.1 * torch.randn_like(x[:, :, :1, :1])
@@ -253,7 +253,7 @@ def make_t5(args: argparse.Namespace) -> None:
     model.init_weights()
     attend_to_neighbours(model)
 
-    def losses(step):
+    def losses(step: int) -> torch.Tensor:
         batch = data.collate(next(batches))
         batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}
         logits = model(batch["input_ids"], batch["attention_mask"], batch["decoder_input_ids"])
@@ -362,7 +362,7 @@ def make_paligemma(args: argparse.Namespace) -> None:
     first = endless_batches(lookups, generator)
     later = endless_batches(rows, generator)
 
-    def losses(step):
+    def losses(step: int) -> torch.Tensor:
         chosen = next(first if step < args.lookup_steps else later)
         batch = data.pali_collate(chosen)
         batch = {k: v.to(args.device) for k, v in batch.items() if k != "ids"}

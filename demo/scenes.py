@@ -330,7 +330,7 @@ def scene(rng: random.Random, family: str, split: str, draft: Draft) -> Scene:
     choices = [str(c) for c in draft.choices]
     facts = {"family": family, "kind": draft.kind, **draft.facts, "answer": choices[draft.answer]}
 
-    def fill_in(template):
+    def fill_in(template: str) -> str:
         return rng.choice(template.split(" | ")).format(**facts | draft.words)
 
     question, solution = map(fill_in, PHRASES[draft.kind])

@@ -145,7 +145,7 @@ def misread_numbers(
 ) -> Misread:
     """Facts that are numbers themselves, or a table of numbers, or what is asked for in it."""
 
-    def misread(facts, n):
+    def misread(facts: dict, n: int) -> Iterator[dict]:
         numbers = {key: facts[key] for key in keys} or facts[table]
         if only_asked:
             numbers = asked_numbers(facts, table)

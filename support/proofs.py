@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import model as plain
 from lora import LoRALinear
@@ -103,18 +103,18 @@ def gemma_cases(layer: nn.Module) -> tuple[nn.Module, list[Case]]:
         bias = plain.mask_bias(allowed, torch.float32)  # (B, 1, T, S)
         return {"x": x[:, -T:], "cos": cos[:, :, -T:], "sin": sin[:, :, -T:], "bias": bias}
 
-    def cached(module, x, cos, sin, bias):
+    def cached(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         cache = plain.LayerCache(x, (2, 2, bias.shape[3], H))
         past = bias.shape[3] - x.shape[1]
         keys = draw(2, 2, past, H, scale=3.0).to(x)  # (B, K, past, H)
         cache.append(keys, draw(2, 2, past, H, seed=1).to(x))
         return module(x, (cos, sin), bias.detach(), cache)
 
-    def whole(module, x, cos, sin, bias):
+    def whole(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         return module(x, (cos, sin), bias)
 
     # A mask is data; that a learned bias would get no gradient is a case of its own.
-    def masked(module, x, cos, sin, bias):
+    def masked(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         return module(x, (cos, sin), bias.detach())
 
     pads = ~valid
@@ -138,28 +138,28 @@ def lora_cases(layer: nn.Module) -> tuple[nn.Module, list[Case]]:
     dora = layer.lora_magnitude_vector is not None
     small = type(layer)(base, layer.r, layer.alpha, layer.dropout, layer.rslora, dora)
 
-    def call(module, x):
+    def call(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
-    def frozen(module, x):
+    def frozen(module: nn.Module, x: Tensor) -> Tensor:
         module.weight.requires_grad_(False)
         result = module(x)
         module.weight.requires_grad_(True)
         return result
 
-    def merged(module, x):
+    def merged(module: nn.Module, x: Tensor) -> Tensor:
         module.merge()
         result = module(x)
         module.unmerge()
         return result
 
-    def dropped(module, x):
+    def dropped(module: nn.Module, x: Tensor) -> Tensor:
         module.dropout = layer.dropout
         result = module(x)
         module.dropout = 0.0
         return result
 
-    def evaluated(module, x):
+    def evaluated(module: nn.Module, x: Tensor) -> Tensor:
         module.dropout = layer.dropout
         return module.eval()(x)
 
@@ -184,11 +184,12 @@ def t5_config(**changes: object) -> plain.T5Config:
 def t5_attention_cases(layer: nn.Module) -> tuple[nn.Module, list[Case]]:
     small = type(layer)(t5_config(dropout_rate=layer.dropout.p))
 
-    def call(module, x, memory, bias):
+    def call(module: nn.Module, x: Tensor, memory: Tensor, bias: Tensor) -> Tensor:
         module.dropout.p = 0.0
         return module(x, *module.keys_values(memory), bias)
 
-    def dropping_nothing(module, x, memory, bias):  # what runs with dropout, without its masks
+    def dropping_nothing(module: nn.Module, x: Tensor, memory: Tensor, bias: Tensor) -> Tensor:
+        # What runs with dropout, without its masks.
         module.dropout.p = 1e-9
         return module(x, *module.keys_values(memory), bias)
 
@@ -214,12 +215,12 @@ def t5_stack_cases(layer: nn.Module) -> tuple[nn.Module, list[Case]]:
     memory_bias = torch.zeros(2, 1, 1, 4)  # (B, 1, 1, S)
     memory_bias[1, :, :, 3:] = torch.finfo(torch.float32).min
 
-    def tokens(module, x, memory, memory_bias):
+    def tokens(module: nn.Module, x: Tensor, memory: Tensor, memory_bias: Tensor) -> Tensor:
         cache = module.cache(memory, memory_bias, x.shape[1])
         steps = x.split(1, 1)
         return torch.cat([module(token, memory_bias, cache=cache) for token in steps], 1)
 
-    def at_once(module, x, memory, memory_bias):
+    def at_once(module: nn.Module, x: Tensor, memory: Tensor, memory_bias: Tensor) -> Tensor:
         return module(x, memory_bias, memory)
 
     inputs = {"x": draw(2, 5, 6, scale=3.0), "memory": draw(2, 4, 6, scale=2.0)}

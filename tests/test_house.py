@@ -142,12 +142,10 @@ def test_parameters_are_named_for_what_they_are(path):
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=str)
-def test_public_functions_are_typed(path):
-    """Those of modules and classes; self, cls and autograd's ctx need no type."""
-    owners = [tree(path), *nodes(path, ast.ClassDef)]
-    public = [x for owner in owners for x in owner.body if isinstance(x, ast.FunctionDef)]
+def test_functions_are_typed(path):
+    """Nested ones too; self, cls and autograd's ctx need no type."""
     wrong = []
-    for function in public:
+    for function in functions(path):
         untyped = [x.arg for x in parameters(function) if not x.annotation]
         untyped = [name for name in untyped if name not in ("self", "cls", "ctx")]
         private = function.name.startswith("_") and function.name != "__init__"

@@ -276,7 +276,7 @@ def refuse_unmatched(config: dict, names: list[str], folder: str | Path) -> None
 def layer_settings(config: dict, name: str) -> Settings:
     """The settings of the layer that a file calls `name`; patterns match ends of names."""
 
-    def of_layer(key, default):
+    def of_layer(key: str, default: float) -> float:
         patterns = config.get(key, {}).items()
         return next((value for pattern, value in patterns if matches(pattern, name)), default)
 
@@ -292,7 +292,7 @@ def layer_settings(config: dict, name: str) -> Settings:
 def is_target(config: dict, name: str) -> bool:
     """Whether PEFT, with this `config`, adapts the layer that a file calls `name`."""
 
-    def fits(rule):
+    def fits(rule: str | list[str]) -> bool:
         if isinstance(rule, str):
             return rule == "all-linear" or bool(re.fullmatch(rule, name))
         return any(name == entry or name.endswith(f".{entry}") for entry in rule)

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -116,7 +116,7 @@ def summary(model: nn.Module, walk: Callable[[nn.Module], None] = walk) -> list[
     fixes are numbers, the others letters; equal neighbours are one line."""
     shapes = {}
 
-    def note(module, inputs, output):
+    def note(module: nn.Module, inputs: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         shapes.setdefault(module, [str(AXIS_LETTERS.get(n, n)) for n in output.shape])
 

@@ -208,7 +208,7 @@ def decoded(todo: list[tuple[str, Any]], size: int, pixels: Pixels) -> Iterator[
     """Lists of 32 (sha, problem, pixels), or the reason in place of pixels that cannot be had. A
     few threads decode the next list in advance."""
 
-    def decode(item):
+    def decode(item: tuple[str, Any]) -> tuple[str, Any, torch.Tensor | str]:
         sha, problem = item
         try:
             return sha, problem, pixels(open_image(problem.image), size)

@@ -143,7 +143,7 @@ def unusable(
            decodes it whole.
     """
 
-    def reason(problem):
+    def reason(problem: Any) -> tuple[str, str] | None:
         try:
             lettered(problem)
             if problem.image is not None:

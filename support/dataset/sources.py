@@ -316,7 +316,7 @@ def download_mathvista(folder: Path) -> None:
     """MathVista's testmini and all 6,141 images (0.9 GB) from the Hub into `folder`."""
     import huggingface_hub
 
-    def fetch(name):
+    def fetch(name: str) -> str:
         options = {"repo_type": "dataset", "revision": MATHVISTA_COMMIT, "local_dir": folder}
         return huggingface_hub.hf_hub_download("AI4Math/MathVista", name, **options)
 

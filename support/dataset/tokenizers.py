@@ -88,7 +88,7 @@ def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) pairs of one protobuf message: int for a varint, otherwise bytes."""
     stream = io.BytesIO(data)
 
-    def varint():
+    def varint() -> int:
         value = 0
         for shift in range(0, 64, 7):
             [byte] = stream.read(1)

@@ -156,7 +156,7 @@ def overlap(train: Sequence, test: Sequence) -> list[tuple[str, str]]:
 def pixel_hashes(problems: Sequence) -> list[tuple[str, bytes]]:
     """(id, sha256 of the decoded image) of all problems whose image can be read."""
 
-    def pixel_hash(problem):
+    def pixel_hash(problem: object) -> bytes | None:
         with contextlib.suppress(OSError, ValueError):
             image = open_image(problem.image)
             return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()

@@ -89,7 +89,7 @@ class Decoder:
     def t5_texts(self, examples: list[dict], max_new_tokens: int) -> dict[str, dict]:
         """{id: {"text", "stop", "tokens"}}: `fusion.generate_texts` of all examples."""
 
-        def decode_batch(batch, key):
+        def decode_batch(batch: dict, key: list) -> dict[str, dict]:
             budget = max_new_tokens
             return generate_texts(self.model, batch, self.tokenizer, budget, self.on_token)
 
@@ -229,7 +229,7 @@ def token_printer(tokenizer: Tokenizer, between: str) -> OnToken:
     ids = []
     printed = 0
 
-    def on_token(t, new_ids):
+    def on_token(t: int, new_ids: torch.Tensor) -> None:
         nonlocal printed
         if t == 0:
             print(between if ids else "", end="")

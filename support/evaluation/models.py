@@ -70,7 +70,7 @@ def feature_extractor(settings: Settings, model: PaliGemma | None = None) -> Fea
         return FeatureExtractor(extract, preprocess, size)
 
     @torch.inference_mode()
-    def extract(pixels):
+    def extract(pixels: list[torch.Tensor]) -> list[torch.Tensor]:
         device = model.multi_modal_projector.linear.weight.device
         stacked = torch.stack(pixels).to(device)  # (B, 3, S, S)
         return list(model.image_features(stacked).float().cpu())
@@ -82,14 +82,14 @@ def frozen_extract(encoder_class: type, folder: Path, device: str, plain: bool) 
     """list of (3, H, W) -> list of (P, F), by a DETR or ViT."""
 
     @functools.cache
-    def encoder():  # not needed if all features are cached
+    def encoder() -> torch.nn.Module:  # not needed if all features are cached
         model = encoder_class.from_pretrained(folder).to(device, memory_format=torch.channels_last)
         if not plain:
             kernels.enable(model)
         return model
 
     @torch.inference_mode()
-    def extract(pixels):
+    def extract(pixels: list[torch.Tensor]) -> list[torch.Tensor]:
         results = [None] * len(pixels)
         # One size at a time: padding would change DETR's output.
         for size in Counter(tuple(p.shape) for p in pixels):

@@ -298,7 +298,8 @@ def paligemma_map(model: PaliGemma, example: dict, ids: list[int], tokenizer: To
     rows = torch.tensor([before + i for i in chosen], dtype=torch.long, device=device)  # (n,)
     captured = []
 
-    def watch(module, args, weights):  # (1, K, G, T, T)
+    def watch(module: torch.nn.Module, args: tuple, weights: torch.Tensor) -> None:
+        """weights (1, K, G, T, T)"""
         captured.append(weights[0, :, :, rows][..., is_patch].mean((0, 1)).float().cpu())  # (n, I)
 
     layers = model.language_model.layers

@@ -186,10 +186,12 @@ def forecast(
     sizes = [r["usage"]["output"] for r in records if r["usage"].get("output")]
     usual = sum(sizes) / len(sizes) if sizes else USUAL_OUTPUT
 
-    def tokens(model):
+    def tokens(model: Model) -> float:
         return sum(input_tokens(model.provider, text, size) for text, size in questions)
 
-    def money(model, flag, reads, usual, most, share=1.0):
+    def money(
+        model: Model, flag: str, reads: float, usual: float, most: float, share: float = 1.0
+    ) -> str:
         if model.price is None:
             return f"The price of {model.name} is not known: give {flag} IN OUT."
         expected = s.diverse * cost({"input": reads, "output": n * usual}, model.price, share)

@@ -143,7 +143,7 @@ def distinct(thought: str, others: Iterable[str], share: float = 0.6) -> bool:
     the runs of three words that the shorter of the two has. The same sentences in another order
     are the same thought; a question quoted in both adds few such runs."""
 
-    def runs(text):
+    def runs(text: str) -> set[tuple[str, ...]]:
         words = re.findall(r"\w+", text.lower())
         return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
@@ -210,7 +210,7 @@ def ends_with(problem: data.Problem, thought: str, parsed: str | None) -> bool:
     """Whether the last sentence that names any answer names this one, alone or among others: "So
     no bar is below 6" names 0 and 6. Numbers of the question are not answers here."""
 
-    def named(text):
+    def named(text: str) -> set[str]:
         text = text if problem.choices else NONE.sub("0", text)
         answers = (grading.committed(problem, f"Answer: {word}") for word in WORD.findall(text))
         return {answer[0] for answer in answers if answer}

@@ -153,7 +153,7 @@ def activations(loss_of: LossOf, rows: Rows) -> int:
     if not is_paligemma(model):
         longest = longest | {"labels": max((e["labels"] for e in rows), key=len)}
 
-    def extrapolated():
+    def extrapolated() -> int:
         one = saved(loss_of, [longest])
         return one + (len(rows) - 1) * (saved(loss_of, [longest] * 2) - one)
 
@@ -174,7 +174,7 @@ def saved(loss_of: LossOf, rows: Rows) -> int:
     sizes = {}  # {address: bytes}
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # with its graph it would never be freed

@@ -499,7 +499,7 @@ def test_a_folder_inside_a_repository(monkeypatch, tmp_path):
 
 
 def test_a_zip_file_is_unpacked_once(t5, monkeypatch, tmp_path):
-    """A local one, with a folder inside; a trainer's checkpoint in it is not taken for the model."""
+    """A local one, with a folder inside; a trainer's checkpoint in it is not taken for it."""
     import zipfile
 
     monkeypatch.setenv("NANOCOT_CACHE", str(tmp_path / "cache"))
