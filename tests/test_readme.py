@@ -169,6 +169,17 @@ PUBLISHED = {  # by others, and where
     "82.57": "the same in one stage (v1, Table 6)",
     "96.97": "ROUGE-L of its rationales (v1)",
     "93.46": "ROUGE-L of the TMLR version's",
+    **dict.fromkeys(
+        ["80.40", "67.86", "69.77", "70.53", "71.12", "91.68", "84.81", "84.77", "85.85"],
+        "other rows of v1's Tables 2 to 4 and of its features and backbones",
+    ),
+    **dict.fromkeys(
+        ["81.63", "69.32", "69.68", "78.57", "79.37", "90.45", "84.27", "82.86", "83.19"],
+        "the same rows of the TMLR version",
+    ),
+    "47.86": "A-OKVQA without rationale (TMLR version, Table 5)",
+    "50.57": "and with",
+    "85.95": "the released base weights, decoded by kaede-mori/mmcot-fusion",
     "6.47": "pali_reason's own score of its base model (answer_eval.ipynb)",
     "18.18": "and of its fine-tuned one",
 }

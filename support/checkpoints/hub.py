@@ -83,9 +83,12 @@ def download(owner: str, name: str, inside: str = "") -> Path:
         raise FileNotFoundError(
             f"The Hub has no repository {repository}, or it is private and no token is set."
         ) from e
-    except errors.EntryNotFoundError as e:
-        raise FileNotFoundError(f"The Hub repository {repository} has no file {inside}.") from e
     except Exception as e:  # the client raises its HTTP library's own errors when offline
+        if inside:  # a path that was mistyped looks the same
+            raise FileNotFoundError(
+                f"{repository}/{inside} is neither a folder with config.json and weights nor one "
+                f"that the Hub gives ({type(e).__name__})."
+            ) from e
         raise ConnectionError(
             f"{repository} is not a local folder and the Hub could not be reached "
             f"({type(e).__name__}). Download it elsewhere and pass the folder instead."

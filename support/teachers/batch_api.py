@@ -162,7 +162,7 @@ class Batches:
         interrupted run made it already."""
         client = self.model.client
 
-        async def ask():
+        async def ask() -> str:
             listed = await self.api.list(client)
             mark = entry["name"] if self.model.provider == "gemini" else len(entry["keys"])
             if entry["before"] is not None:  # we were about to send it once
@@ -234,7 +234,7 @@ class Batches:
         return split_reply(reply) if self.command.settings.reasons_in_reply else reply
 
     async def settle_all(self, jobs: dict[str, Job], replies: dict[str, Reply]) -> None:
-        async def settle(key):
+        async def settle(key: str) -> None:
             await self.command.settle(jobs[key], replies[key])
 
         pairs = [(jobs[key].problem.id, key) for key in replies]

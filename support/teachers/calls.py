@@ -170,7 +170,7 @@ class Calls:
         turn. An error fails its own question; many in a row end the run."""
         items = iter(items)
 
-        async def worker():
+        async def worker() -> None:
             for id, item in items:
                 if self.stop:
                     return

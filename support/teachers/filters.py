@@ -313,7 +313,7 @@ async def ask_judge(
     request = Request(text, image, options, JUDGE_SCHEMA)
     verdict = None
 
-    async def ask():
+    async def ask() -> Reply:
         nonlocal verdict
         reply = await providers.ASK[judge.provider](judge.client, judge.name, request)
         if reply.stop not in ("blocked", "refused"):
@@ -347,7 +347,7 @@ def judge_many(
         text = judge_prompt(problem, thought, answer)
         keys.append(files.digest(["judge", VERSION, judge.spec, problem.id, sha, text]))
 
-    async def judge_one(job):
+    async def judge_one(job: tuple[str, tuple]) -> None:
         key, (problem, thought, answer) = job
         if key not in ledger.records:
             verdict, usage = await ask_judge(calls, judge, problem, thought, answer)

@@ -18,6 +18,7 @@ import fusion
 import train
 from model import T5
 from support.dataset.tokenizers import load_tokenizer
+from support.evaluation import metrics
 from support.evaluation.decoding import Decoder
 from support.training.presets import PRESETS
 from support.training.settings import MultimodalSettings, fits, of_stage, parse_args
@@ -81,7 +82,7 @@ def test_the_best_epoch_of_each_stage_is_kept(tmp_path):
         model = fusion.MultimodalT5.from_pretrained(tmp_path / name)
         texts = Decoder(model, tokenizer, 8).stage_texts(chosen, stage, val, None, rationales)
         fmt = fusion.RECIPES["two-stage-e"][stage]
-        score = evaluation.metrics.validation_score(val, texts, fmt)
+        score = metrics.validation_score(val, texts, fmt)
         assert score == {key: max(scores)}
         rationales = {id: text["text"] for id, text in texts.items()}
 
@@ -157,8 +158,9 @@ def test_the_released_weights_are_scored_by_one_command(released, monkeypatch, t
     scores = json.loads((out / "metrics.json").read_text())
     assert scores["n"] == 2 and scores["rationale_format"] == "QCM-E"
     assert [x["id"] for x in lines_of(out / "predictions.jsonl")] == ["2", "3"]
-    before = T5.from_pretrained(released / "cooelf/mm-cot-base-ans").state_dict()
-    after = T5.from_pretrained(out / "answer").state_dict()
+    load = fusion.MultimodalT5.from_pretrained
+    before = load(released / "cooelf/mm-cot-base-ans").state_dict()
+    after = load(out / "answer").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert len(list((tmp_path / "cache/unpacked").iterdir())) == 2
 

@@ -78,7 +78,7 @@ def test_low_numbers_are_refused(flags, capsys):
     "flags, named",
     [
         ("paligemma --recipe two-stage", "reason, answer"),
-        ("mmcot --recipe reasons", "two-stage, answer, reason, explain"),
+        ("mmcot --recipe reasons", "two-stage, two-stage-e, answer, reason, explain"),
         ("paligemma --full --adapter x", "--adapter"),
         ("paligemma --full --dtype bfloat16", "float32"),
         ("paligemma --samples 5", "--temperature"),
