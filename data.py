@@ -77,7 +77,8 @@ def load(
         path = demo_folder()
     read = sources.reader_of(path)
     if read is None:
-        known = "a .jsonl file nor a folder of ScienceQA, A-OKVQA or MathVista"
+        files = f"problems.json, {sources.AOKVQA.format('val')} or annot_testmini.json"
+        known = f"a .jsonl file nor a folder with {files}"
         raise FileNotFoundError(f"{path} is neither {known}{advice}.")
     problems = [Problem(**fields) for fields in read(path, split, skipped)]
     if captions not in OWN_CAPTIONS:
