@@ -247,9 +247,10 @@ class QuickPaliGemma(plain.PaliGemma):
 
     def head(self, states: Tensor) -> Tensor:
         weight = self.language_model.embed_tokens.weight
+        learned = torch.is_grad_enabled() and weight.requires_grad
         with torch.no_grad():
-            fits = fits_onednn(states, weight) and not weight.requires_grad
-        if not fits:
+            fits = fits_onednn(states, weight)
+        if learned or not fits:
             return super().head(states)
         logits = FrozenProduct.apply(states, weight)  # (..., V)
         return plain.soft_cap(logits, self.config.text.final_logit_softcapping)

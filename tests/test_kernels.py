@@ -709,6 +709,25 @@ def test_a_paligemma_decodes_the_same_ids(monkeypatch):
     assert torch.equal(quick.generate(pixel_values=pixels, **batch, max_new_tokens=12), expected)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_vocabulary_layer_decodes_through_onednn(learned, monkeypatch):
+    """A whole model's weights want gradients, but not while it decodes."""
+    monkeypatch.setattr(cpu_kernels, "LARGE", 1)
+    quick = tiny_paligemma().eval()
+    kernels.enable(quick)
+    quick.language_model.embed_tokens.weight.requires_grad_(learned)
+    states = torch.ones(2, quick.config.text.hidden_size)
+    used = []
+    product = cpu_kernels.product
+    monkeypatch.setattr(cpu_kernels, "product", lambda *x: used.append(1) or product(*x))
+    with torch.inference_mode():
+        quick.head(states)
+    assert used
+    used.clear()
+    quick.head(states)
+    assert bool(used) != learned  # with gradients, only of a frozen weight
+
+
 def test_folded_norms_are_never_stale():
     detr = DETR.from_pretrained(ROOT / "demo/detr")
     names = detr.state_dict().keys()

@@ -88,6 +88,21 @@ def seeds_table():
     return markdown(*rows)
 
 
+def version_table():
+    """What version 2 of Multimodal-CoT changed, one thing at a time, on the demo."""
+    rows = [["run", "seed 42", "seed 43", "seed 44"]]
+    labels = {
+        "": "stage 1 learns QCM-LE, the last epoch, no captions",
+        ", captions": "and captions in the context (`--captions demo`)",
+        ", QCM-E": "stage 1 learns QCM-E (`--recipe two-stage-e`)",
+        ", best epoch": "the best epoch of each stage (`--keep-epoch best`)",
+    }
+    for name, label in labels.items():
+        by_seed = result("seeds")[f"mmcot, vision{name}"]
+        rows.append([label, *(f"{by_seed[seed]['accuracy']['avg']:.2f}" for seed in by_seed)])
+    return markdown(*rows)
+
+
 def run_table():
     """What one mmcot run prints at its end, without the rows of single families."""
     scores = result("mmcot")["rows"]["two-stage, vision"]
@@ -135,6 +150,7 @@ def kinds_table():
 
 TABLES = {
     "seeds": seeds_table,
+    "versions": version_table,
     "run": run_table,
     "baselines": baselines_table,
     "mmcot": lambda: fenced(tables.runs_table(result("mmcot")["rows"])),
@@ -330,6 +346,12 @@ def keep_seeds(folders, configs):
     for folder, config in zip(folders, configs, strict=True):
         vision = (config["model"], config.get("vision"))
         name = names.get(vision, f"paligemma, {config['recipe']}")
+        changed = {
+            "captions": config.get("captions", "none") != "none",
+            "QCM-E": config["recipe"] == "two-stage-e",
+            "best epoch": "best" in config.get("keep_epoch", ()),
+        }
+        name = ", ".join([name, *(key for key in changed if changed[key])])
         scores = read_metrics(folder)
         kept.setdefault(name, {})[str(config["seed"])] = {
             key: scores[key] for key in ("n", "accuracy", "ci95", "chance")

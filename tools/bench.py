@@ -689,8 +689,7 @@ def pali_step(args):
     """Rows a second of a LoRA step, adapters of rank 8 on all projections of the language model:
     forward, backward, clipping and AdamW. On a CPU a 224-pixel image (256 tokens), 100 tokens of
     question and 100 that are learned; on a GPU 1024, 100 and 300. Depth is cut on a CPU, which
-    flatters nobody's layers but makes the vocabulary layer count for more than it does in the 3B,
-    and our top layer, which is computed for learned tokens only, too (at 26 layers: 3 %).
+    flatters nobody's layers but makes the vocabulary layer count for more than it does in the 3B.
 
     First both sides compute the image's features; then ours has them cached, as train.py does.
     """
