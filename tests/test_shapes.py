@@ -91,8 +91,8 @@ def test_a_line_whose_letters_share_a_size_does_not_count(tmp_path, monkeypatch)
 
 
 # Sizes that no model could have otherwise: heads times their width, an even head for RoPE, G * K
-# query heads, a width of DETR that four divides, and the patches of a square.
-PRODUCTS = {11 * 4, 2 * 2, 17 * 5, 2 * 5, 2 * 3, 7 * 7}
+# query heads, a width of DETR that four divides, the patches of a square, and with a class token.
+PRODUCTS = {11 * 4, 2 * 2, 17 * 5, 2 * 5, 2 * 3, 31 * 4, 7 * 7, 5 * 5, 5 * 5 + 1}
 
 
 def test_sizes_are_distinct_and_primes_where_no_product_is_asked_for():
