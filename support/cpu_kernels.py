@@ -110,7 +110,7 @@ class QuickT5Stack(plain.T5Stack):
         if kept is None or len(kept[1]) != heads or kept[0].shape[2] < length:
             rows = (len(mask_bias), self.config.num_heads, 1, -1)
             longest = -(-length // 64) * 64
-            bias = self.position_bias(longest - 1, longest).expand(rows)  # (B, N, 1, longest)
+            bias = self.position_bias(longest - 1, longest).expand(rows)  # of `longest` keys
             layers = [(layer.k, layer.v, *layer.cross) for layer in cache.layers]
             layers = [tuple(t.flatten(0, 1) for t in layer) for layer in layers]
             kept = (bias.flatten(0, 1), mask_bias.expand(rows).flatten(0, 1), layers)
