@@ -98,7 +98,9 @@ class MultimodalSettings(Settings):
 
     model: Literal["mmcot"] = "mmcot"
     preset: Literal[*PRESETS] | None = flag(
-        None, "settings of a published run (support/training/presets.py); flags override them"
+        None,
+        "settings of a published run (support/training/presets.py); flags override them",
+        "mmcot: published settings, and which epoch is kept",
     )
     recipe: Literal["two-stage", "two-stage-e", "answer", "reason", "explain"] = "two-stage"
     weights: tuple[str, ...] = flag(("allenai/unifiedqa-t5-base",), demo=(f"{DEMO_FOLDER}/t5",))
