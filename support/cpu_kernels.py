@@ -133,6 +133,15 @@ def fits_onednn(x: Tensor, weight: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and has_onednn()
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """A linear layer's weight (O, I); of a whole model that of its vocabulary layer, (V, D)."""
+    if isinstance(layer, plain.T5):
+        return layer.head_weight()
+    if isinstance(layer, plain.PaliGemma):
+        return layer.language_model.embed_tokens.weight
+    return layer.weight
+
+
 def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -287,13 +296,9 @@ def on_itself(layer: nn.Module, kernel: type) -> proofs.Difference:
     if isinstance(layer, plain.Bottleneck | plain.ResNet):
         x = proofs.draw(2, layer.conv1.in_channels, 9, 11)
         name = "stem" if isinstance(layer, plain.ResNet) else "forward"
-    elif isinstance(layer, nn.Linear):
-        x = proofs.draw(2, layer.in_features)
-        name = "forward"
     else:
-        text = layer.config.text.hidden_size if hasattr(layer.config, "text") else None
-        x = proofs.draw(2, text or layer.config.d_model)
-        name = "head"
+        x = proofs.draw(2, weight_of(layer).shape[1])
+        name = "forward" if isinstance(layer, nn.Linear) else "head"
     frozen = type(layer) not in (nn.Linear, plain.T5, plain.Bottleneck, plain.ResNet)
     before = type(layer)
     modes = [(m, m.training) for m in layer.modules()]

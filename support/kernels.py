@@ -46,6 +46,7 @@ from support.cpu_kernels import (
     laid_out,
     on_itself,
     product,
+    weight_of,
 )
 from support.distributed import any_rank
 
@@ -357,15 +358,10 @@ def worthwhile(layer: nn.Module) -> bool:
     if isinstance(layer, plain.Bottleneck | plain.ResNet):
         with torch.no_grad():
             return foldable(layer.conv1.weight, layer.conv1)
-    weight = None
-    if type(layer) is nn.Linear:
-        weight = layer.weight
-    elif isinstance(layer, plain.T5):
-        weight = layer.head_weight()
-    elif isinstance(layer, plain.PaliGemma):
-        weight = layer.language_model.embed_tokens.weight
+    if type(layer) not in (nn.Linear, plain.T5, plain.PaliGemma):
+        return True
     with torch.no_grad():
-        return weight is None or fits_onednn(weight, weight)
+        return fits_onednn(weight_of(layer), weight_of(layer))
 
 
 def settings(layer: nn.Module) -> tuple:
@@ -415,8 +411,7 @@ def differences(
     for layer in layers[:1] if isinstance(layers[0], nn.Dropout) else layers:
         yield on_itself(layer, kernel)
         if isinstance(layer, nn.Linear | plain.T5):
-            weight = layer.weight if isinstance(layer, nn.Linear) else layer.head_weight()
-            with torch.no_grad(), laid_out([weight], rows):
+            with torch.no_grad(), laid_out([weight_of(layer)], rows):
                 yield on_itself(layer, kernel)
 
 

@@ -199,129 +199,82 @@ def test_one_processs_no_is_everybodys(monkeypatch, capsys):
 
 # ---- the trap: what is printed is what is trained ------------------------------------------------
 
-G, L, T, S = "GemmaAttention", "LoRALinear", "T5Attention", "T5Stack"
+N, M, G = "GemmaNorm", "GemmaMLP", "GemmaAttention"
+L, T, S = "LoRALinear", "T5Attention", "T5Stack"
 CAPPED = "scores = soft_cap(q @ k.transpose(3, 4) * self.scale, self.cap)"
-EDITS = {  # what is edited: file, line, in its place, the classes whose kernels it contradicts
-    "Gemma: no 1 +": ("model", "(1 + self.weight.float())", "self.weight.float()", ["GemmaNorm"]),
-    "Gemma: no mean": (
-        "model",
-        "x.float().square().mean(",
-        "x.float().square().sum(",
-        ["GemmaNorm"],
-    ),
-    "Gemma: no eps": ("model", "keepdim=True) + self.eps)", "keepdim=True))", ["GemmaNorm"]),
-    "Gemma: rms detached": (
-        "model",
-        "rsqrt(x.float().",
-        "rsqrt(x.detach().float().",
-        ["GemmaNorm"],
-    ),
-    "GQA: no cap": ("model", CAPPED, "scores = q @ k.transpose(3, 4) * self.scale", [G]),
-    "GQA: another scale": ("model", CAPPED, CAPPED.replace("self.scale", "0.5"), [G]),
-    "GQA: no mask": ("model", "(scores + bias[:, :, None])", "scores", [G]),
-    "GQA: keys detached": ("model", CAPPED, CAPPED.replace("q @ k.", "q @ k.detach()."), [G]),
+GELU = 'F.gelu(self.gate_proj(x), approximate="tanh")'
+HEAD = "F.linear(states, self.language_model.embed_tokens.weight)"
+T5_HEAD = "F.linear(self.rescaled(states), self.head_weight())"
+GQA = "        # Eq. GQA (Gemma 2)"
+T5_SCORES = "        # Eq. attention (T5): softmax(q k^T + bias) v"
+NORMED = "return (y * (1 + self.weight.float())).to(x.dtype)"
+LOW = "low = self.lora_B(self.lora_A(x) * self.scaling)"
+EDITS = {  # what is edited: part of a line, in its place, the classes whose kernels it contradicts
+    "Gemma: no 1 +": ("(1 + self.weight.float())", "self.weight.float()", [N]),
+    "Gemma: no mean": ("x.float().square().mean(", "x.float().square().sum(", [N]),
+    "Gemma: no eps": ("keepdim=True) + self.eps)", "keepdim=True))", [N]),
+    "Gemma: rms detached": ("rsqrt(x.float().", "rsqrt(x.detach().float().", [N]),
+    "GQA: no cap": (CAPPED, "scores = q @ k.transpose(3, 4) * self.scale", [G]),
+    "GQA: another scale": (CAPPED, CAPPED.replace("self.scale", "0.5"), [G]),
+    "GQA: no mask": ("(scores + bias[:, :, None])", "scores", [G]),
+    "GQA: keys detached": (CAPPED, CAPPED.replace("q @ k.", "q @ k.detach()."), [G]),
     "GQA: beyond the window only": (
-        "model",
-        "        # Eq. GQA (Gemma 2)",
-        f"        if k.shape[3] > {WINDOW}:\n            k = k * 0.5\n        # Eq. GQA (Gemma 2)",
+        GQA,
+        f"        k = k * (1 - 0.5 * (k.shape[3] > {WINDOW}))\n{GQA}",
         [G],
     ),
-    "soft-cap: no tanh": ("model", "torch.tanh(x / cap) * cap if cap", "x if cap", [G]),
-    "GEGLU: another GELU": (
-        "model",
-        'F.gelu(self.gate_proj(x), approximate="tanh")',
-        "F.silu(self.gate_proj(x))",
-        ["GemmaMLP"],
-    ),
-    "GEGLU: no gate": (
-        "model",
-        'h = F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x)',
-        'h = F.gelu(self.gate_proj(x), approximate="tanh")',
-        ["GemmaMLP"],
-    ),
-    "RoPE: turned back": ("model", "torch.cat((-second, first)", "torch.cat((second, -first)", []),
-    "RoPE: other angles": ("model", "theta**-powers", "theta ** (-powers / 2)", []),
-    "mask: the window off by one": ("model", "key > query - window", "key >= query - window", []),
-    "mask: a causal prefix": ("model", "(allowed | both_prefix)", "allowed", []),
+    "soft-cap: no tanh": ("torch.tanh(x / cap) * cap if cap", "x if cap", [G]),
+    "GEGLU: another GELU": (GELU, "F.silu(self.gate_proj(x))", [M]),
+    "GEGLU: no gate": (f"{GELU} * self.up_proj(x)", GELU, [M]),
+    "RoPE: turned back": ("torch.cat((-second, first)", "torch.cat((second, -first)", []),
+    "RoPE: other angles": ("theta**-powers", "theta ** (-powers / 2)", []),
+    "mask: the window off by one": ("key > query - window", "key >= query - window", []),
+    "mask: a causal prefix": ("(allowed | both_prefix)", "allowed", []),
     "Gemma: residual": (
-        "model",
-        "x = x + self.post_attention_layernorm(h)",
-        "x = self.post_attention_layernorm(h)",
+        "x + self.post_attention_layernorm(h)",
+        "self.post_attention_layernorm(h)",
         [],
     ),
     "Gemma: embeddings not scaled": (
-        "model",
-        "return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)",
-        "return x",
+        "torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)",
+        "1",
         [],
     ),
-    "LoRA: no scale": ("lora", "(self.lora_A(x) * self.scaling)", "(self.lora_A(x))", [L]),
-    "LoRA: the adapter alone": ("lora", "(out + low).to(out.dtype)", "low.to(out.dtype)", [L]),
-    "LoRA: A detached": ("lora", "self.lora_A(x) * ", "self.lora_A(x).detach() * ", [L]),
-    "T5: no weight": ("model", "return self.weight * F.rms_norm(", "return F.rms_norm(", []),
-    "T5: eps": ("model", "self.weight.shape, eps=self.eps)", "self.weight.shape, eps=1.0)", []),
-    "T5: scaled scores": (
-        "model",
-        "(q @ k.transpose(2, 3) + bias)",
-        "(q @ k.mT / 2 + bias)",
-        [T, S],
-    ),
-    "T5: no bias": ("model", "(q @ k.transpose(2, 3) + bias)", "(q @ k.transpose(2, 3))", [T, S]),
-    "T5: values detached": (
-        "model",
-        "self.dropout(weights) @ v",
-        "self.dropout(weights) @ v.detach()",
-        [T],
-    ),
-    "T5: other buckets": ("model", "return offset + torch.where(", "return torch.where(", []),
-    "T5: a residual": (
-        "model",
-        "return x + self.dropout(self.ffn(",
-        "return self.dropout(self.ffn(",
-        [S],
-    ),
-    "T5: not rescaled": (
-        "model",
-        "return states * self.config.d_model**-0.5 if",
-        "return states if",
-        [],
-    ),
-    "fusion: 3": (
-        "fusion",
-        "self.image_dense(image_features)",
-        "self.image_dense(image_features) * 2",
-        [],
-    ),
-    "fusion: 4": ("fusion", " / math.sqrt(Q.shape[-1])", "", []),
-    "fusion: 5": (
-        "fusion",
-        "torch.cat((H_language, H_attn), -1)",
-        "torch.cat((H_attn, H_language), -1)",
-        [],
-    ),
-    "fusion: 6": (
-        "fusion",
-        "(1 - gate) * H_language + gate * H_attn",
-        "H_language + gate * H_attn",
-        [],
-    ),
+    "LoRA: no scale": ("(self.lora_A(x) * self.scaling)", "(self.lora_A(x))", [L]),
+    "LoRA: the adapter alone": ("(out + low).to(out.dtype)", "low.to(out.dtype)", [L]),
+    "LoRA: A detached": ("self.lora_A(x) * ", "self.lora_A(x).detach() * ", [L]),
+    "T5: no weight": ("return self.weight * F.rms_norm(", "return F.rms_norm(", []),
+    "T5: eps": ("self.weight.shape, eps=self.eps)", "self.weight.shape, eps=1.0)", []),
+    "T5: scaled scores": ("(q @ k.transpose(2, 3) + bias)", "(q @ k.mT / 2 + bias)", [T, S]),
+    "T5: no bias": ("(q @ k.transpose(2, 3) + bias)", "(q @ k.transpose(2, 3))", [T, S]),
+    "T5: values detached": ("self.dropout(weights) @ v", "self.dropout(weights) @ v.detach()", [T]),
+    "T5: other buckets": ("return offset + torch.where(", "return torch.where(", []),
+    "T5: a residual": ("return x + self.dropout(self.ffn(", "return self.dropout(self.ffn(", [S]),
+    "T5: not rescaled": ("return states * self.config.d_model**-0.5 if", "return states if", []),
+    "fusion: 3": ("self.image_dense(image_features)", "self.image_dense(image_features) * 2", []),
+    "fusion: 4": (" / math.sqrt(Q.shape[-1])", "", []),
+    "fusion: 5": ("torch.cat((H_language, H_attn), -1)", "torch.cat((H_attn, H_language), -1)", []),
+    "fusion: 6": ("(1 - gate) * H_language + gate * H_attn", "H_language + gate * H_attn", []),
 }
-MODULES = ("model", "lora", "fusion", "support.proofs", "support.cpu_kernels", "support.kernels")
+FORMULAS = ("model", "lora", "fusion")
+MODULES = (*FORMULAS, "support.proofs", "support.cpu_kernels", "support.kernels")
 
 
 @contextlib.contextmanager
-def edited(file="", old="", new=""):
-    """{name: module}: these modules from their sources, with one edit, in sys.modules' place."""
+def edited(old=None, new=""):
+    """{name: module}: these modules from their sources, with one edit of a formula, in
+    sys.modules' place."""
     kept = {name: sys.modules[name] for name in MODULES}
     inner = [n.partition(".")[2] for n in MODULES if "." in n]
     packages = {name: getattr(sys.modules["support"], name) for name in inner}
     made = {}
+    places = 0
     try:
         for name in MODULES:
             path = ROOT / f"{name.replace('.', '/')}.py"
             source = path.read_text()
-            if name == file:
-                assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {path}"
+            if old and name in FORMULAS:
+                places += source.count(old)
                 source = source.replace(old, new)
             module = types.ModuleType(name)
             module.__file__ = str(path)
@@ -329,6 +282,7 @@ def edited(file="", old="", new=""):
             if name.startswith("support."):
                 setattr(sys.modules["support"], name.partition(".")[2], module)
             exec(compile(source, str(path), "exec"), module.__dict__)
+        assert not old or places == 1, f"{old!r} stands in {places} places"
         yield made
     finally:
         sys.modules.update(kept)
@@ -370,10 +324,10 @@ def unedited():
 def test_an_edited_formula_is_trained(name, unedited, capsys):
     """The trap of a formula that is printed and not trained: there is none. Where a kernel would
     replace the formula it is refused, with a line that names the class."""
-    file, old, new, classes = EDITS[name]
-    system = "mmcot" if file == "fusion" or name.startswith("T5") else "paligemma"
+    old, new, classes = EDITS[name]
+    system = "mmcot" if name.startswith(("fusion", "T5")) else "paligemma"
     assert unedited[system][1] == set()
-    with edited(file, old, new) as made:
+    with edited(old, new) as made:
         losses, refused = two_steps(made, system)
     first, second = zip(losses, unedited[system][0], strict=True)
     changed = max(abs(a - b) / abs(b) for a, b in (first, second))
@@ -384,79 +338,46 @@ def test_an_edited_formula_is_trained(name, unedited, capsys):
     assert all(any(f"{c} stays plain" in line for line in printed) for c in classes)
 
 
-GQA = "        # Eq. GQA (Gemma 2)"
-T5_SCORES = "        # Eq. attention (T5): softmax(q k^T + bias) v"
-NORMED = "return (y * (1 + self.weight.float())).to(x.dtype)"
-LOW = "low = self.lora_B(self.lora_A(x) * self.scaling)"
-SELDOM = {  # edits that show only now and then: file, line, in its place, the classes
-    "norm: in eval mode": ("model", NORMED, f"{NORMED} * (2 - self.training)", ["GemmaNorm"]),
+SELDOM = {  # edits that show only now and then
+    "norm: in eval mode": (NORMED, f"{NORMED} * (2 - self.training)", [N]),
     "norm: large rows": (
-        "model",
         NORMED,
         f"y = torch.where(x.abs().amax(-1, keepdim=True) > 1e3, y / 2, y)\n        {NORMED}",
-        ["GemmaNorm"],
+        [N],
     ),
-    "GEGLU: in eval mode": (
-        "model",
-        "* self.up_proj(x)  # (B, T, F)",
-        "* self.up_proj(x) * (2 - self.training)",
-        ["GemmaMLP"],
-    ),
-    "GQA: many keys": ("model", GQA, f"        q = q * (1 + (k.shape[3] > 500))\n{GQA}", [G]),
-    "LoRA: in eval mode": ("lora", LOW, f"{LOW} * (1 if self.training else 1 - self.dropout)", [L]),
+    "GEGLU: in eval mode": (GELU, f"{GELU} * (2 - self.training)", [M]),
+    "GQA: many keys": (GQA, f"        q = q * (1 + (k.shape[3] > 500))\n{GQA}", [G]),
+    "LoRA: in eval mode": (LOW, f"{LOW} * (1 if self.training else 1 - self.dropout)", [L]),
     "T5: one token in eval mode": (
-        "model",
         T5_SCORES,
         f"        q = q * (1 + (not self.training and q.shape[2] == 1))\n{T5_SCORES}",
         [T, S],
     ),
-    "T5: many keys": (
-        "model",
-        T5_SCORES,
-        f"        q = q * (1 + (k.shape[2] > 500))\n{T5_SCORES}",
-        [T],
-    ),
+    "T5: many keys": (T5_SCORES, f"        q = q * (1 + (k.shape[2] > 500))\n{T5_SCORES}", [T]),
     "T5: with dropout": (
-        "model",
         T5_SCORES,
         f"        k = k.detach() if self.training and self.dropout.p else k\n{T5_SCORES}",
         [T],
     ),
-    "T5: dropout after v": (
-        "model",
-        "self.dropout(weights) @ v",
-        "self.dropout(weights @ v)",
-        [T],
-    ),
-    "T5: dropout of v": ("model", "self.dropout(weights) @ v", "weights @ self.dropout(v)", [T]),
-    "T5: head in eval mode": (
-        "model",
-        "return F.linear(self.rescaled(states), self.head_weight())",
-        "return F.linear(self.rescaled(states), self.head_weight()) * (2 - self.training)",
-        ["T5"],
-    ),
-    "PaliGemma: head in eval mode": (
-        "model",
-        "logits = F.linear(states, self.language_model.embed_tokens.weight)",
-        "logits = F.linear(states, self.language_model.embed_tokens.weight) * (2 - self.training)",
-        ["PaliGemma"],
-    ),
+    "T5: dropout after v": ("self.dropout(weights) @ v", "self.dropout(weights @ v)", [T]),
+    "T5: dropout of v": ("self.dropout(weights) @ v", "weights @ self.dropout(v)", [T]),
+    "T5: head in eval mode": (T5_HEAD, f"{T5_HEAD} * (2 - self.training)", ["T5"]),
+    "PaliGemma: head in eval mode": (HEAD, f"{HEAD} * (2 - self.training)", ["PaliGemma"]),
     "another constructor": (
-        "model",
         "def __init__(self, width: int, eps: float) -> None:\n        super().__init__()\n"
         "        self.weight = nn.Parameter(torch.zeros(width))",
         "def __init__(self, *sizes: float) -> None:\n        super().__init__()\n"
         "        width, eps = sizes if sizes[0] == 12 else None\n"
         "        self.weight = nn.Parameter(torch.zeros(width))",
-        ["GemmaNorm"],
+        [N],
     ),
 }
 
 
 @pytest.mark.parametrize("name", SELDOM)
 def test_an_edit_that_seldom_shows_is_refused(name):
-    file, old, new, classes = SELDOM[name]
-    with edited(file, old, new) as made:
+    old, new, classes = SELDOM[name]
+    with edited(old, new) as made:
         made["support.cpu_kernels"].LARGE = 1
         if name.startswith("T5"):
             trained = tiny_mmcot(made["model"], made["fusion"], dropout_rate=0.2)

@@ -14,8 +14,8 @@ from support.distributed import own_shard
 from support.training.optim import LossOf, Rows, trained
 
 
-def ids_of(rows: Rows) -> str:
-    return ", ".join(row["id"] for row in rows)
+def ids_of(*batches: Rows) -> str:
+    return ", ".join(row["id"] for rows in batches for row in rows)
 
 
 # ---- leaks ---------------------------------------------------------------------------------------
@@ -159,8 +159,7 @@ def stop_unless_moved(
             unmoved[name] = (values.abs() * torch.finfo(values.dtype).eps < lr).any()
     if unmoved and (any(unmoved.values()) or len(unmoved) == len(before)):
         raise RuntimeError(
-            f"{where}, in {ids_of([row for rows in window for row in rows])}: "
-            f"{len(unmoved)} of {len(before)} trained tensors have a gradient and did not change, "
-            f"{next(iter(unmoved))} among them. Look at --lr, the dtype and the parameters that "
-            "the optimizer has."
+            f"{where}, in {ids_of(*window)}: {len(unmoved)} of {len(before)} trained tensors have "
+            f"a gradient and did not change, {next(iter(unmoved))} among them. Look at --lr, the "
+            "dtype and the parameters that the optimizer has."
         )

@@ -7,6 +7,7 @@ were wrong.
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,13 +148,9 @@ def write_skipped_report(folder: Path, skipped: Skipped | None) -> dict[str, int
     for name, entries in skipped.items():
         for entry in entries:
             splits_of.setdefault(entry, []).append(name)
-    counts = dict.fromkeys(skipped, 0)
-    rows = []
-    for (id, reason), names in splits_of.items():
-        split = names[0] if len(names) == 1 else None
-        rows.append((id, reason, split))
-        key = split or "split unknown"
-        counts[key] = counts.get(key, 0) + 1
+    rows = [(*entry, names[0] if len(names) == 1 else None) for entry, names in splits_of.items()]
+    found = Counter(split or "split unknown" for *_, split in rows)
+    counts = dict.fromkeys(skipped, 0) | found
     if rows and not rank():
         files.write_skipped(rows, file)
         text = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
