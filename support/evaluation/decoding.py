@@ -90,8 +90,7 @@ class Decoder:
         """{id: {"text", "stop", "tokens"}}: `fusion.generate_texts` of all examples."""
 
         def decode_batch(batch: dict, key: list) -> dict[str, dict]:
-            budget = max_new_tokens
-            return generate_texts(self.model, batch, self.tokenizer, budget, self.on_token)
+            return generate_texts(self.model, batch, self.tokenizer, key[0], self.on_token)
 
         return self.decode(examples, data.collate, [max_new_tokens], decode_batch)
 
