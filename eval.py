@@ -385,11 +385,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", help="write graded predictions and metrics.json here")
     add("--partial", action="store_true", help="accept problems without prediction")
     add = parser.add_argument_group("how answers are graded and shown").add_argument
-    add(
-        "--faithful-parse",
-        action="store_true",
-        help="guess A-E if unreadable, as the original does",
-    )
+    guess = "guess A-E if unreadable, as the original does"
+    add("--faithful-parse", action="store_true", help=guess)
     add("--strict-parse", action="store_true", help="read ScienceQA by its published rule")
     gold = "prompt format whose target is the gold rationale (%(default)s)"
     add("--rationale-format", default="QCM-LE", metavar="FORMAT", help=gold)
@@ -428,7 +425,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+    files.run_command("eval.py", main)

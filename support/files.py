@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -38,6 +38,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def run_command(name: str, main: Callable[[], None]) -> None:
+    """`main()`, its errors a line on stderr and exit status 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
 
 
 def cache_folder() -> Path:

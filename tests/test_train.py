@@ -302,14 +302,14 @@ def test_own_rationales_come_from_models_that_did_not_train_on_them(monkeypatch)
         trained_on.append({p.id for p in inputs.splits["train"]})
         return len(trained_on) - 1
 
-    def texts(decoder, rows, max_new_tokens):
-        ids = [row["id"] for row in rows]
+    def texts(decoder, settings, stage, problems, features):
+        ids = [p.id for p in problems]
         assert not trained_on[decoder.model] & set(ids)
         return {i: {"text": f"by {decoder.model}"} for i in ids}
 
     monkeypatch.setattr(train, "plan_stage", plan_stage)
     monkeypatch.setattr(train, "fit", lambda plan, checkpoints: plan)
-    monkeypatch.setattr(decoding.Decoder, "t5_texts", texts)
+    monkeypatch.setattr(decoding.Decoder, "stage_texts", texts)
     monkeypatch.setattr(train, "DecodeCache", lambda folder, models: None)
     problems = data.load("demo", "train")[:9]
     inputs = examples.Inputs({"train": problems}, load_tokenizer(ROOT / "demo/t5"), None)

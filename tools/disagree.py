@@ -48,15 +48,12 @@ def read_verdicts(path: str | Path) -> dict[str, dict]:
 def shown(problem: data.Problem, a: dict, b: dict, width: int = 300) -> str:
     """One disagreement in at most a dozen lines."""
     reply = a["response"] or b["response"] or a["answer"] or b["answer"] or ""
-    end = " ".join(reply.split())
-    end = end if len(end) <= 2 * width else f"{end[:width]} [...] {end[-width:]}"
+    reply = " ".join(reply.split())
+    if len(reply) > 2 * width:
+        reply = f"{reply[:width]} [...] {reply[-width:]}"
     asked = " ".join(problem.question.split())[-width:]
-    lines = [
-        f"{problem.id}: {asked}",
-        lettered(problem),
-        f"gold: {problem.answer}",
-        f"reply: {end}",
-    ]
+    lines = [f"{problem.id}: {asked}", lettered(problem)]
+    lines += [f"gold: {problem.answer}", f"reply: {reply}"]
     for name, x in (("A", a), ("B", b)):
         why = f", read {x['parsed']} ({x['how']})" if x["how"] else ""
         lines.append(f"{name}: {'right' if x['correct'] else 'wrong'}{why}")
@@ -112,7 +109,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"disagree.py: {error}")
+    files.run_command("disagree.py", main)

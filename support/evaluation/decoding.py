@@ -81,19 +81,16 @@ class Decoder:
         features: data.ImageSource | None,
         rationales: dict[str, str] | None = None,
     ) -> dict[str, dict]:
-        """`t5_texts` of one stage of an mmcot run; stage 1 reads `rationales`, {id: text}."""
+        """{id: {"text", "stop", "tokens"}}, `fusion.generate_texts` of one stage of an mmcot run;
+        stage 1 reads `rationales`, {id: text}."""
         fmt = RECIPES[settings.recipe][stage]
         examples = stage_examples(settings, problems, fmt, self.tokenizer, features, rationales)
-        return self.t5_texts(examples, settings.max_output[-1 if "G" in fmt else 0])
-
-    def t5_texts(self, examples: list[dict], max_new_tokens: int) -> dict[str, dict]:
-        """{id: {"text", "stop", "tokens"}}: `fusion.generate_texts` of all examples."""
+        budget = settings.max_output[-1 if "G" in fmt else 0]
 
         def decode_batch(batch: dict, key: list) -> dict[str, dict]:
-            budget = max_new_tokens
             return generate_texts(self.model, batch, self.tokenizer, budget, self.on_token)
 
-        return self.decode(examples, data.collate, [max_new_tokens], decode_batch)
+        return self.decode(examples, data.collate, [budget], decode_batch)
 
     def paligemma_texts(self, examples: list[dict], settings: Settings) -> dict[str, dict]:
         """{id: {"response", "ids", "rationale"?, "stop", "tokens"}} of the prompts.

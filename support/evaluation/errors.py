@@ -90,8 +90,7 @@ def kind_of_right(
     if not evidence.rationale:
         return "right", "there is no thought to judge"
     flaw = evidence.loops or evidence.leaves or evidence.false
-    flaw = flaw or unsupported(problem, evidence, grade, facts)
-    if flaw:
+    if flaw := flaw or unsupported(problem, evidence, grade, facts):
         return "lucky", flaw
     type_ = problem_type(problem)
     if known is not None and type_ is not None and type_ not in known:
@@ -210,10 +209,8 @@ def unsupported(
     if evidence.conclusion is not None:
         return None if evidence.conclusion == grade.parsed else evidence.comes_to()
     text = evidence.rationale
-    numbers = {
-        grading.normal(problem, number)
-        for number in re.findall(r"-?\d[\d.,/]*", grading.plain(text))
-    }
+    found = re.findall(r"-?\d[\d.,/]*", grading.plain(text))
+    numbers = {grading.normal(problem, number) for number in found}
     named = problem.choices or grade.parsed in numbers or grade.parsed in squash(text)
     return None if named and facts is None else "the thought comes to no answer"
 
@@ -221,8 +218,8 @@ def unsupported(
 # --- what is known about the problems
 def problem_type(problem: Problem) -> str | None:
     """What "novel" is about: the demo's family, ScienceQA's skill, MathVista's source, or None."""
-    names = (problem.meta.get(key) for key in ("family", "skill", "source"))
-    return next(filter(None, names), None)
+    meta = problem.meta
+    return meta.get("family") or meta.get("skill") or meta.get("source") or None
 
 
 def known_types(where: str, traces: str | None = None, skip_bad: bool = False) -> set | None:

@@ -20,7 +20,7 @@ Implements the answer extraction of ScienceQA (Lu et al. 2022, arXiv 2209.09513)
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,7 +34,9 @@ from support.evaluation.reading import (
     LITTLE,
     MENTIONED,
     NO_SUCH_LETTER,
+    NOTHING_READ,
     SENTENCE,
+    Read,
     amounts,
     asks_for,
     distance,
@@ -59,7 +61,6 @@ from support.evaluation.replies import (
 CUE = "Answer:"  # what PaliGemma's last line begins with
 ANSWER = re.compile(r"The answer is \(([A-Z])\)")
 GUESS_LETTERS = "ABCDE"  # the original's, however many choices a problem has
-NOTHING_READ = "no answer found"
 DOUBTFUL = ("in prose", "in own words")  # an answer is mentioned, not committed to
 AT_ODDS = ", not concluded"  # a choice is stated, and the reply comes to something else
 
@@ -117,7 +118,7 @@ OPENING = re.compile(  # No, Teal is not ...  A: No  Yes it is  By the chart, no
 VERB = re.compile(r"\b(?:is|are|was|were|has|have|be)\b")
 
 
-# --- the passes over a plain text. Each gives (parsed or None, how).
+# --- the passes over a plain text
 def statement_after(text: str, start: int, end: int | None = None) -> str | None:
     """What stands after a cue, to the end of its sentence; None if the text ends there."""
     rest = text[start : min(start + 1000, end or len(text))].lstrip(" \n\t:⟦")
@@ -144,16 +145,26 @@ def statements(problem: Problem, reply: Reply) -> Iterator[tuple[str | None, str
             after = reply.text[m.end() :]
             section = m[0].endswith("\n") or after.startswith("\n")
             # "Here is the answer:\n\nThere are 4 cubes. ..." introduces a solution
-            if section and VERB.search(statement) and squash(after.lstrip()[len(statement) :]):
-                continue
-            if statement.endswith("?"):
+            introduces = section and VERB.search(statement)
+            introduces = introduces and squash(after.lstrip()[len(statement) :])
+            if introduces or statement.endswith("?"):
                 continue
         before = SENTENCE.split(reply.text[max(0, m.start() - 300) : m.start()])[-1]
         supposed = bool(CASE.match(before) or SUPPOSED.search(statement or ""))
         yield statement, "in a box" if m[0] == "⟦" else "in words", supposed
 
 
-def stated(problem: Problem, reply: Reply) -> tuple[str | None, str]:
+def first_read(found: Iterable[Read]) -> Read:
+    """The first that is an answer, else the first reason that says more than `NOTHING_READ`."""
+    failure = NOTHING_READ
+    for parsed, how in found:
+        if parsed is not None:
+            return parsed, how
+        failure = how if failure == NOTHING_READ else failure
+    return None, failure
+
+
+def stated(problem: Problem, reply: Reply) -> Read:
     """The last answer in words or in a box; of cases ("If ..., the answer is A") only if all come
     to the same."""
     cases, failure = {}, NOTHING_READ
@@ -194,12 +205,11 @@ def bare_line(problem: Problem, line: str) -> bool:
     return is_choice(problem, line) or few and not SAYS.search(line)
 
 
-def lined(problem: Problem, reply: Reply) -> tuple[str | None, str]:
+def lined(problem: Problem, reply: Reply) -> Read:
     """An answer that is all of a line: before an explanation, the last one, the first one. A yes or
     no that a reply begins with is one."""
-    before = EXPLAINS.split(reply.text, maxsplit=1)[0].splitlines()
-    before = [x for x in before if ANYTHING.search(x)]
-    lines = before[-1:] if len(before) < len(reply.lines) or EXPLAINS.search(reply.text) else []
+    before, *explained = EXPLAINS.split(reply.text, maxsplit=1)
+    lines = [x for x in before.splitlines() if ANYTHING.search(x)][-1:] if explained else []
     lines += [reply.lines[-1], reply.sentences[-1], reply.lines[0], reply.sentences[0]]
     lines.sort(key=lambda line: not is_choice(problem, line))
     failure = NOTHING_READ
@@ -219,7 +229,7 @@ def lined(problem: Problem, reply: Reply) -> tuple[str | None, str]:
     return None, failure
 
 
-def concluded(problem: Problem, reply: Reply) -> tuple[str | None, str]:
+def concluded(problem: Problem, reply: Reply) -> Read:
     """The last conclusion, or equation if it has the last numbers, after any refusal."""
     last = next((x for x in reply.sentences[:-4:-1] if amounts(x)), "")
     starts = [m.start() for m in CONCLUDES.finditer(reply.text)]
@@ -242,7 +252,7 @@ def stems(text: str) -> list[str]:
     return [re.sub(r"(?<=\w{3})(?:es|s|ed)$", "", x) for x in words]
 
 
-def implied(problem: Problem, reply: Reply) -> tuple[str | None, str]:
+def implied(problem: Problem, reply: Reply) -> Read:
     """The yes or no of a sentence that has the words of the question in their order, so that a
     "not" decides: "Teal is not the minimum." """
     if not is_yes_no(problem) or reply.refused >= 0:
@@ -270,21 +280,19 @@ def by_likeness(problem: Problem, sentences: list[str]) -> list[str]:
     return sorted(likeness, key=lambda x: (not amounts(x), -likeness[x]))
 
 
-def mentioned(problem: Problem, sentences: list[str]) -> tuple[str | None, str]:
+def mentioned(problem: Problem, sentences: list[str]) -> Read:
     """What sentences mention, a letter rather than anything else; two letters are none."""
     sentences = [x for x in sentences if not x.endswith("?")]
     found = [read(problem, x, MENTIONED) for x in by_likeness(problem, sentences)]
     if len({parsed for parsed, how in found if how == "letter"}) > 1:
         return None, "several answers"
-    for parsed, how in sorted(found, key=lambda x: x[1] != "letter"):
-        if parsed is not None:
-            return parsed, f"{how} in prose"
-    return None, next((how for _, how in found if how != NOTHING_READ), NOTHING_READ)
+    parsed, how = first_read(sorted(found, key=lambda x: x[1] != "letter"))
+    return parsed, how if parsed is None else f"{how} in prose"
 
 
-def commitment(problem: Problem, text: str, prose: bool = False) -> tuple[str | None, str]:
-    """(parsed or None, how): the answer of a reply. With `prose` all its sentences are searched in
-    the end, else the last three."""
+def commitment(problem: Problem, text: str, prose: bool = False) -> Read:
+    """The answer of a reply. With `prose` all its sentences are searched in the end, else the last
+    three."""
     text = own_words(problem, text)
     for inside, where in ((tagged(text), "in a tag"), (json_answer(text), "in JSON")):
         if inside is not None:
@@ -307,25 +315,17 @@ def commitment(problem: Problem, text: str, prose: bool = False) -> tuple[str | 
     return unstated(problem, reply, prose)
 
 
-def unstated(problem: Problem, reply: Reply, prose: bool) -> tuple[str | None, str]:
-    """(parsed or None, how): the answer that a reply comes to or mentions, where it states none."""
-    failures = []
-    for search in (lined, concluded, implied):
-        parsed, how = search(problem, reply)
-        if parsed is not None:
-            return parsed, how
-        failures.append(how)
-    if reply.refused >= 0:
+def unstated(problem: Problem, reply: Reply, prose: bool) -> Read:
+    """The answer that a reply comes to or mentions, where it states none."""
+    found = first_read(search(problem, reply) for search in (lined, concluded, implied))
+    if found[0] is None and reply.refused >= 0:
         return choice_like(problem, REFUSES, "refused")
-    if not broken_off(reply):
-        parsed, how = mentioned(problem, reply.sentences if prose else reply.sentences[-3:])
-        if parsed is not None:
-            return parsed, how
-        failures.append(how)
-    failure = next((x for x in failures if x != NOTHING_READ), NOTHING_READ)
-    if prose and failure == NOTHING_READ and asks_for(problem) in ("number", "text"):
+    if found[0] is None and not broken_off(reply):
+        sentences = reply.sentences if prose else reply.sentences[-3:]
+        found = first_read([found, mentioned(problem, sentences)])
+    if prose and found == (None, NOTHING_READ) and asks_for(problem) in ("number", "text"):
         return squash(reply.lines[-1]), "text in prose"
-    return None, failure
+    return found
 
 
 def at_odds(problem: Problem, reply: Reply, parsed: str) -> bool:
@@ -336,7 +336,7 @@ def at_odds(problem: Problem, reply: Reply, parsed: str) -> bool:
     return how == "no such choice" or end not in (None, parsed)
 
 
-def choice_like(problem: Problem, pattern: re.Pattern, failure: str) -> tuple[str | None, str]:
+def choice_like(problem: Problem, pattern: re.Pattern, failure: str) -> Read:
     """The one choice that says what a reply says: "cannot be determined", "none of the above"."""
     pairs = zip(LETTERS, problem.choices, strict=False)
     hits = [letter for letter, text in pairs if pattern.search(text.lower())]
@@ -382,8 +382,8 @@ def right(problem: Problem, parsed: str | None) -> bool:
     return parsed == LETTERS[index]
 
 
-def published(problem: Problem, response: str) -> tuple[str | None, str]:
-    """(letter or None, how) by ScienceQA's rule: exactly one "The answer is (X)", X among the
+def published(problem: Problem, response: str) -> Read:
+    """The answer by ScienceQA's rule: exactly one "The answer is (X)", X among the
     choices. Ours: without one, or with an "Answer:" after it, what follows the last "Answer:", or
     the whole response, if it is a letter or the text of one choice."""
     options = LETTERS[: len(problem.choices)]

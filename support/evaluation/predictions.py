@@ -24,7 +24,7 @@ LAYOUTS = """Known layouts:
   mm-cot's {"preds": [...], "labels": [...]}, the complete split in its own order."""
 IDS = ("id", "pid", "question_id", "index")
 TEXTS = ("response", "prediction", "text", "pred")
-OPTIONAL = {"rationale": str | None, "stop": str | None}
+KINDS = {"id": str, "response": str, "rationale": str | None, "stop": str | None}
 
 
 def read_predictions(path: str | Path, problems: Sequence = ()) -> list[dict]:
@@ -111,13 +111,10 @@ def record_of(path: str | Path, where: str, row: object) -> dict:
         if type(value) is int and (key == "id" or name != key):  # theirs may be numbers
             value = str(value)
         record[key] = value
-        if not isinstance(record[key], str):
-            found = f"found {json.dumps(row, ensure_ascii=False)[:60]}"
-            raise ValueError(f'{path}, {where}: "{key}" must be a string; {found}. {LAYOUTS}')
-    for key, kind in OPTIONAL.items():
+    for key, kind in KINDS.items():
         if not isinstance(record.get(key), kind):
             found = f"found {json.dumps(row, ensure_ascii=False)[:60]}"
-            raise ValueError(f'{path}, {where}: "{key}" must be a string; {found}.')
+            raise ValueError(f'{path}, {where}: "{key}" must be a string; {found}. {LAYOUTS}')
     ours = isinstance(row, dict) and "id" in row and "response" in row
     return record if ours else {"id": record["id"], "response": record["response"]}
 

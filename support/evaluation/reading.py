@@ -19,6 +19,8 @@ STATED = 2
 CONCLUDED = 1
 MENTIONED = 0
 NO_SUCH_LETTER = "letter not among the options"
+NOTHING_READ = "no answer found"
+Read = tuple[str | None, str]  # (the answer or None, what it was or why nothing was read)
 
 # --- the forms that a text takes, before anything is looked for in it
 MARKS = str.maketrans("۰۱۲۳۴۵۶۷۸۹٠١٢٣٤٥٦٧٨٩٫٬−–—’‘⁄、“”", "01234567890123456789.,---''/,\"\"")
@@ -232,8 +234,8 @@ def rounded(problem: Problem, value: float) -> str:
     return str(int(value)) if value.is_integer() else f"{value:.9g}"
 
 
-def read(problem: Problem, text: str, trust: int = STATED) -> tuple[str | None, str]:
-    """(parsed or None, what it was or why not) of a short plain text."""
+def read(problem: Problem, text: str, trust: int = STATED) -> Read:
+    """What a short plain text names."""
     return (choice_named if problem.choices else value)(problem, text, trust)
 
 
@@ -249,8 +251,8 @@ def pole(texts: list[str], word: str) -> str:
     return LETTERS[texts.index(word if word in texts else POLES[word])]
 
 
-def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple[str | None, str]:
-    """(letter or None, how): the choice that a short plain text names. What was not stated as the
+def choice_named(problem: Problem, statement: str, trust: int) -> Read:
+    """The choice that a short plain text names. What was not stated as the
     answer names none by a list of letters, nor by what a "not" may be about."""
     letters = LETTERS[: len(problem.choices)]
     texts = squashed(problem.choices)
@@ -260,7 +262,7 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
     whole = squash(statement)
     denied = re.match(r"(?:not|neither|nor)\b", statement, re.IGNORECASE) and whole not in texts
     if trust == STATED and denied:
-        return None, "no answer found"
+        return None, NOTHING_READ
     if is_yes_no(problem) and whole in CHINESE_POLES:
         return pole(texts, CHINESE_POLES[whole]), "choice text"
     if len(whole) > 1 and texts.count(whole) == 1:
@@ -268,7 +270,6 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
     named = {meant.get(a or b) for a, b in NAMED.findall(statement)} - {None}
     if trust < STATED and len(named) > 1:
         return None, "several answers"
-    failure = "no answer found"
     if m := LETTER.match(statement):
         letter = meant.get((m[1] or m[2] or m[3] or m[4]).upper())
         if letter is None:  # "(E) decrease" names the text; "(C) Yes" is a made-up choice
@@ -283,28 +284,26 @@ def choice_named(problem: Problem, statement: str, trust: int = STATED) -> tuple
         if other and other[1] in letters and other[1] != letter:
             return None, "several answers"
         if trust < STATED and REJECTS.search(statement):
-            return None, "no answer found"
+            return None, NOTHING_READ
         return letter, "letter"
     if trust < STATED and REJECTS.search(statement):
         named = set()
     elif all(len(text) == 1 for text in texts):  # choices that are letters: the cube "D"
         named |= {meant.get(a or b) for a, b in ALONE.findall(statement)} - {None}
     if not named:
-        parsed, failure = text_named(problem, texts, statement, trust)
-        if parsed or failure != "no answer found":
-            return parsed, failure
+        found = text_named(texts, statement, trust)
+        if found != (None, NOTHING_READ):
+            return found
         if trust == STATED:
             ends = re.findall(r"(?<![\w'/])([A-Z])(?=$|,? and | or )", statement)
             named = {meant[x] for x in ends if x in meant}
     if len(named) > 1:
         return None, "several answers"
-    return (named.pop(), "letter") if named else (None, failure)
+    return (named.pop(), "letter") if named else (None, NOTHING_READ)
 
 
-def text_named(
-    problem: Problem, texts: list[str], statement: str, trust: int
-) -> tuple[str | None, str]:
-    """(letter or None, how): the choice whose text, or number, a plain text contains, else the
+def text_named(texts: list[str], statement: str, trust: int) -> Read:
+    """The choice whose text, or number, a plain text contains, else the
     nearest one."""
     letters = LETTERS[: len(texts)]
     denied = trust < STATED and DENIES.search(statement)
@@ -316,7 +315,7 @@ def text_named(
             return None, "several answers"
     if amounts(statement) and all(map(amounts, texts)):
         return None, "no such choice"
-    return None, "no answer found"
+    return None, NOTHING_READ
 
 
 def mentioned(texts: list[str], statement: str) -> list[int]:
@@ -374,20 +373,20 @@ def distance(a: str, b: str) -> int:
 
 
 # --- which number, list or text
-def value(problem: Problem, statement: str, trust: int = STATED) -> tuple[str | None, str]:
-    """(parsed or None, how): the number, list or text that a short plain text names. Of several
+def value(problem: Problem, statement: str, trust: int) -> Read:
+    """The number, list or text that a short plain text names. Of several
     numbers the first, if the text opens with it as the answer, else see `last_of`."""
     kind = asks_for(problem)
     statement = affirmed(statement)
     if trust == STATED and re.match(r"\W*(?:not|neither)\b", statement, re.IGNORECASE):
-        return None, "no answer found"
+        return None, NOTHING_READ
     if kind == "list":
         inside = re.findall(r"\[([^\[\]]*)\]", statement)
         asked = amounts(plain_question(problem.question))
         found = amounts(inside[-1]) if inside else [x for x in amounts(statement) if x not in asked]
         if inside or len(found) > 1:
             return f"[{', '.join(f'{x:.9g}' for x in found)}]", "list"
-        return None, "no answer found"
+        return None, NOTHING_READ
     if kind != "text":
         found, failure = numbers(problem, statement, trust)
         if found:
@@ -395,7 +394,7 @@ def value(problem: Problem, statement: str, trust: int = STATED) -> tuple[str | 
         if failure:
             return None, failure
     text = squash(statement) if trust == STATED and kind in ("number", "text") else ""
-    return (text, "text") if text else (None, "no answer found")
+    return (text, "text") if text else (None, NOTHING_READ)
 
 
 def numbers(problem: Problem, statement: str, trust: int) -> tuple[list[float], str]:
