@@ -61,7 +61,7 @@ def load(
     skipped  a list: bad records are left out and added to it, as (id, reason). By default the first
              one is the error. (Images are not opened: `images.unusable` checks them.)
     captions "scienceqa": the data's own (captions.json, or the key "caption" of a record);
-             "instruct": mm-cot's instruct_captions.json, beside it; or another file like these.
+             "instruct": mm-cot's instruct_captions.json, next to it; or another file like these.
     FileNotFoundError or ValueError name the file and the problem.
     """
     if split not in SPLITS:
@@ -89,6 +89,11 @@ def load(
         )
         raise ValueError(skipped[0][1] if skipped else empty)
     return problems
+
+
+def has_answers(problems: Sequence[Problem]) -> bool:
+    """False of a test split whose answers are not public: nothing can be scored or judged on it."""
+    return any(problem.answer for problem in problems)
 
 
 def put_captions(problems: list[Problem], file: Path) -> None:

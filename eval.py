@@ -151,7 +151,7 @@ def evaluate(
     cache = DecodeCache(folder, models)
     written = predict(models, problems, settings, tokenizer, features, cache=cache)
     predictions = [{k: v for k, v in x.items() if k != "ids"} for x in written]
-    if not any(p.answer for p in problems):  # a test split whose answers are not public
+    if not data.has_answers(problems):  # `regrade` writes them for the leaderboard
         if not rank():
             with files.atomic_write(folder / "predictions.jsonl") as file:
                 file.writelines(json.dumps(x) + "\n" for x in predictions)
@@ -292,7 +292,7 @@ def regrade(
     try:
         problems = data.load(where, split, [] if config.get("on_error") == "skip" else None)
         some = problems[: args.limit]
-        if not any(p.answer for p in some):
+        if not data.has_answers(some):
             return tables.write_leaderboard(folder, some)
         graded = tables.graded_folder(folder, some, faithful, args.limit, strict)
     except FileNotFoundError as error:
@@ -346,6 +346,8 @@ def score_file(args: argparse.Namespace) -> Column:
     """The `Column` of --predictions on --data; the graded file goes to --out."""
     split = args.split or "test"
     problems = data.load(args.data, split)
+    if not data.has_answers(problems):
+        raise ValueError(f"The answers of {args.data}'s {split} are not public: nothing is scored.")
     predictions = tables.read_predictions(args.predictions, problems)
     if args.limit:
         problems = problems[: args.limit]

@@ -260,6 +260,9 @@ def prepare(s: TeacherSettings) -> Run:
     if notice := training_notice(s.data):
         print(notice, file=sys.stderr)
     problems = data.load(s.data, s.split)[: s.limit]
+    if not data.has_answers(problems):
+        text = f"The answers of {s.data}'s {s.split} are not public"
+        raise ValueError(f"{text}, so nothing can be judged: take another --split.")
     teacher = providers.parse_spec(s.teacher, providers.TEACHERS, s.price)
     source = None
     if s.source:

@@ -105,17 +105,16 @@ class QuickT5Stack(plain.T5Stack):
         caches, their rows and heads on one axis. A query's biases are those of a later one but for
         the farthest keys. All are made once every 64 tokens of a text, and when rows have left the
         batch, and kept with its cache: the weights may have changed before the next text."""
-        kept = vars(cache).get("by_heads")
-        heads = len(mask_bias) * self.config.num_heads
-        if kept is None or len(kept[1]) != heads or kept[0].shape[2] < length:
-            rows = (len(mask_bias), self.config.num_heads, 1, -1)
+        rows = (len(mask_bias), self.config.num_heads, 1, -1)
+        first, bias, memory_bias, layers = vars(cache).get("by_heads", (None,) * 4)
+        if first is not cache.layers[0].k or bias.shape[2] < length:
+            first = cache.layers[0].k  # `Cache.keep` makes another
             longest = -(-length // 64) * 64
-            bias = self.position_bias(longest - 1, longest).expand(rows)  # of `longest` keys
+            bias = self.position_bias(longest - 1, longest).expand(rows).flatten(0, 1)
+            memory_bias = mask_bias.expand(rows).flatten(0, 1)  # (B*N, 1, T)
             layers = [(layer.k, layer.v, *layer.cross) for layer in cache.layers]
             layers = [tuple(t.flatten(0, 1) for t in layer) for layer in layers]
-            kept = (bias.flatten(0, 1), mask_bias.expand(rows).flatten(0, 1), layers)
-            cache.by_heads = kept
-        bias, memory_bias, layers = kept
+            cache.by_heads = (first, bias, memory_bias, layers)
         return bias.narrow(2, bias.shape[2] - length, length), memory_bias, layers
 
 

@@ -617,6 +617,27 @@ def test_a_t5_decodes_the_same_ids(rows, monkeypatch):
     assert not cpu_kernels.LAID_OUT
 
 
+def test_a_t5_follows_a_cache_whose_rows_are_moved():
+    """`Cache.keep` makes new tensors, even where all rows stay or only their order changes."""
+    plain = randomised(T5(SEQ2SEQ), scale=1.0).eval()
+    quick = copy.deepcopy(plain)
+    kernels.enable(quick)
+    ids = torch.randint(3, 30, (3, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    shown = []
+    with torch.inference_mode():
+        for model in (plain, quick):
+            cache = model.decoder.cache(model.encode(ids, mask), model.mask_bias(mask), 9)
+            left = torch.arange(3)
+            logits = []
+            for rows in ([0, 1, 2], [0, 1, 2], [2, 0, 1], [0, 2], [1, 0]):
+                logits.append(model.step(ids[left, :1], cache).flatten())
+                cache.keep(torch.tensor(rows))
+                left = left[torch.tensor(rows)]
+            shown.append(torch.cat(logits))
+    assert proofs.distance(*shown) < 1e-5
+
+
 def test_a_paligemma_decodes_the_same_ids(monkeypatch):
     """Adapted, merged, and through oneDNN."""
     monkeypatch.setattr(cpu_kernels, "LARGE", 1)

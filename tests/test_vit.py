@@ -182,7 +182,7 @@ def test_a_run_reads_vits_features_and_captions(run, encoder, capsys):
     assert fused.image_dense.in_features == 24
     manifest = read_json(run.parent / "cache/manifest.json")
     assert manifest["shape"] == [10, 24] and manifest["size"] == 48
-    assert re.fullmatch("vit-[0-9a-f]{12}", manifest["fingerprint"])
+    assert re.fullmatch("[0-9a-f]{12}", manifest["fingerprint"])
     row = manifest["rows"].get(files.checksum(problem.image))
     pixels = vit_pixels(open_image(problem.image), 48)
     with torch.inference_mode():
@@ -201,7 +201,7 @@ def test_an_image_can_be_asked_about(run, capsys):
 
 def test_a_cache_of_another_encoder_is_refused(run):
     flags = ["--vision", "detr", "--features-cache", str(run.parent / "cache")]
-    with pytest.raises(ValueError, match="vit-.* detr-"):
+    with pytest.raises(ValueError, match="of checkpoint .* at size"):
         train.main([*SHORT, *flags, "--out", str(run.parent / "other")])
 
 

@@ -50,7 +50,7 @@ def resolve(where: str | Path) -> Path:
                 f"{where} is neither a folder with config.json and weights nor a Hub id (org/name)."
             )
         path = download(*str(where).split("/", 2))
-    folder = unzipped(path) if path.suffix == ".zip" else path
+    folder = unzipped(path) if path.is_file() and path.suffix == ".zip" else path
     if not folder.is_dir():
         raise FileNotFoundError(f"{where} is neither a folder with config.json nor a zip of one.")
     refuse_other_folders(folder)
@@ -63,13 +63,12 @@ def download(owner: str, name: str, inside: str = "") -> Path:
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     repository = f"{owner}/{name}"
-    others = "*/*" if not inside else f"{inside}/*/*"
     folder = f"{inside}/" if inside else ""
     small = [f"{folder}*.json", f"{folder}spiece.model"]
     try:
         if inside.endswith(".zip"):
             return Path(hf_hub_download(repository, inside))
-        fetch = partial(snapshot_download, repository, ignore_patterns=[others])
+        fetch = partial(snapshot_download, repository, ignore_patterns=[f"{folder}*/*"])
         path = Path(fetch(allow_patterns=[*small, f"{folder}*.safetensors"]), inside)
         if not list(path.glob("*.safetensors")):
             fetch(allow_patterns=[*small, f"{folder}pytorch_model*.bin"])
@@ -104,9 +103,10 @@ def unzipped(archive: Path) -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            files.unzip(archive, temporary)
-            os.replace(temporary, folder)
-            os.mkdir(temporary)  # for TemporaryDirectory to remove
+            whole = Path(temporary, key)
+            files.unzip(archive, whole)
+            if not folder.is_dir():  # another process may have been first
+                os.replace(whole, folder)
     found = sorted(folder.rglob("config.json"), key=lambda path: (len(path.parts), path))
     if not found:
         raise ValueError(f"{archive} has no config.json: it is not a zip of a checkpoint.")

@@ -112,9 +112,8 @@ def image_features(
 
     Published feature files are used as they are. A PaliGemma `model` makes its own, projected;
     where its image tower is trained or adapted they are not kept, and `LazyImages` gives the
-    pixels. The cache is named by the encoder and a hash of its weights, not of the code that
-    makes features of them. With a list `skipped`, problems whose image cannot be used go there, as
-    (id, reason).
+    pixels. The cache is named by a hash of the weights, not of the code that makes features of
+    them. With a list `skipped`, problems whose image cannot be used go there, as (id, reason).
     """
     if model is not None:
         frozen = all(path.startswith("language_model.") for path in lora.adapters(model))
@@ -130,8 +129,7 @@ def image_features(
     encoder = feature_extractor(settings, model)
     weights = weight_files(resolve(settings.weights[0] if model else settings.vision_weights))
     digests = [bytes.fromhex(files.checksum(path)) for path in weights]
-    kind = "paligemma" if model else settings.vision
-    fingerprint = f"{kind}-{hashlib.sha256(b''.join(digests)).hexdigest()[:12]}"
+    fingerprint = hashlib.sha256(b"".join(digests)).hexdigest()[:12]
     if model:
         dtype = model.language_model.embed_tokens.weight.dtype
         fingerprint += f"-{str(dtype).removeprefix('torch.')}"

@@ -56,8 +56,9 @@ def changed_from(row: dict, first: int, ids: list[int]) -> dict:
 
 
 def same_loss(one: float, other: float) -> bool:
-    """Whether two losses are equal up to rounding; NaN is left to another check."""
-    return one != one or other != other or abs(one - other) <= 1e-5 * max(1, abs(one))
+    """Whether two losses are equal up to rounding; one that is not finite is another check's."""
+    finite = math.isfinite(one) and math.isfinite(other)
+    return not finite or abs(one - other) <= 1e-5 * max(1, abs(one))
 
 
 def stop_if_it_leaks(loss_of: LossOf, rows: Rows, stage: str) -> None:

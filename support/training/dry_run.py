@@ -138,7 +138,7 @@ def memory(loss_of: LossOf, rows: Rows) -> dict[str, int]:
         "gradients": learned,
         "AdamW's moments": 2 * learned,
     }
-    if is_paligemma(model):
+    if is_paligemma(model) or loss_of.settings.keep_epoch[0] == "best":
         sizes["best epoch"] = learned
     sizes["activations"] = activations(loss_of, rows)
     logits = min(optim.LOGITS, optim.units([rows], "token") * text_config(model).vocab_size)

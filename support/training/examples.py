@@ -78,7 +78,7 @@ def load_splits(settings: Settings) -> tuple[Splits, Skipped | None]:
             splits[name] = problems[: settings.limit]
     except ValueError as error:
         raise ValueError(f"{error} A run needs problems of {', '.join(names)}.") from None
-    if not any(p.answer for p in splits[settings.test_split]):
+    if not data.has_answers(splits[settings.test_split]):
         raise ValueError(
             f"The answers of {settings.data}'s {settings.test_split} are not public: score another "
             f"with --test-split val, then decode it with `eval.py {settings.out} --split test`."

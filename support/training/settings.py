@@ -129,7 +129,7 @@ class MultimodalSettings(Settings):
     captions: str = flag(
         "none",
         "captions in the context: scienceqa (the data's own captions.json; demo is the same), "
-        "instruct (mm-cot's instruct_captions.json, beside it), another such file, or none",
+        "instruct (mm-cot's instruct_captions.json, next to it), another such file, or none",
     )
     image_size: int = flag(224, "shorter side for DETR, in pixels", least=1, demo=96)
     features: str | None = flag(None, "published detr.npy, clip.npy, resnet.npy or vit.pth")

@@ -15,6 +15,7 @@ from small_runs import SMALL, lines_of, settings, steps
 import data
 import eval as evaluation
 import fusion
+import teacher
 import train
 from model import T5
 from support.dataset.tokenizers import load_tokenizer
@@ -254,4 +255,10 @@ def test_aokvqa_trains_and_its_test_split_goes_to_the_leaderboard(recipe, tmp_pa
     assert answers.keys() <= {"test0", "test1"}
     assert {text for x in answers.values() for text in x.values()} <= choices
     assert not (tmp_path / "run/test/metrics.json").exists()
+    predictions = str(tmp_path / "run/test/predictions.jsonl")
+    with pytest.raises(ValueError, match="not public"):
+        evaluation.main(["--predictions", predictions, "--data", str(folder), "--split", "test"])
+    asked = f"--data {folder} --split test --teacher gemini --judge anthropic"
+    with pytest.raises(ValueError, match="not public"):
+        teacher.prepare(teacher.parse_args([*asked.split(), "--out", str(tmp_path / "t.jsonl")]))
     assert "leaderboard.json" in capsys.readouterr().out
